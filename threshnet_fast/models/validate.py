@@ -1,0 +1,64 @@
+"""Checks of a model's input, in plain Python so that they trace under torch.compile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_input"]
+
+
+def check_input(x: Tensor, in_chans: int, min_size: int, weight: Tensor) -> None:
+    """Raises a one-line error unless ``x`` is a batch of images that the model can run on.
+
+    NaN and infinity are legal values and are not looked for.
+
+    Args:
+        x: The model's input, expected as ``(N, in_chans, H, W)``.
+        in_chans: Channels the model takes.
+        min_size: Smallest height and width the model takes.
+        weight: A parameter of the model: ``x`` must have its device and, outside autocast, its
+            dtype.
+
+    Raises:
+        TypeError: ``x`` is not a dense tensor, its dtype is not a floating one, or its dtype is
+            not that of ``weight`` while autocast cannot convert it.
+        ValueError: ``x`` has the wrong rank, number of channels, or size.
+        RuntimeError: ``x`` is on another device than ``weight``.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}: expected a torch.Tensor")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x has layout {x.layout}: expected a dense tensor (torch.strided)")
+    dtype = x.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"x has dtype {dtype}: expected a floating-point image, {weight.dtype}")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(
+            f"x has {len(shape)} dimensions, shape {tuple(shape)}: "
+            f"expected 4, (N, {in_chans}, height, width)"
+        )
+    batch, channels, height, width = shape
+    if channels != in_chans:
+        raise ValueError(
+            f"x has {channels} channels, shape {tuple(shape)}: expected {in_chans}, "
+            f"(N, {in_chans}, height, width)"
+        )
+    if batch < 1:
+        raise ValueError(f"x has batch size 0, shape {tuple(shape)}: expected 1 or more images")
+    if height < min_size or width < min_size:
+        raise ValueError(
+            f"x has height {height} and width {width}: expected at least {min_size} x {min_size}"
+        )
+    if x.device != weight.device:
+        raise RuntimeError(
+            f"x is on {x.device}: expected {weight.device}, where the model's parameters are"
+        )
+    if dtype != weight.dtype and not _autocast_converts(x, weight):
+        raise TypeError(f"x has dtype {dtype}: expected {weight.dtype}, as the model's parameters")
+
+
+def _autocast_converts(x: Tensor, weight: Tensor) -> bool:
+    # Autocast leaves float64 alone, so it cannot reconcile it with anything else.
+    return torch.float64 not in (x.dtype, weight.dtype) and torch.is_autocast_enabled(x.device.type)

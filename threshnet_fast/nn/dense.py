@@ -1,0 +1,42 @@
+"""The densely connected layer of DenseNet, used by the early blocks of ThreshNet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["DenseLayer"]
+
+
+class DenseLayer(nn.Module):
+    """Appends ``growth_rate`` new channels to its input.
+
+    ``cat([x, conv2(relu(norm2(conv1(relu(norm1(x))))))], 1)`` with a 1x1 ``conv1`` to
+    ``bottleneck * growth_rate`` channels and a 3x3 ``conv2`` padded by one, both without bias
+    (DenseNet-B, section 3 of "Densely Connected Convolutional Networks").
+
+    Args:
+        in_channels: Channels of the input: everything the block has produced so far.
+        growth_rate: Channels that this layer adds.
+        bottleneck: Width of the bottleneck as a multiple of ``growth_rate``.
+
+    Shape:
+        ``(N, in_channels, H, W)`` to ``(N, in_channels + growth_rate, H, W)``, in any floating
+        dtype and memory format that :class:`torch.nn.Conv2d` takes.
+    """
+
+    def __init__(self, in_channels: int, growth_rate: int, bottleneck: int = 4) -> None:
+        super().__init__()
+        width = bottleneck * growth_rate
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, growth_rate, 3, padding=1, bias=False)
+        self.out_channels = in_channels + growth_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input followed by the new channels, ``(N, in_channels + growth_rate, H, W)``."""
+        new = self.conv1(F.relu(self.norm1(x), inplace=True))
+        new = self.conv2(F.relu(self.norm2(new), inplace=True))
+        return torch.cat([x, new], 1)
