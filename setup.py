@@ -7,15 +7,15 @@ Everything else about the package is in pyproject.toml. Environment variables:
 """
 
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+import toolchain  # noqa: E402, the line above finds it
+
 PACKAGE = "threshnet_fast"
 COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
@@ -39,43 +39,6 @@ def relative(paths):
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
-def compiles(cxx):
-    """Tells whether the command ``cxx`` makes a shared library of a C++17 file."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text(
-            "#include <string_view>\nint probe() { return std::string_view().size(); }\n"
-        )
-        command = [
-            *cxx.split(),
-            "-std=c++17",
-            "-fPIC",
-            "-shared",
-            str(source),
-            "-o",
-            f"{source}.so",
-        ]
-        try:
-            return subprocess.run(command, capture_output=True, check=False).returncode == 0
-        except OSError:
-            return False
-
-
-def find_compiler():
-    """Returns the C++ compiler's command, or None where there is none that works.
-
-    Raises:
-        RuntimeError: If ``CXX`` names one that does not work.
-    """
-    chosen = os.environ.get("CXX")
-    if chosen:
-        if not compiles(chosen):
-            raise RuntimeError(f"CXX={chosen} does not compile C++17 into a shared library")
-        return chosen
-    found = (name for name in ("c++", "g++", "clang++") if shutil.which(name))
-    return next((name for name in found if compiles(name)), None)
-
-
 def warn_pure_python(reason):
     """Says, in the build's output, that the package will have no extension."""
     print(
@@ -92,29 +55,30 @@ def extension_arguments():
     Raises:
         RuntimeError: If the sources or torch are missing.
     """
-    if os.environ.get("THRESHNET_FAST_NO_EXT", "0") not in ("", "0"):
-        warn_pure_python("THRESHNET_FAST_NO_EXT is set")
-        return {}
-    cxx = find_compiler()
-    if cxx is None:
-        warn_pure_python(
-            "no C++17 compiler was found (tried c++, g++ and clang++; CXX names another)"
-        )
+    reason = toolchain.pure_python_reason()
+    if reason is not None:
+        warn_pure_python(reason)
         return {}
     csrc = ROOT / "csrc"
     bindings = csrc / "bindings.cpp"
     if not bindings.is_file():
         raise RuntimeError(f"{bindings} is missing: the source tree is incomplete")
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
     except ImportError as error:
         raise RuntimeError(
             f"building the C++ extension needs torch >= 2.10, which cannot be imported ({error}): "
             "install it first, build with isolation, or set THRESHNET_FAST_NO_EXT=1 for pure Python"
         ) from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise RuntimeError(
+            f"building the C++ extension needs torch >= 2.10, found {torch.__version__}: update it, "
+            "build with isolation, or set THRESHNET_FAST_NO_EXT=1 for pure Python"
+        )
 
     # torch and setuptools read the compiler from here, the former with a default of its own.
-    os.environ["CXX"] = cxx
+    os.environ["CXX"] = toolchain.find_compiler()
 
     class BuildExt(BuildExtension):
         """Keeps the objects of an editable install, so that the next one compiles what changed."""
@@ -124,13 +88,17 @@ def extension_arguments():
             if self.editable_mode:
                 self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}")
 
-    extension = CppExtension(
+    extension = Extension(
         f"{PACKAGE}._C",
         relative([bindings, *csrc.glob("cpu/**/*.cpp")]),
         include_dirs=[str(csrc)],
         depends=relative(path for path in csrc.rglob("*") if path.suffix in (".h", ".inc")),
-        extra_compile_args=CXX_FLAGS,
+        # As system headers, torch's are not held to our warnings.
+        extra_compile_args=[*CXX_FLAGS, *(f"-isystem{path}" for path in include_paths())],
         extra_link_args=LINK_FLAGS,
+        library_dirs=library_paths(),
+        libraries=["c10", "torch", "torch_cpu"],
+        language="c++",
         py_limited_api=True,
     )
     return {

@@ -5,15 +5,17 @@ imported. Asking for torch as a build requirement would download it a second tim
 version. So this backend looks for torch where the package is going to be installed, uses it when it
 is new enough, and asks for the tested version only where there is none.
 
-Nothing here runs setup.py to answer what a build needs: that would import torch.
+Nothing here runs setup.py to answer what a build needs: that could import torch.
 """
 
 import re
+import shutil
 import site
 import sys
 import sysconfig
 from pathlib import Path
 
+import toolchain
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist, prepare_metadata_for_build_wheel
 
@@ -89,8 +91,13 @@ def get_requires_for_build_sdist(config_settings=None):
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """Returns the torch to build against, or nothing where the target environment has one."""
-    return [] if find_torch() else [TORCH_REQUIREMENT]
+    """Returns what compiling needs and the target environment or the machine does not have."""
+    if toolchain.pure_python_reason() is not None:
+        return []
+    requires = [] if find_torch() else [TORCH_REQUIREMENT]
+    if shutil.which("ninja") is None:
+        requires.append("ninja")
+    return requires
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel

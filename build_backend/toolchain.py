@@ -1,0 +1,46 @@
+"""Whether the C++ extension is going to be built, and with which compiler."""
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+
+def compiles(command):
+    """Tells whether a compiler's ``command`` makes a shared library of a C++17 file."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <string_view>\nstd::string_view::size_type size = 0;\n")
+        arguments = ["-std=c++17", "-fPIC", "-shared", str(source), "-o", f"{source}.so"]
+        try:
+            run = subprocess.run([*command.split(), *arguments], capture_output=True, check=False)
+        except OSError:
+            return False
+        return run.returncode == 0
+
+
+@functools.cache
+def find_compiler():
+    """Returns the C++ compiler's command, or None where there is none that works.
+
+    Raises:
+        RuntimeError: If the environment variable CXX names one that does not work.
+    """
+    chosen = os.environ.get("CXX")
+    if chosen:
+        if not compiles(chosen):
+            raise RuntimeError(f"CXX={chosen} does not compile C++17 into a shared library")
+        return chosen
+    found = (name for name in ("c++", "g++", "clang++") if shutil.which(name))
+    return next((name for name in found if compiles(name)), None)
+
+
+def pure_python_reason():
+    """Returns why the extension is left out, or None where it is going to be built."""
+    if os.environ.get("THRESHNET_FAST_NO_EXT", "0") not in ("", "0"):
+        return "THRESHNET_FAST_NO_EXT is set"
+    if find_compiler() is None:
+        return "no C++17 compiler was found (tried c++, g++ and clang++; CXX names another)"
+    return None
