@@ -73,8 +73,8 @@ def extension_arguments():
         ) from error
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         raise RuntimeError(
-            f"building the C++ extension needs torch >= 2.10, found {torch.__version__}: update it, "
-            "build with isolation, or set THRESHNET_FAST_NO_EXT=1 for pure Python"
+            f"building the C++ extension needs torch >= 2.10, found {torch.__version__}: update "
+            "it, build with isolation, or set THRESHNET_FAST_NO_EXT=1 for pure Python"
         )
 
     # torch and setuptools read the compiler from here, the former with a default of its own.
