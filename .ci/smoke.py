@@ -18,8 +18,9 @@ def refusal(model, x):
         with tf.use_backend("cpu"):
             model(x)
     except RuntimeError as error:
-        assert extension.unavailable_reason() in str(error), error
-        return error
+        if extension.unavailable_reason() in str(error):
+            return error
+        raise
     raise AssertionError("the cpu backend ran without its extension")
 
 
