@@ -1,0 +1,178 @@
+"""``act(conv(cat(xs), weight) * scale + shift)``: a layer of a harmonic block.
+
+The layer reads up to a handful of earlier outputs and convolves their concatenation; the batch
+normalization comes after the convolution. Fused, the concatenation is never stored and the affine
+and the rectifier are applied to the accumulators before they are written.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import cpu
+from ..backends.select import choose
+from . import registration, validate
+
+ACTIVATIONS = ("relu", "none")
+"""Values of the argument ``act``."""
+
+
+def cat_conv_bn_relu(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 1,
+    act: str = "relu",
+    backend: str | None = None,
+) -> Tensor:
+    """Convolves the concatenation of feature maps, then normalizes and rectifies.
+
+    Computes ``act(conv(cat(xs, 1), weight) * scale + shift)``, where ``scale`` and ``shift`` hold a
+    folded batch normalization: ``scale = gamma / sqrt(variance + eps)`` and
+    ``shift = beta - mean * scale``. NaN stays NaN.
+
+    Differentiable in ``xs``, ``weight``, ``scale`` and ``shift``, twice. Under autocast, ``xs`` and
+    ``weight`` are cast to its dtype, ``scale`` and ``shift`` keep theirs.
+
+    Args:
+        xs: Feature maps ``[N, C_i, H, W]`` of one floating dtype on one device, in any memory
+            format: contiguous, channels_last or a view with any strides.
+        weight: ``[C_out, sum of C_i, K, K]``, of the dtype of ``xs``.
+        scale: ``[C_out]``, of the dtype of ``xs`` or float32.
+        shift: Like ``scale``.
+        stride: Step of the convolution, both ways.
+        padding: Zero padding on each side.
+        act: ``"relu"`` or ``"none"``.
+        backend: ``"auto"``, ``"reference"`` or ``"cpu"``; None follows ``use_backend``.
+
+    Returns:
+        ``[N, C_out, (H + 2 * padding - K) // stride + 1, ...]`` of the dtype of ``xs``:
+        channels_last where ``xs[0]`` is channels_last (or a slice of the channels of such a
+        tensor) and not also contiguous, else contiguous.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype, or one the backend asked for lacks.
+        ValueError: If a shape, device, stride, padding, activation or backend name is wrong.
+        RuntimeError: If the backend asked for is not available.
+    """
+    segments = validate.check_arguments(
+        xs, {"weight": weight, "scale": scale, "shift": shift}, stride, padding, backend
+    )
+    return _operator(segments, weight, scale, shift, stride, padding, act, backend)
+
+
+def reference(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int,
+    padding: int,
+    act: str,
+) -> Tensor:
+    """Computes the operator with plain PyTorch, in the dtype of ``xs``, without any check."""
+    x = torch.cat(list(xs), 1)
+    y = registration.affine(registration.convolution(x, weight, stride, padding), scale, shift)
+    return (torch.relu(y) if act == "relu" else y).to(x.dtype)
+
+
+def _check(
+    xs: list[Tensor],
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int,
+    padding: int,
+    act: str,
+) -> list[int]:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}: expected 'relu' or 'none'")
+    return validate.check_tensors(xs, weight, scale, shift, stride, padding, affine_of="output")
+
+
+def _forward(
+    xs: list[Tensor],
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int = 1,
+    padding: int = 1,
+    act: str = "relu",
+    backend: str | None = None,
+) -> Tensor:
+    _check(xs, weight, scale, shift, stride, padding, act)
+    if choose(xs, backend).backend == "cpu":
+        y = torch.ops.threshnet_fast_cpu.cat_conv_bn_relu(
+            xs, weight, scale, shift, stride, padding, act == "relu", cpu.isa_code()
+        )
+    else:
+        y = reference(xs, weight, scale, shift, stride, padding, act)
+    return registration.as_output(y, xs[0])
+
+
+def _fake(
+    xs: list[Tensor],
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int = 1,
+    padding: int = 1,
+    act: str = "relu",
+    backend: str | None = None,
+) -> Tensor:
+    shape = _check(xs, weight, scale, shift, stride, padding, act)
+    return registration.empty_output(shape, xs[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    xs, weight, scale, shift, stride, padding, act, _ = inputs
+    ctx.save_for_backward(*xs, weight, scale, output)
+    ctx.stride, ctx.padding, ctx.act = stride, padding, act
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *xs, weight, scale, output = ctx.saved_tensors
+    needs_xs, needs_weight, needs_scale, needs_shift = ctx.needs_input_grad[:4]
+
+    x = torch.cat(xs, 1)
+    dtype = registration.affine_dtype(x, scale)
+    if ctx.act == "relu":
+        grad = torch.ops.aten.threshold_backward.default(grad, output, 0)
+    grad = grad.to(dtype)
+
+    grad_x = grad_weight = grad_scale = grad_shift = None
+    if needs_shift:
+        grad_shift = grad.sum((0, 2, 3)).to(scale.dtype)
+    if needs_scale:
+        # Recomputed, not divided out of the output: the scale may be 0, and the rectifier has
+        # dropped half of it.
+        product = registration.convolution(x, weight, ctx.stride, ctx.padding)
+        grad_scale = (grad * product.to(dtype)).sum((0, 2, 3)).to(scale.dtype)
+    if any(needs_xs) or needs_weight:
+        grad_x, grad_weight = registration.convolution_backward(
+            (grad * registration.per_channel(scale, dtype)).to(x.dtype),
+            x,
+            weight,
+            ctx.stride,
+            ctx.padding,
+            (any(needs_xs), needs_weight),
+        )
+    grad_xs = registration.split(grad_x, [segment.shape[1] for segment in xs], needs_xs)
+    return grad_xs, grad_weight, grad_scale, grad_shift
+
+
+_operator = registration.register(
+    "cat_conv_bn_relu",
+    "(Tensor[] xs, Tensor weight, Tensor scale, Tensor shift, int stride=1, int padding=1, "
+    'str act="relu", str? backend=None) -> Tensor',
+    forward=_forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    lowered=(0, 1),
+)
