@@ -39,6 +39,7 @@ def test_list_models_sorts_and_filters():
     [
         ("threshnet59", "threshnet95"),
         ("ThreshNet79", "threshnet79"),
+        ("THRESHNET79", "threshnet79"),
         ("treshnet95", "threshnet95"),
         ("threshnet_95", "threshnet95"),
     ],
