@@ -1,0 +1,313 @@
+// Operators for torch, registered through the LibTorch stable ABI. Schemas, checks of tensors and
+// registration, nothing else: the engine in cpu/ knows nothing of torch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <exception>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/program.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+namespace cpu = threshnet_fast::cpu;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(
+      0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+void check(bool condition, const std::string& message) {
+  STD_TORCH_CHECK(condition, "threshnet_fast: " + message);
+}
+
+void check_tensor(const Tensor& tensor, const std::string& name, ScalarType dtype,
+                  const char* dtype_name) {
+  check(tensor.is_cpu(), name + " is not on the CPU");
+  check(tensor.scalar_type() == dtype, name + " has the wrong dtype, expected " + dtype_name);
+}
+
+void check_float(const Tensor& tensor, const std::string& name) {
+  check_tensor(tensor, name, ScalarType::Float, "float32");
+}
+
+void check_dense(const Tensor& tensor, const std::string& name) {
+  check(tensor.is_contiguous(), name + " is not contiguous");
+}
+
+// Weights and workspace are read from end to end on every call: huge pages spare most of the
+// address translations. A hint only, so a kernel that declines it costs nothing but speed.
+void advise_huge_pages(const Tensor& tensor, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + bytes) / kPage * kPage;
+  if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#else
+  (void)tensor;
+  (void)bytes;
+#endif
+}
+
+Tensor empty_floats(int64_t count) {
+  Tensor result = torch::stable::empty({count}, ScalarType::Float);
+  advise_huge_pages(result, count * static_cast<int64_t>(sizeof(float)));
+  return result;
+}
+
+cpu::Program program_of(const Tensor& program) {
+  check_tensor(program, "program", ScalarType::Byte, "uint8");
+  check_dense(program, "program");
+  return cpu::Program(program.data_ptr(), program.numel());
+}
+
+int64_t best_isa() { return cpu::best_isa(); }
+
+Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads) {
+  check_tensor(description, "description", ScalarType::Long, "int64");
+  check_dense(description, "description");
+  const std::vector<std::byte> bytes =
+      cpu::compile(static_cast<const int64_t*>(description.data_ptr()), description.numel(), isa,
+                   threads);
+  Tensor program = torch::stable::empty({static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
+  std::copy(bytes.begin(), bytes.end(), static_cast<std::byte*>(program.data_ptr()));
+  return program;
+}
+
+Tensor pack_weights(const Tensor& program, const std::vector<Tensor>& weights) {
+  const cpu::Program view = program_of(program);
+  std::vector<cpu::Weight> list;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const std::string name = "weights[" + std::to_string(i) + "]";
+    check_float(weights[i], name);
+    check_dense(weights[i], name);
+    list.push_back({static_cast<const float*>(weights[i].data_ptr()), weights[i].numel()});
+  }
+  Tensor packed = empty_floats(view.header().packed_floats);
+  cpu::pack(view, list, static_cast<float*>(packed.data_ptr()), parallel_for);
+  return packed;
+}
+
+Tensor create_workspace(const Tensor& program, int64_t threads) {
+  check(threads >= 1, "threads is " + std::to_string(threads) + ", expected at least 1");
+  return empty_floats(program_of(program).workspace_floats(threads));
+}
+
+Tensor run_plan(const Tensor& x, const Tensor& program, const Tensor& packed, Tensor workspace) {
+  const cpu::Program view = program_of(program);
+  const cpu::ProgramHeader& header = view.header();
+  check_float(x, "x");
+  check(x.dim() == 4, "x has shape " + shape_of(x) + ", expected four dimensions [N, C, H, W]");
+  check(x.size(1) == header.input_channels && x.size(2) == header.input_height &&
+            x.size(3) == header.input_width && x.size(0) >= header.batch,
+        "x has shape " + shape_of(x) + ", which is not what the program was compiled for");
+  check(header.external_count == 0, "program is one of a single operation");
+  check_float(packed, "packed");
+  check_dense(packed, "packed");
+  check(packed.numel() == header.packed_floats, "packed does not belong to program");
+  check_float(workspace, "workspace");
+  check_dense(workspace, "workspace");
+  const int64_t threads = torch::stable::get_num_threads();
+  check(workspace.numel() >= view.workspace_floats(threads),
+        "workspace is too small for " + std::to_string(threads) + " threads");
+  check(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 64 == 0,
+        "workspace is not aligned to 64 bytes");
+
+  const int64_t batch = x.size(0);
+  Tensor output = torch::stable::empty(
+      {batch, header.output_channels, header.output_height, header.output_width},
+      ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+  const int64_t image_floats = header.output_channels * header.output_height * header.output_width;
+  for (int64_t start = 0; start < batch; start += header.batch) {
+    // The last part of a batch that is no multiple of the program's overlaps the part before it.
+    const int64_t first = std::min(start, batch - header.batch);
+    cpu::Binding binding;
+    binding.input = {static_cast<const float*>(x.data_ptr()) + first * x.stride(0), x.stride(0),
+                     x.stride(1), x.stride(2), x.stride(3)};
+    binding.output = static_cast<float*>(output.data_ptr()) + first * image_floats;
+    cpu::run(view, static_cast<const float*>(packed.data_ptr()),
+             static_cast<float*>(workspace.data_ptr()), binding, threads, parallel_for);
+  }
+  return output;
+}
+
+// The floats between neighbouring pixels of an NHWC map, or 0 where the tensor is not one.
+int64_t pixel_pitch(const Tensor& x) {
+  if (x.size(1) > 1 && x.stride(1) != 1) return 0;
+  int64_t pitch = 0;
+  int64_t pixels = 1;
+  for (const int64_t dimension : {3, 2, 0}) {
+    if (x.size(dimension) == 1) continue;
+    if (pitch == 0) pitch = x.stride(dimension) / pixels;
+    if (x.stride(dimension) != pitch * pixels) return 0;
+    pixels *= x.size(dimension);
+  }
+  if (pitch == 0) pitch = x.size(1);
+  return pitch >= x.size(1) ? pitch : 0;
+}
+
+struct Window {
+  int64_t stride, padding;
+};
+
+// One fused convolution over segments, as a plan of a single step.
+Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
+                       const std::vector<cpu::Weight>& weights, bool has_prologue, bool relu,
+                       Window window, int64_t isa) {
+  check(!xs.empty(), "xs is empty, expected at least one segment");
+  check(weight.dim() == 4, "weight has shape " + shape_of(weight) + ", expected four dimensions");
+  check(window.stride >= 1 && window.padding >= 0, "stride or padding is out of range");
+  std::vector<Tensor> segments;
+  int64_t channels = 0;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const std::string name = "xs[" + std::to_string(i) + "]";
+    check_float(xs[i], name);
+    check(xs[i].dim() == 4, name + " has shape " + shape_of(xs[i]) + ", expected four dimensions");
+    check(xs[i].numel() > 0, name + " is empty");
+    check(xs[i].size(0) == xs[0].size(0) && xs[i].size(2) == xs[0].size(2) &&
+              xs[i].size(3) == xs[0].size(3),
+          name + " has shape " + shape_of(xs[i]) + ", which does not match xs[0]'s " +
+              shape_of(xs[0]));
+    channels += xs[i].size(1);
+    Tensor segment = xs[i];
+    if (pixel_pitch(segment) == 0)
+      segment = torch::stable::contiguous(segment, MemoryFormat::ChannelsLast);
+    segments.push_back(segment);
+  }
+  check(weight.size(1) == channels && weight.numel() > 0,
+        "weight has shape " + shape_of(weight) + ", expected [Co, " + std::to_string(channels) +
+            ", kh, kw]");
+  const int64_t batch = xs[0].size(0), height = xs[0].size(2), width = xs[0].size(3);
+  const int64_t kernel_height = weight.size(2), kernel_width = weight.size(3);
+  const int64_t output_height = (height + 2 * window.padding - kernel_height) / window.stride + 1;
+  const int64_t output_width = (width + 2 * window.padding - kernel_width) / window.stride + 1;
+  check(height + 2 * window.padding >= kernel_height && width + 2 * window.padding >= kernel_width,
+        "weight has shape " + shape_of(weight) + ", larger than the padded input");
+  const int64_t output_channels = weight.size(0);
+  const int64_t count = static_cast<int64_t>(segments.size());
+
+  std::vector<int64_t> description = {
+      cpu::kDescriptionMagic, cpu::kVersion, batch, channels, height, width, output_channels,
+      output_height, output_width, count, static_cast<int64_t>(weights.size()), 0, count + 1, 1};
+  cpu::Binding binding;
+  for (int64_t i = 0; i < count; ++i) {
+    description.insert(description.end(),
+                       {height, width, pixel_pitch(segments[i]), cpu::kFirstExternal - i});
+    binding.externals.push_back(static_cast<const float*>(segments[i].data_ptr()));
+  }
+  description.insert(description.end(),
+                     {output_height, output_width, output_channels, cpu::kNetworkOutput});
+  description.insert(description.end(), {cpu::kConvolution, 3 * count + 15, count});
+  for (int64_t i = 0; i < count; ++i)
+    description.insert(description.end(), {i, 0, segments[i].size(1)});
+  description.insert(description.end(),
+                     {count, 0, output_channels, kernel_height, kernel_width, window.stride,
+                      window.padding, relu, 0, has_prologue ? -1 : 1, has_prologue ? 1 : -1,
+                      has_prologue ? 2 : -1});
+
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::vector<std::byte> bytes =
+      cpu::compile(description.data(), static_cast<int64_t>(description.size()), isa, threads);
+  const cpu::Program program(bytes.data(), static_cast<int64_t>(bytes.size()));
+  Tensor packed = torch::stable::empty({program.header().packed_floats}, ScalarType::Float);
+  cpu::pack(program, weights, static_cast<float*>(packed.data_ptr()), parallel_for);
+  Tensor workspace =
+      torch::stable::empty({program.workspace_floats(threads)}, ScalarType::Float);
+  Tensor output = torch::stable::empty({batch, output_channels, output_height, output_width},
+                                       ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
+                                       MemoryFormat::ChannelsLast);
+  binding.output = static_cast<float*>(output.data_ptr());
+  cpu::run(program, static_cast<const float*>(packed.data_ptr()),
+           static_cast<float*>(workspace.data_ptr()), binding, threads, parallel_for);
+  return output;
+}
+
+Tensor checked_vector(const Tensor& tensor, const std::string& name, int64_t length) {
+  check_float(tensor, name);
+  check(tensor.dim() == 1 && tensor.size(0) == length,
+        name + " has shape " + shape_of(tensor) + ", expected [" + std::to_string(length) + "]");
+  return torch::stable::contiguous(tensor);
+}
+
+cpu::Weight weight_of(const Tensor& tensor) {
+  return {static_cast<const float*>(tensor.data_ptr()), tensor.numel()};
+}
+
+Tensor cat_bn_relu_conv(const std::vector<Tensor>& xs, const Tensor& scale, const Tensor& shift,
+                        const Tensor& weight, int64_t stride, int64_t padding, int64_t isa) {
+  check_float(weight, "weight");
+  check(weight.dim() == 4, "weight has shape " + shape_of(weight) + ", expected four dimensions");
+  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense_scale = checked_vector(scale, "scale", weight.size(1));
+  const Tensor dense_shift = checked_vector(shift, "shift", weight.size(1));
+  return run_convolution(xs, weight,
+                         {weight_of(dense), weight_of(dense_scale), weight_of(dense_shift)}, true,
+                         false, {stride, padding}, isa);
+}
+
+Tensor cat_conv_bn_relu(const std::vector<Tensor>& xs, const Tensor& weight, const Tensor& scale,
+                        const Tensor& shift, int64_t stride, int64_t padding, bool relu,
+                        int64_t isa) {
+  check_float(weight, "weight");
+  check(weight.dim() == 4, "weight has shape " + shape_of(weight) + ", expected four dimensions");
+  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense_scale = checked_vector(scale, "scale", weight.size(0));
+  const Tensor dense_shift = checked_vector(shift, "shift", weight.size(0));
+  std::vector<float> folded(dense.numel());
+  const int64_t row = weight.size(0) > 0 ? dense.numel() / weight.size(0) : 0;
+  const float* from = static_cast<const float*>(dense.data_ptr());
+  const float* factor = static_cast<const float*>(dense_scale.data_ptr());
+  for (int64_t i = 0; i < dense.numel(); ++i) folded[i] = from[i] * factor[i / row];
+  return run_convolution(xs, weight,
+                         {{folded.data(), dense.numel()}, weight_of(dense_shift)}, false, relu,
+                         {stride, padding}, isa);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
+  m.def("best_isa() -> int");
+  m.def("compile_plan(Tensor description, int isa, int threads) -> Tensor");
+  m.def("pack_weights(Tensor program, Tensor[] weights) -> Tensor");
+  m.def("create_workspace(Tensor program, int threads) -> Tensor");
+  m.def("run_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor");
+  m.def(
+      "cat_bn_relu_conv(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
+      "int padding, int isa) -> Tensor");
+  m.def(
+      "cat_conv_bn_relu(Tensor[] xs, Tensor weight, Tensor scale, Tensor shift, int stride, "
+      "int padding, bool relu, int isa) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("best_isa", TORCH_BOX(&best_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
+  m.impl("compile_plan", TORCH_BOX(&compile_plan));
+  m.impl("pack_weights", TORCH_BOX(&pack_weights));
+  m.impl("create_workspace", TORCH_BOX(&create_workspace));
+  m.impl("run_plan", TORCH_BOX(&run_plan));
+  m.impl("cat_bn_relu_conv", TORCH_BOX(&cat_bn_relu_conv));
+  m.impl("cat_conv_bn_relu", TORCH_BOX(&cat_conv_bn_relu));
+}

@@ -1,0 +1,451 @@
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <sstream>
+#include <tuple>
+
+#include "program.h"
+
+namespace threshnet_fast::cpu {
+namespace {
+
+// Half of a 1 MiB L2: what a task may hold of weights while its tiles stream past them.
+constexpr int64_t kWeightChunkBytes = 384 * 1024;
+// What a task may gather of its input into packed panels.
+constexpr int64_t kPackBytes = 192 * 1024;
+// Maps of at most this many pixels are computed in the order of their valid taps.
+constexpr int64_t kSortPixels = 256;
+constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kMaxTaps = 64;
+
+[[noreturn]] void fail(const std::string& what) {
+  throw std::invalid_argument("threshnet_fast: invalid plan: " + what);
+}
+
+void require(bool condition, const char* what) {
+  if (!condition) fail(what);
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+class Reader {
+ public:
+  Reader(const int64_t* data, int64_t length) : data_(data), length_(length) {}
+  int64_t next() {
+    require(position_ < length_, "the description ends too early");
+    return data_[position_++];
+  }
+  int64_t position() const { return position_; }
+  bool done() const { return position_ == length_; }
+
+ private:
+  const int64_t* data_;
+  int64_t length_;
+  int64_t position_ = 0;
+};
+
+class Writer {
+ public:
+  Writer() : bytes_(sizeof(ProgramHeader)) {}
+
+  template <typename T>
+  int64_t append(const std::vector<T>& items) {
+    const int64_t offset = round_up(static_cast<int64_t>(bytes_.size()), 64);
+    bytes_.resize(offset + items.size() * sizeof(T));
+    if (!items.empty()) std::memcpy(bytes_.data() + offset, items.data(), items.size() * sizeof(T));
+    return offset;
+  }
+
+  std::vector<std::byte> finish(ProgramHeader header) {
+    header.bytes = static_cast<int64_t>(bytes_.size());
+    std::memcpy(bytes_.data(), &header, sizeof header);
+    return std::move(bytes_);
+  }
+
+ private:
+  std::vector<std::byte> bytes_;
+};
+
+struct PixelTables {
+  int64_t input_pixels, output_pixels, pixel_taps, count;
+};
+
+class Compiler {
+ public:
+  Compiler(const int64_t* description, int64_t length, int64_t isa, int64_t threads)
+      : reader_(description, length), threads_(threads) {
+    table_ = ukernel_table(isa);
+    if (table_ == nullptr) {
+      std::ostringstream message;
+      message << "threshnet_fast: instruction set " << isa << " is not available on this processor";
+      throw std::invalid_argument(message.str());
+    }
+    if (threads < 1) fail("threads must be at least 1");
+    header_.isa = isa;
+  }
+
+  std::vector<std::byte> compile() {
+    read_header();
+    for (int64_t i = 0; i < header_.step_count; ++i) read_step();
+    require(reader_.done(), "the description is longer than its steps");
+    header_.buffers = writer_.append(buffers_);
+    header_.steps = writer_.append(steps_);
+    return writer_.finish(header_);
+  }
+
+ private:
+  void read_header() {
+    require(reader_.next() == kDescriptionMagic, "this is not a plan's description");
+    require(reader_.next() == kVersion, "the description is of another version of threshnet_fast");
+    header_.magic = kProgramMagic;
+    header_.version = kVersion;
+    header_.batch = dimension();
+    header_.input_channels = dimension();
+    header_.input_height = dimension();
+    header_.input_width = dimension();
+    header_.output_channels = dimension();
+    header_.output_height = dimension();
+    header_.output_width = dimension();
+    header_.external_count = reader_.next();
+    header_.weight_count = reader_.next();
+    header_.arena_floats = reader_.next();
+    header_.buffer_count = reader_.next();
+    header_.step_count = reader_.next();
+    require(header_.external_count >= 0 && header_.external_count < 1 << 20, "external inputs");
+    require(header_.arena_floats >= 0, "the arena has a negative size");
+    require(header_.arena_floats % 16 == 0, "the arena is not a multiple of 16 floats");
+    require(header_.buffer_count > 0 && header_.buffer_count < 1 << 20, "number of buffers");
+    require(header_.step_count > 0 && header_.step_count < 1 << 20, "number of steps");
+    for (int64_t i = 0; i < header_.buffer_count; ++i) {
+      Buffer buffer{};
+      buffer.height = dimension();
+      buffer.width = dimension();
+      buffer.pitch = dimension();
+      buffer.offset = reader_.next();
+      const int64_t pixels = header_.batch * buffer.height * buffer.width;
+      if (pixels > std::numeric_limits<int32_t>::max()) fail("a buffer has over 2^31 pixels");
+      if (buffer.offset >= 0) {
+        require(buffer.offset % 16 == 0, "a buffer does not start at a multiple of 16 floats");
+        if (buffer.offset + pixels * buffer.pitch > header_.arena_floats)
+          fail("a buffer does not fit in the arena");
+      } else {
+        require(buffer.offset > kFirstExternal - header_.external_count,
+                "a buffer names an external input that does not exist");
+      }
+      if (buffer.offset == kNetworkInput) {
+        require(buffer.height == header_.input_height && buffer.width == header_.input_width,
+                "the network's input has another size than its buffer");
+      }
+      if (buffer.offset == kNetworkOutput) {
+        require(buffer.height == header_.output_height && buffer.width == header_.output_width &&
+                    buffer.pitch == header_.output_channels,
+                "the network's output has another size than its buffer");
+      }
+      buffers_.push_back(buffer);
+    }
+  }
+
+  int64_t dimension() {
+    const int64_t value = reader_.next();
+    require(value > 0 && value <= std::numeric_limits<int32_t>::max(),
+            "a dimension is not between 1 and 2^31 - 1");
+    return value;
+  }
+
+  int64_t weight_index(bool optional) {
+    const int64_t index = reader_.next();
+    require(index >= (optional ? -1 : 0) && index < header_.weight_count, "no such weight");
+    return index;
+  }
+
+  const Buffer& buffer(int64_t index) const {
+    require(index >= 0 && index < header_.buffer_count, "no such buffer");
+    return buffers_[index];
+  }
+
+  Segment read_segment() {
+    Segment segment{};
+    segment.buffer = reader_.next();
+    segment.channel = reader_.next();
+    segment.channels = dimension();
+    const Buffer& from = buffer(segment.buffer);
+    require(from.offset != kNetworkOutput, "a step reads the network's output");
+    require(segment.channel >= 0 && segment.channel + segment.channels <= from.pitch,
+            "a segment leaves its buffer");
+    return segment;
+  }
+
+  void read_output(Step& step) {
+    step.output_buffer = reader_.next();
+    step.output_channel = reader_.next();
+    step.output_channels = dimension();
+    const Buffer& to = buffer(step.output_buffer);
+    require(to.offset >= 0 || to.offset == kNetworkOutput, "a step writes to an input");
+    require(step.output_channel >= 0 && step.output_channel + step.output_channels <= to.pitch,
+            "an output leaves its buffer");
+  }
+
+  void read_window(Step& step) {
+    step.kernel_height = dimension();
+    step.kernel_width = dimension();
+    step.stride = dimension();
+    step.padding = reader_.next();
+    require(step.padding >= 0 && step.padding < 1 << 20, "padding");
+  }
+
+  void check_geometry(const Step& step, const Buffer& from, const Buffer& to) {
+    const int64_t height = (from.height + 2 * step.padding - step.kernel_height) / step.stride + 1;
+    const int64_t width = (from.width + 2 * step.padding - step.kernel_width) / step.stride + 1;
+    require(from.height + 2 * step.padding >= step.kernel_height &&
+                from.width + 2 * step.padding >= step.kernel_width,
+            "a window is larger than its padded input");
+    require(to.height == height && to.width == width, "an output map has the wrong size");
+  }
+
+  void read_step() {
+    const int64_t start = reader_.position();
+    Step step{};
+    step.kind = reader_.next();
+    const int64_t length = reader_.next();
+    std::vector<Segment> segments;
+    if (step.kind == kConvolution) {
+      const int64_t count = dimension();
+      for (int64_t i = 0; i < count; ++i) segments.push_back(read_segment());
+      read_output(step);
+      read_window(step);
+      step.relu = reader_.next() != 0;
+      step.weight_index = weight_index(false);
+      step.bias_index = weight_index(true);
+      step.scale_index = weight_index(true);
+      step.shift_index = weight_index(true);
+      require((step.scale_index < 0) == (step.shift_index < 0), "a scale without a shift");
+      finish_convolution(step, segments);
+    } else if (step.kind == kPool) {
+      segments.push_back(read_segment());
+      read_output(step);
+      read_window(step);
+      step.average = reader_.next() != 0;
+      finish_pool(step, segments[0]);
+    } else {
+      fail("unknown kind of step");
+    }
+    require(reader_.position() - start == length, "a step has the wrong length");
+    step.segments = writer_.append(segments);
+    step.segment_count = static_cast<int64_t>(segments.size());
+    steps_.push_back(step);
+  }
+
+  void finish_pool(Step& step, const Segment& segment) {
+    const Buffer& from = buffer(segment.buffer);
+    const Buffer& to = buffer(step.output_buffer);
+    check_geometry(step, from, to);
+    require(from.offset != kNetworkInput, "a pool reads the network's input");
+    require(segment.channels == step.output_channels, "a pool changes the number of channels");
+    require(!(step.average && step.padding > 0), "an average pool with padding");
+    require(2 * step.padding <= step.kernel_height && 2 * step.padding <= step.kernel_width,
+            "a pool's padding is over half its window");
+    const int64_t rows = header_.batch * to.height;
+    step.block_pixels = divide_up(rows, std::min(rows, threads_ * kTasksPerThread));
+    step.block_count = divide_up(rows, step.block_pixels);
+    step.group_count = 1;
+    reserve(2 * step.kernel_height * step.kernel_width);
+  }
+
+  void finish_convolution(Step& step, const std::vector<Segment>& segments) {
+    const Buffer& from = buffer(segments[0].buffer);
+    const Buffer& to = buffer(step.output_buffer);
+    check_geometry(step, from, to);
+    require(step.kernel_height * step.kernel_width <= kMaxTaps, "a kernel has over 64 taps");
+    for (const Segment& segment : segments) {
+      const Buffer& other = buffer(segment.buffer);
+      require(other.height == from.height && other.width == from.width,
+              "segments of different sizes");
+      require(!(segment.buffer == step.output_buffer &&
+                segment.channel < step.output_channel + step.output_channels &&
+                step.output_channel < segment.channel + segment.channels),
+              "a convolution writes over its own input");
+      step.input_channels += segment.channels;
+      if (other.offset != kNetworkInput) continue;
+      require(segments.size() == 1 && segment.channel == 0 && step.scale_index < 0 &&
+                  segment.channels == header_.input_channels,
+              "the network's input is read as part of a concatenation or through a prologue");
+      step.packs = 1;
+    }
+    if (step.scale_index >= 0) step.packs = 1;
+
+    const int64_t taps = step.kernel_height * step.kernel_width;
+    std::vector<Panel> panels = split_panels(step.output_channels);
+    int64_t widest = 0;
+    for (Panel& panel : panels) {
+      const int64_t lanes = panel.vectors * table_->lanes;
+      widest = std::max(widest, lanes);
+      panel.weights = header_.packed_floats;
+      header_.packed_floats += round_up((taps * step.input_channels + 1) * lanes, 16);
+    }
+    step.panels = writer_.append(panels);
+    step.panel_count = static_cast<int64_t>(panels.size());
+    if (step.scale_index >= 0) {
+      step.scale = header_.packed_floats;
+      step.shift = step.scale + round_up(step.input_channels, 16);
+      header_.packed_floats = step.shift + round_up(step.input_channels, 16);
+    }
+
+    const PixelTables tables = pixel_tables(step, from, to);
+    step.pixel_count = tables.count;
+    step.input_pixels = tables.input_pixels;
+    step.output_pixels = tables.output_pixels;
+    step.pixel_taps = tables.pixel_taps;
+    split_tasks(step, from, panels, widest);
+    reserve_scratch(step, widest, static_cast<int64_t>(segments.size()));
+  }
+
+  // Panels of two vectors, and one of three where that saves a mostly empty one.
+  std::vector<Panel> split_panels(int64_t channels) const {
+    std::vector<Panel> panels;
+    int64_t vectors = divide_up(channels, table_->lanes);
+    for (int64_t channel = 0; channel < channels;) {
+      const int64_t take = vectors <= 3 ? vectors : 2;
+      Panel panel{};
+      panel.vectors = take;
+      panel.channel = channel;
+      panel.channels = std::min(take * table_->lanes, channels - channel);
+      panels.push_back(panel);
+      channel += panel.channels;
+      vectors -= take;
+    }
+    return panels;
+  }
+
+  PixelTables pixel_tables(const Step& step, const Buffer& from, const Buffer& to) {
+    const auto key = std::make_tuple(from.height, from.width, to.height, to.width,
+                                     step.kernel_height, step.kernel_width, step.stride,
+                                     step.padding);
+    if (const auto found = tables_.find(key); found != tables_.end()) return found->second;
+
+    struct Pixel {
+      int32_t input, output;
+      uint64_t taps;
+    };
+    std::vector<Pixel> pixels;
+    pixels.reserve(header_.batch * to.height * to.width);
+    for (int64_t n = 0; n < header_.batch; ++n) {
+      for (int64_t y = 0; y < to.height; ++y) {
+        for (int64_t x = 0; x < to.width; ++x) {
+          const int64_t top = y * step.stride - step.padding;
+          const int64_t left = x * step.stride - step.padding;
+          Pixel pixel{};
+          pixel.input = static_cast<int32_t>((n * from.height + top) * from.width + left);
+          pixel.output = static_cast<int32_t>((n * to.height + y) * to.width + x);
+          for (int64_t tap = 0; tap < step.kernel_height * step.kernel_width; ++tap) {
+            const int64_t row = top + tap / step.kernel_width;
+            const int64_t column = left + tap % step.kernel_width;
+            if (row >= 0 && row < from.height && column >= 0 && column < from.width)
+              pixel.taps |= uint64_t{1} << tap;
+          }
+          pixels.push_back(pixel);
+        }
+      }
+    }
+    // Pixels with the same valid taps side by side make tiles in which a tap is either needed by
+    // every pixel or by none.
+    if (to.height * to.width <= kSortPixels) {
+      std::stable_sort(pixels.begin(), pixels.end(),
+                       [](const Pixel& a, const Pixel& b) { return a.taps > b.taps; });
+    }
+    std::vector<int32_t> input, output;
+    std::vector<uint64_t> taps;
+    for (const Pixel& pixel : pixels) {
+      input.push_back(pixel.input);
+      output.push_back(pixel.output);
+      taps.push_back(pixel.taps);
+    }
+    PixelTables tables{writer_.append(input), writer_.append(output), writer_.append(taps),
+                       static_cast<int64_t>(pixels.size())};
+    tables_.emplace(key, tables);
+    return tables;
+  }
+
+  // Small maps with many weights are split by output channels, so that each core streams its own
+  // part of the weights; large maps by pixels, so that each core keeps its own part of the map.
+  void split_tasks(Step& step, const Buffer& from, const std::vector<Panel>& panels,
+                   int64_t widest) {
+    const int64_t taps = step.kernel_height * step.kernel_width;
+    const int64_t panel_count = step.panel_count;
+    const int64_t tile = table_->tile_pixels[panels[0].vectors];
+    const int64_t tiles = divide_up(step.pixel_count, tile);
+    const int64_t weight_floats = taps * step.input_channels * step.output_channels;
+    const int64_t input_floats = header_.batch * from.height * from.width * step.input_channels;
+    const int64_t wanted = threads_ * kTasksPerThread;
+
+    int64_t groups = 1;
+    int64_t blocks = std::min(tiles, wanted);
+    if (threads_ == 1) {
+      blocks = 1;
+    } else if (weight_floats > input_floats || tiles < 2 * threads_) {
+      groups = std::min(panel_count, wanted);
+      blocks = groups >= 4 * threads_ ? 1 : std::min(tiles, divide_up(4 * threads_, groups));
+    }
+    step.block_pixels = round_up(divide_up(step.pixel_count, blocks), blocks < tiles ? tile : 1);
+    if (step.packs) {
+      const int64_t fit = kPackBytes / 4 / pack_pitch(step) / tile * tile;
+      step.block_pixels = std::min(step.block_pixels, std::max(fit, tile));
+    }
+    step.block_count = divide_up(step.pixel_count, step.block_pixels);
+    step.group_panels = divide_up(panel_count, groups);
+    step.group_count = divide_up(panel_count, step.group_panels);
+
+    step.taps_per_chunk = taps;
+    const int64_t tap_bytes = 4 * step.input_channels * widest;
+    if (!step.packs && step.block_pixels > tile && taps * tap_bytes > kWeightChunkBytes)
+      step.taps_per_chunk = std::max<int64_t>(1, kWeightChunkBytes / tap_bytes);
+  }
+
+  static int64_t pack_pitch(const Step& step) {
+    return round_up(step.kernel_height * step.kernel_width * step.input_channels, 16) + 16;
+  }
+
+  void reserve_scratch(const Step& step, int64_t widest, int64_t segment_count) {
+    const int64_t taps = step.kernel_height * step.kernel_width;
+    const int64_t run_floats =
+        round_up(taps * segment_count * static_cast<int64_t>(sizeof(ChannelRun)) / 4, 16);
+    const int64_t pack_floats = step.packs ? step.block_pixels * pack_pitch(step) : 0;
+    const int64_t rows = step.taps_per_chunk < taps ? step.block_pixels : kMaxTilePixels;
+    reserve(run_floats + pack_floats + rows * widest);
+  }
+
+  void reserve(int64_t floats) {
+    header_.scratch_floats = std::max(header_.scratch_floats, round_up(floats, 16));
+  }
+
+  Reader reader_;
+  Writer writer_;
+  int64_t threads_;
+  const UkernelTable* table_;
+  ProgramHeader header_{};
+  std::vector<Buffer> buffers_;
+  std::vector<Step> steps_;
+  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>,
+           PixelTables>
+      tables_;
+};
+
+}  // namespace
+
+std::vector<std::byte> compile(const int64_t* description, int64_t length, int64_t isa,
+                               int64_t threads) {
+  return Compiler(description, length, isa, threads).compile();
+}
+
+Program::Program(const void* bytes, int64_t size) : bytes_(static_cast<const std::byte*>(bytes)) {
+  if (size < static_cast<int64_t>(sizeof(ProgramHeader)) || header().magic != kProgramMagic ||
+      header().version != kVersion || header().bytes != size)
+    throw std::invalid_argument(
+        "threshnet_fast: program is not one that this version of threshnet_fast compiled");
+  if (ukernel_table(header().isa) == nullptr)
+    throw std::invalid_argument(
+        "threshnet_fast: program was compiled for an instruction set that this processor lacks");
+}
+
+}  // namespace threshnet_fast::cpu

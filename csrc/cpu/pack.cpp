@@ -1,0 +1,94 @@
+#include <cstring>
+#include <string>
+
+#include "program.h"
+
+namespace threshnet_fast::cpu {
+namespace {
+
+void require_count(const Weight& weight, int64_t expected, const char* what, int64_t step) {
+  if (weight.count == expected) return;
+  throw std::invalid_argument("threshnet_fast: " + std::string(what) + " of step " +
+                              std::to_string(step) + " has " + std::to_string(weight.count) +
+                              " elements, expected " + std::to_string(expected));
+}
+
+// From [output channel][input channel][tap] to [tap][input channel][NR], padded with zeros.
+void pack_panel(const Step& step, const Panel& panel, int64_t lanes, const float* weight,
+                const float* bias, float* packed) {
+  const int64_t taps = step.kernel_height * step.kernel_width;
+  const int64_t width = panel.vectors * lanes;
+  for (int64_t lane = 0; lane < width; ++lane) {
+    const bool valid = lane < panel.channels;
+    const float* row = valid ? weight + (panel.channel + lane) * step.input_channels * taps : nullptr;
+    for (int64_t channel = 0; channel < step.input_channels; ++channel) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        packed[(tap * step.input_channels + channel) * width + lane] =
+            valid ? row[channel * taps + tap] : 0.0f;
+      }
+    }
+    packed[taps * step.input_channels * width + lane] =
+        valid && bias != nullptr ? bias[panel.channel + lane] : 0.0f;
+  }
+}
+
+}  // namespace
+
+void pack(const Program& program, const std::vector<Weight>& weights, float* packed,
+          ParallelFor parallel_for) {
+  const ProgramHeader& header = program.header();
+  if (static_cast<int64_t>(weights.size()) != header.weight_count)
+    throw std::invalid_argument("threshnet_fast: weights has " + std::to_string(weights.size()) +
+                                " tensors, expected " + std::to_string(header.weight_count));
+  struct Job {
+    const Step* step;
+    const Panel* panel;
+  };
+  std::vector<Job> jobs;
+  for (int64_t s = 0; s < header.step_count; ++s) {
+    const Step& step = program.step(s);
+    if (step.kind != kConvolution) continue;
+    const int64_t taps = step.kernel_height * step.kernel_width;
+    require_count(weights[step.weight_index], step.output_channels * step.input_channels * taps,
+                  "weight", s);
+    if (step.bias_index >= 0)
+      require_count(weights[step.bias_index], step.output_channels, "bias", s);
+    if (step.scale_index >= 0) {
+      require_count(weights[step.scale_index], step.input_channels, "scale", s);
+      require_count(weights[step.shift_index], step.input_channels, "shift", s);
+    }
+    for (int64_t p = 0; p < step.panel_count; ++p)
+      jobs.push_back({&step, program.at<Panel>(step.panels) + p});
+  }
+
+  std::memset(packed, 0, header.packed_floats * sizeof(float));
+  for (int64_t s = 0; s < header.step_count; ++s) {
+    const Step& step = program.step(s);
+    if (step.kind != kConvolution || step.scale_index < 0) continue;
+    const size_t bytes = step.input_channels * sizeof(float);
+    std::memcpy(packed + step.scale, weights[step.scale_index].data, bytes);
+    std::memcpy(packed + step.shift, weights[step.shift_index].data, bytes);
+  }
+  struct Context {
+    const std::vector<Job>& jobs;
+    const std::vector<Weight>& weights;
+    int64_t lanes;
+    float* packed;
+  } context{jobs, weights, ukernel_table(header.isa)->lanes, packed};
+  parallel_for(
+      static_cast<int64_t>(jobs.size()),
+      [](void* opaque, int64_t begin, int64_t end) {
+        const Context& context = *static_cast<Context*>(opaque);
+        for (int64_t i = begin; i < end; ++i) {
+          const Step& step = *context.jobs[i].step;
+          const Panel& panel = *context.jobs[i].panel;
+          const float* bias =
+              step.bias_index >= 0 ? context.weights[step.bias_index].data : nullptr;
+          pack_panel(step, panel, context.lanes, context.weights[step.weight_index].data, bias,
+                     context.packed + panel.weights);
+        }
+      },
+      &context);
+}
+
+}  // namespace threshnet_fast::cpu

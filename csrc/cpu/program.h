@@ -1,0 +1,123 @@
+// A program: a plan compiled for one instruction set, one batch and one number of threads. It is one
+// flat block of plain data with offsets instead of pointers, so that it can live in a tensor, be
+// copied, and be run by any number of threads at once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ukernels.h"
+
+namespace threshnet_fast::cpu {
+
+constexpr int64_t kDescriptionMagic = 0x4e4c5046544e54;  // "TNTFPLN"
+constexpr int64_t kProgramMagic = 0x4752504654544e;      // "NTTFPRG"
+constexpr int64_t kVersion = 1;
+
+// Where a buffer lives: at a non-negative offset (in floats) of the arena, or outside of it.
+constexpr int64_t kNetworkInput = -1;   // any strides; only convolutions that pack may read it
+constexpr int64_t kNetworkOutput = -2;  // dense NHWC
+constexpr int64_t kFirstExternal = -3;  // NHWC with the buffer's pitch; -3 - i is external input i
+
+enum StepKind : int64_t { kConvolution = 0, kPool = 1 };
+
+struct Buffer {
+  int64_t height, width, pitch, offset;
+};
+
+struct Segment {
+  int64_t buffer, channel, channels;
+};
+
+// A panel: the output channels that one micro-kernel call computes, packed as [tap][channel][NR],
+// then NR biases.
+struct Panel {
+  int64_t vectors, channel, channels, weights;
+};
+
+struct Step {
+  int64_t kind;
+  int64_t segments, segment_count;  // byte offset into the program, and how many
+  int64_t output_buffer, output_channel, output_channels;
+  int64_t input_channels;
+  int64_t kernel_height, kernel_width, stride, padding;
+  int64_t relu;     // convolution only
+  int64_t average;  // pool only
+  int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
+  int64_t scale, shift;                                        // float offsets into the packed weights
+  int64_t panels, panel_count;
+  int64_t packs;  // gather the tile's inputs into a panel first: a prologue, or strided input
+  // Output pixels in the order in which they are computed: byte offsets of int32 input pixel (the
+  // top left tap's, possibly outside of the map), int32 output pixel and uint64 mask of valid taps.
+  int64_t pixel_count, input_pixels, output_pixels, pixel_taps;
+  int64_t block_pixels, block_count;  // pixels are split into blocks,
+  int64_t group_panels, group_count;  // panels into groups; a task is one block times one group
+  int64_t taps_per_chunk;             // of weights that stay in L2 while a block's tiles pass by
+};
+
+struct ProgramHeader {
+  int64_t magic, version, bytes, isa;
+  int64_t batch, input_channels, input_height, input_width;
+  int64_t output_channels, output_height, output_width;
+  int64_t external_count, weight_count;
+  int64_t arena_floats, scratch_floats, packed_floats;
+  int64_t buffers, buffer_count, steps, step_count;
+};
+
+// A checked view of a program's bytes.
+class Program {
+ public:
+  Program(const void* bytes, int64_t size);
+
+  const ProgramHeader& header() const { return *at<ProgramHeader>(0); }
+  const Buffer& buffer(int64_t i) const { return at<Buffer>(header().buffers)[i]; }
+  const Step& step(int64_t i) const { return at<Step>(header().steps)[i]; }
+  template <typename T>
+  const T* at(int64_t offset) const {
+    return reinterpret_cast<const T*>(bytes_ + offset);
+  }
+  int64_t workspace_floats(int64_t threads) const {
+    return header().arena_floats + threads * header().scratch_floats;
+  }
+
+ private:
+  const std::byte* bytes_;
+};
+
+// Compiles a plan's description (see threshnet_fast/plan/serialize.py for its layout) after checking
+// it. Throws std::invalid_argument where it is inconsistent.
+std::vector<std::byte> compile(const int64_t* description, int64_t length, int64_t isa,
+                               int64_t threads);
+
+struct Weight {
+  const float* data;
+  int64_t count;
+};
+
+// body(context, begin, end) over disjoint ranges that cover [0, count), perhaps in parallel.
+using ParallelFor = void (*)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end),
+                             void* context);
+
+// Packs a plan's weights into `packed` (header().packed_floats floats).
+void pack(const Program& program, const std::vector<Weight>& weights, float* packed,
+          ParallelFor parallel_for);
+
+struct StridedInput {
+  const float* data = nullptr;
+  int64_t batch_stride = 0, channel_stride = 0, height_stride = 0, width_stride = 0;
+};
+
+struct Binding {
+  StridedInput input;
+  std::vector<const float*> externals;
+  float* output = nullptr;
+};
+
+// Runs a program. `workspace` holds workspace_floats(threads) floats, 64-byte aligned.
+void run(const Program& program, const float* packed, float* workspace, const Binding& binding,
+         int64_t threads, ParallelFor parallel_for);
+
+}  // namespace threshnet_fast::cpu

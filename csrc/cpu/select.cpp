@@ -1,0 +1,23 @@
+#include "ukernels.h"
+
+namespace threshnet_fast::cpu {
+
+Isa best_isa() {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kScalar;
+}
+
+const UkernelTable* ukernel_table(int64_t isa) {
+  if (isa < 0 || isa > best_isa()) return nullptr;
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa == kAvx512) return &kAvx512Table;
+  if (isa == kAvx2) return &kAvx2Table;
+#endif
+  return &kScalarTable;
+}
+
+}  // namespace threshnet_fast::cpu

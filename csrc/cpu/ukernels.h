@@ -1,0 +1,76 @@
+// Interface between the engine and its micro-kernels. Free of torch and of the standard library, so
+// that a micro-kernel compiled for a newer instruction set can never leak such code into functions
+// that run everywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace threshnet_fast::cpu {
+
+enum Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kIsaCount = 3 };
+
+// The most output pixels (MR) and vectors of output channels (NR / lanes) any micro-kernel holds.
+constexpr int kMaxTilePixels = 14;
+constexpr int kMaxTileVectors = 3;
+
+// A run of input channels that lie next to each other in memory: one segment of a concatenation
+// under one tap of the convolution. Pixel i of the tile reads
+// input[input_pixels[i] * pitch + 0 .. channels).
+struct ChannelRun {
+  const float* input;
+  const float* weights;  // [channels][NR]
+  int64_t pitch;
+  int64_t channels;
+};
+
+// One tile: MR output pixels by NR output channels.
+//   result[i] = initial[initial_rows[i]] + sum over runs, channels of input * weight
+//   output[output_rows[i]] = relu ? max(result[i], 0) : result[i]
+// An initial_pitch of 0 starts every pixel from the same row (the bias). A NaN stays a NaN.
+struct ConvTile {
+  const ChannelRun* runs;
+  int64_t run_count;
+  const int32_t* input_pixels;
+  const float* initial;
+  const int32_t* initial_rows;
+  int64_t initial_pitch;
+  float* output;
+  const int32_t* output_rows;
+  int64_t output_pitch;
+  int64_t channels;  // valid output channels, at most NR; no more than these are stored
+  bool relu;
+};
+
+using ConvTileFunction = void (*)(const ConvTile&);
+
+// output[c] = max(input[c] * scale[c] + shift[c], 0); a NaN stays a NaN.
+using BnReluFunction = void (*)(const float* input, const float* scale, const float* shift,
+                                int64_t channels, float* output);
+
+// output[c] = factor * sum over i of input[offsets[i] + c], or the maximum over i (a NaN wins).
+using PoolFunction = void (*)(const float* input, const int64_t* offsets, int64_t count,
+                              int64_t channels, float factor, float* output);
+
+struct UkernelTable {
+  const char* name;
+  int64_t lanes;                               // floats in a vector
+  int64_t tile_pixels[kMaxTileVectors + 1];    // MR by number of vectors; entry 0 unused
+  const ConvTileFunction (*conv_tile)[kMaxTilePixels + 1];  // [vectors][pixels]
+  BnReluFunction bn_relu;
+  PoolFunction max_pool;
+  PoolFunction average_pool;
+};
+
+extern const UkernelTable kScalarTable;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const UkernelTable kAvx2Table;
+extern const UkernelTable kAvx512Table;
+#endif
+
+// The best instruction set that both this build and this processor have.
+Isa best_isa();
+
+// The table of an instruction set, or nullptr where the build or the processor lacks it.
+const UkernelTable* ukernel_table(int64_t isa);
+
+}  // namespace threshnet_fast::cpu

@@ -1,0 +1,53 @@
+#include <cstdint>
+
+namespace {
+
+// Four lanes in the compiler's own vector type: plain C++ that becomes SSE2 or NEON where the
+// baseline of the target has it, and scalar code elsewhere.
+struct Vector {
+  static constexpr int64_t kLanes = 4;
+  typedef float Lanes __attribute__((vector_size(16)));
+  Lanes value;
+
+  static inline Vector zero() { return Vector{Lanes{}}; }
+  static inline Vector load(const float* p) {
+    Lanes value;
+    __builtin_memcpy(&value, p, sizeof value);
+    return Vector{value};
+  }
+  static inline Vector load(const float* p, int64_t lanes) {
+    Lanes value = {};
+    for (int64_t i = 0; i < lanes; ++i) value[i] = p[i];
+    return Vector{value};
+  }
+  static inline Vector broadcast(const float* p) { return Vector{Lanes{*p, *p, *p, *p}}; }
+  inline void store(float* p) const { __builtin_memcpy(p, &value, sizeof value); }
+  inline void store(float* p, int64_t lanes) const {
+    for (int64_t i = 0; i < lanes; ++i) p[i] = value[i];
+  }
+  inline void multiply_add(Vector a, Vector b) { value += a.value * b.value; }
+  inline void relu() { value = value < 0.0f ? Lanes{} : value; }
+  inline void maximum(Vector other) {
+    value = ((other.value > value) | (other.value != other.value)) ? other.value : value;
+  }
+  inline void add(Vector other) { value += other.value; }
+  inline void scale(float factor) { value *= factor; }
+};
+
+}  // namespace
+
+#include "f32_ukernels.h"
+
+namespace threshnet_fast::cpu {
+
+static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
+    {},
+    {THRESHNET_FAST_ROW_9(1)},
+    {THRESHNET_FAST_ROW_6(2)},
+    {THRESHNET_FAST_ROW_4(3)},
+};
+
+const UkernelTable kScalarTable = {"scalar", Vector::kLanes, {0, 9, 6, 4}, kConvTile,
+                                   bn_relu,  max_pool,       average_pool};
+
+}  // namespace threshnet_fast::cpu

@@ -1,0 +1,66 @@
+#include <cstdint>
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace {
+
+struct Vector {
+  static constexpr int64_t kLanes = 8;
+  __m256 value;
+
+  static inline __m256i mask(int64_t lanes) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(lanes)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static inline Vector zero() { return {_mm256_setzero_ps()}; }
+  static inline Vector load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static inline Vector load(const float* p, int64_t lanes) {
+    return {_mm256_maskload_ps(p, mask(lanes))};
+  }
+  static inline Vector broadcast(const float* p) { return {_mm256_broadcast_ss(p)}; }
+  inline void store(float* p) const { _mm256_storeu_ps(p, value); }
+  inline void store(float* p, int64_t lanes) const { _mm256_maskstore_ps(p, mask(lanes), value); }
+  inline void multiply_add(Vector a, Vector b) { value = _mm256_fmadd_ps(a.value, b.value, value); }
+  // maxps returns its second operand when either is NaN.
+  inline void relu() { value = _mm256_max_ps(_mm256_setzero_ps(), value); }
+  inline void maximum(Vector other) {
+    const __m256 take = _mm256_or_ps(_mm256_cmp_ps(other.value, value, _CMP_GT_OQ),
+                                     _mm256_cmp_ps(other.value, other.value, _CMP_UNORD_Q));
+    value = _mm256_blendv_ps(value, other.value, take);
+  }
+  inline void add(Vector other) { value = _mm256_add_ps(value, other.value); }
+  inline void scale(float factor) { value = _mm256_mul_ps(value, _mm256_set1_ps(factor)); }
+};
+
+}  // namespace
+
+#include "f32_ukernels.h"
+
+namespace threshnet_fast::cpu {
+
+static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
+    {},
+    {THRESHNET_FAST_ROW_9(1)},
+    {THRESHNET_FAST_ROW_6(2)},
+    {THRESHNET_FAST_ROW_4(3)},
+};
+
+// 16 registers: 9 x 1, 6 x 2 or 4 x 3 accumulators, the weights and a broadcast.
+const UkernelTable kAvx2Table = {"avx2",  Vector::kLanes, {0, 9, 6, 4}, kConvTile,
+                                 bn_relu, max_pool,       average_pool};
+
+}  // namespace threshnet_fast::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

@@ -1,0 +1,6 @@
+"""Which backend and algorithm runs each step of a network, and why."""
+from .ir import Plan
+class Explanation: ...
+def explain(model, x): ...
+def table(plan: Plan) -> str:
+    return "\n".join(f"{i:3d} {s.name} {s.describe()}" for i, s in enumerate(plan.steps))

@@ -1,0 +1,331 @@
+"""The intermediate representation: buffers, segments and three kinds of steps.
+
+A buffer holds the features of one block in NHWC. A concatenation is not a step: its parts are
+written side by side, or read as several segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Buffer", "FusedConv", "Head", "Plan", "Pool", "Prologue", "Segment", "Step"]
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A map of features, ``[N, height, width, channels]``.
+
+    Attributes:
+        height: Rows.
+        width: Columns.
+        channels: Channels, with the padding between slots that some buffers have.
+        name: For people; the module whose features it holds.
+    """
+
+    height: int
+    width: int
+    channels: int
+    name: str
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of one image."""
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Channels ``[channel, channel + channels)`` of the buffer with index ``buffer``."""
+
+    buffer: int
+    channel: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """``relu(x * scale + shift)`` for every input channel, applied before the padding.
+
+    Attributes:
+        scale: ``[Ci]``.
+        shift: ``[Ci]``.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class FusedConv:
+    """Concatenate, normalise, convolve, activate: ``act(conv(prologue(cat(inputs))) + bias)``.
+
+    Attributes:
+        name: The module it comes from.
+        inputs: What the convolution reads, in the order of the weight's input channels.
+        output: Where it writes.
+        weight: ``[Co, Ci, kh, kw]``, with any following BatchNorm folded in.
+        bias: ``[Co]`` or None.
+        prologue: BatchNorm and ReLU of the inputs, or None.
+        stride: Step of the window.
+        padding: Zeros around the (normalised) input.
+        relu: Whether ReLU follows.
+        input_pixels: Pixels of the input of one image.
+        output_pixels: Pixels of the output of one image.
+        valid_taps: Sum over output pixels of the taps that do not fall on padding.
+        batch: Images.
+    """
+
+    name: str
+    inputs: tuple[Segment, ...]
+    output: Segment
+    weight: Tensor
+    bias: Tensor | None
+    prologue: Prologue | None
+    stride: int
+    padding: int
+    relu: bool
+    input_pixels: int
+    output_pixels: int
+    valid_taps: int
+    batch: int
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Height and width of the window."""
+        return self.weight.shape[2], self.weight.shape[3]
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the concatenation."""
+        return sum(segment.channels for segment in self.inputs)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds as usually counted, with those on padding."""
+        taps = self.kernel[0] * self.kernel[1]
+        return self.batch * self.output_pixels * taps * self.input_channels * self.output.channels
+
+    @property
+    def valid_macs(self) -> int:
+        """Multiply-adds that do not fall on padding."""
+        return self.batch * self.valid_taps * self.input_channels * self.output.channels
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weight, bias and prologue."""
+        count = self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+        return count + (0 if self.prologue is None else 2 * self.prologue.scale.numel())
+
+    @property
+    def bytes_fused(self) -> int:
+        """Bytes of features and weights that the fused step reads and writes, once each."""
+        reads = self.input_pixels * self.input_channels
+        writes = self.output_pixels * self.output.channels
+        return FLOAT_BYTES * (self.batch * (reads + writes) + self.parameters)
+
+    @property
+    def bytes_unfused(self) -> int:
+        """The same where concatenation, BatchNorm, ReLU and convolution are passes of their own.
+
+        Each pass reads its input and writes its output; ReLU is counted as in place, and a
+        concatenation of one part as nothing.
+        """
+        reads = self.input_pixels * self.input_channels
+        writes = self.output_pixels * self.output.channels
+        passes = 2 * reads if len(self.inputs) > 1 else 0
+        passes += 4 * reads if self.prologue is not None else 0
+        passes += 2 * writes if self.bias is not None else 0
+        passes += 2 * writes if self.relu else 0
+        return self.bytes_fused + FLOAT_BYTES * self.batch * passes
+
+    def describe(self) -> str:
+        """One line: the operation, its window and what is fused into it."""
+        parts = ["bn-relu"] if self.prologue is not None else []
+        if len(self.inputs) > 1:
+            parts.insert(0, f"cat{len(self.inputs)}")
+        parts.append(f"conv{self.kernel[0]}x{self.kernel[1]}")
+        if self.stride != 1:
+            parts[-1] += f"/{self.stride}"
+        parts += ["bias"] if self.bias is not None else []
+        parts += ["relu"] if self.relu else []
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Maximum or average over windows.
+
+    Attributes:
+        name: The module it comes from.
+        input: What it reads.
+        output: Where it writes; as many channels.
+        kernel: Height and width of the window.
+        stride: Step of the window.
+        padding: Pixels around the input, never chosen; 0 for averages.
+        average: Average instead of maximum.
+        input_pixels: Pixels of the input of one image.
+        output_pixels: Pixels of the output of one image.
+        batch: Images.
+    """
+
+    name: str
+    input: Segment
+    output: Segment
+    kernel: tuple[int, int]
+    stride: int
+    padding: int
+    average: bool
+    input_pixels: int
+    output_pixels: int
+    batch: int
+
+    macs = 0
+    valid_macs = 0
+    parameters = 0
+
+    @property
+    def inputs(self) -> tuple[Segment, ...]:
+        """The input, as for the other steps."""
+        return (self.input,)
+
+    @property
+    def bytes_fused(self) -> int:
+        """Bytes of features read and written."""
+        pixels = self.input_pixels + self.output_pixels
+        return FLOAT_BYTES * self.batch * pixels * self.input.channels
+
+    @property
+    def bytes_unfused(self) -> int:
+        """The same: nothing is fused into a pool."""
+        return self.bytes_fused
+
+    def describe(self) -> str:
+        """One line: the kind of pool and its window."""
+        kind = "avgpool" if self.average else "maxpool"
+        return f"{kind}{self.kernel[0]}x{self.kernel[1]}/{self.stride}"
+
+
+@dataclass(frozen=True)
+class Head:
+    """Global average pooling, and a linear classifier where there is one.
+
+    Attributes:
+        name: The module it comes from.
+        input: The last features.
+        output: The logits, or the pooled features, in a 1x1 map.
+        weight: ``[classes, C]`` or None.
+        bias: ``[classes]`` or None.
+        input_pixels: Pixels of the input of one image.
+        batch: Images.
+    """
+
+    name: str
+    input: Segment
+    output: Segment
+    weight: Tensor | None
+    bias: Tensor | None
+    input_pixels: int
+    batch: int
+
+    @property
+    def inputs(self) -> tuple[Segment, ...]:
+        """The input, as for the other steps."""
+        return (self.input,)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the classifier."""
+        return 0 if self.weight is None else self.batch * self.weight.numel()
+
+    @property
+    def valid_macs(self) -> int:
+        """Multiply-adds of the classifier."""
+        return self.macs
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weight and bias."""
+        return sum(t.numel() for t in (self.weight, self.bias) if t is not None)
+
+    @property
+    def bytes_fused(self) -> int:
+        """Bytes of features and weights read and written, once each."""
+        features = self.input_pixels * self.input.channels + self.output.channels
+        return FLOAT_BYTES * (self.batch * features + self.parameters)
+
+    @property
+    def bytes_unfused(self) -> int:
+        """With the pooled features written and read again in between."""
+        between = 0 if self.weight is None else 2 * self.input.channels
+        return self.bytes_fused + FLOAT_BYTES * self.batch * between
+
+    def describe(self) -> str:
+        """One line."""
+        return "global avgpool" + ("" if self.weight is None else " linear")
+
+
+Step = FusedConv | Pool | Head
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network for one input shape.
+
+    Attributes:
+        input_shape: ``(N, C, H, W)``.
+        buffers: All buffers; the first is the network's input, the last its output.
+        steps: What to do, in order.
+        flat_output: Whether the result is ``[N, channels]`` rather than ``[N, C, H, W]``.
+    """
+
+    input_shape: tuple[int, int, int, int]
+    buffers: tuple[Buffer, ...]
+    steps: tuple[Step, ...]
+    flat_output: bool
+
+    @property
+    def input(self) -> Buffer:
+        """The network's input."""
+        return self.buffers[0]
+
+    @property
+    def output(self) -> Buffer:
+        """The network's output."""
+        return self.buffers[-1]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of all steps, with those on padding."""
+        return sum(step.macs for step in self.steps)
+
+    @property
+    def valid_macs(self) -> int:
+        """Multiply-adds of all steps that do not fall on padding."""
+        return sum(step.valid_macs for step in self.steps)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all folded weights."""
+        return sum(step.parameters for step in self.steps)
+
+    def weights(self) -> list[Tensor]:
+        """All weights in the order in which :func:`serialize` numbers them."""
+        tensors: list[Tensor | None] = []
+        for step in self.steps:
+            if isinstance(step, FusedConv):
+                tensors += [step.weight, step.bias]
+                if step.prologue is not None:
+                    tensors += [step.prologue.scale, step.prologue.shift]
+            elif isinstance(step, Head):
+                tensors += [step.weight, step.bias]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def __str__(self) -> str:
+        """A table of the steps."""
+        from .explain import table
+
+        return table(self)

@@ -1,0 +1,111 @@
+"""A plan as one flat int64 tensor, the form in which the C++ engine compiles it.
+
+Layout, every entry one int64:
+
+- header: magic, version, batch, input channels, height, width, output channels, height, width,
+  number of external inputs, number of weights, floats in the arena, number of buffers, number of
+  steps;
+- for each buffer: height, width, pitch, offset in the arena (-1: the network's input, -2: its
+  output);
+- for each step: kind (0 convolution, 1 pool), number of entries of the step, then
+  for a convolution: number of segments, (buffer, channel, channels) of each, output buffer,
+  channel, channels, kernel height, width, stride, padding, relu, indices of weight, bias, scale and
+  shift (-1: none); for a pool: buffer, channel, channels, output buffer, channel, channels, kernel
+  height, width, stride, padding, average.
+
+A head is written as an average pool over the whole map and a 1x1 convolution.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ir import FusedConv, Head, Plan, Pool
+from .memory import Arena
+
+__all__ = ["serialize"]
+
+_MAGIC = 0x4E4C5046544E54
+_VERSION = 1
+_CONVOLUTION, _POOL = 0, 1
+_INPUT, _OUTPUT = -1, -2
+
+
+def serialize(plan: Plan, arena: Arena) -> Tensor:
+    """Writes a plan's description; its weights are ``plan.weights()``, numbered in that order.
+
+    Args:
+        plan: The plan.
+        arena: Where its buffers lie.
+
+    Returns:
+        An int64 vector, laid out as the module's text says.
+    """
+    batch = plan.input_shape[0]
+    last = len(plan.buffers) - 1
+    buffers: list[list[int]] = []
+    for index, buffer in enumerate(plan.buffers):
+        offset = arena.offsets[index]
+        if offset is None:
+            offset = _INPUT if index == 0 else _OUTPUT
+        buffers.append([buffer.height, buffer.width, arena.pitches[index], offset])
+    arena_size = arena.size
+
+    weights = 0
+
+    def number(present: bool) -> int:
+        nonlocal weights
+        weights += present
+        return weights - 1 if present else -1
+
+    steps: list[list[int]] = []
+    for step in plan.steps:
+        output = [step.output.buffer, step.output.channel, step.output.channels]
+        if isinstance(step, FusedConv):
+            entries = [len(step.inputs)]
+            for segment in step.inputs:
+                entries += [segment.buffer, segment.channel, segment.channels]
+            entries += [*output, *step.kernel, step.stride, step.padding, step.relu]
+            prologue = step.prologue is not None
+            entries += [number(True), number(step.bias is not None)]
+            entries += [number(prologue), number(prologue)]
+            steps.append([_CONVOLUTION, len(entries) + 2, *entries])
+        elif isinstance(step, Pool):
+            source = [step.input.buffer, step.input.channel, step.input.channels]
+            entries = [*source, *output, *step.kernel, step.stride, step.padding, step.average]
+            steps.append([_POOL, len(entries) + 2, *entries])
+        elif isinstance(step, Head):
+            source = [step.input.buffer, step.input.channel, step.input.channels]
+            size = plan.buffers[step.input.buffer]
+            window = [size.height, size.width, 1, 0]
+            if step.weight is None:
+                entries = [*source, *output, *window, 1]
+                steps.append([_POOL, len(entries) + 2, *entries])
+                continue
+            pooled = [len(buffers), 0, step.input.channels]
+            pitch = -(-step.input.channels // 16) * 16
+            buffers.append([1, 1, pitch, arena_size])
+            arena_size += batch * pitch
+            entries = [*source, *pooled, *window, 1]
+            steps.append([_POOL, len(entries) + 2, *entries])
+            entries = [1, *pooled, *output, 1, 1, 1, 0, 0]
+            entries += [number(True), number(step.bias is not None), -1, -1]
+            steps.append([_CONVOLUTION, len(entries) + 2, *entries])
+
+    out = plan.buffers[last]
+    header = [
+        _MAGIC,
+        _VERSION,
+        *plan.input_shape,
+        out.channels,
+        out.height,
+        out.width,
+        0,
+        weights,
+        arena_size,
+        len(buffers),
+        len(steps),
+    ]
+    flat = header + [entry for row in buffers + steps for entry in row]
+    return torch.tensor(flat, dtype=torch.int64)
