@@ -72,8 +72,9 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        # The loader's own text may run over several lines and repeats the path.
-        text = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        # torch keeps the system loader's text as the cause; it may take several lines and starts
+        # with the path.
+        text = " ".join(str(error.__cause__ or error).split()).removeprefix(f"{path}: ")
         return f"the C++ extension {path} does not load beside torch {torch.__version__}: {text}"
     namespace = getattr(torch.ops, NAMESPACE)
     missing = [name for name in _OPERATORS if not hasattr(namespace, name)]

@@ -1,0 +1,219 @@
+"""The loader of the compiled operators, and what the shared library promises to torch."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from threshnet_fast import extension
+
+NAMES = {
+    "best_isa",
+    "cat_bn_relu_conv",
+    "cat_conv_bn_relu",
+    "compile_plan",
+    "pack_weights",
+    "run_plan",
+}
+SCHEMAS = {
+    "best_isa": "() -> int",
+    "cat_bn_relu_conv": "(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
+    "int padding, int isa) -> Tensor",
+    "cat_conv_bn_relu": "(Tensor[] xs, Tensor weight, Tensor scale, Tensor shift, int stride, "
+    "int padding, bool relu, int isa) -> Tensor",
+    "run_plan": "(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor",
+}
+
+
+@pytest.fixture
+def library():
+    """The shared library's path; every test that needs it fails where it was not built."""
+    path = extension.library_path()
+    assert path is not None, extension.unavailable_reason()
+    return path
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """The loader as in a process that has not called it."""
+    monkeypatch.setattr(extension, "_done", False)
+    monkeypatch.setattr(extension, "_reason", None)
+    return monkeypatch
+
+
+def run_python(code, **environment):
+    """Runs ``code`` in a fresh interpreter and returns what it printed."""
+    inherited = {name: text for name, text in os.environ.items() if name != "THRESHNET_FAST_NO_EXT"}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**inherited, **environment},
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_loads():
+    assert extension.load() is True
+    assert extension.load() is True
+    assert extension.unavailable_reason() is None
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema(name):
+    assert extension.load()
+    operator = getattr(getattr(torch.ops, extension.NAMESPACE), name).default
+    assert str(operator._schema) == f"{extension.NAMESPACE}::{name}{SCHEMAS[name]}"
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_registers(name):
+    assert extension.load()
+    assert hasattr(getattr(torch.ops, extension.NAMESPACE), name)
+
+
+def test_best_isa_is_a_known_level():
+    assert extension.load()
+    assert torch.ops.threshnet_fast_cpu.best_isa() in (0, 1, 2)
+
+
+def test_threads_load_it_once(unloaded):
+    calls = []
+
+    def slow_load():
+        calls.append(threading.get_ident())
+        time.sleep(0.05)
+        return "a reason"
+
+    unloaded.setattr(extension, "_load", slow_load)
+    barrier = threading.Barrier(8)
+    results = []
+
+    def work():
+        barrier.wait()
+        results.append((extension.load(), extension.unavailable_reason()))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [(False, "a reason")] * 8
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_switched_off(unloaded, value):
+    unloaded.setenv("THRESHNET_FAST_NO_EXT", value)
+    assert extension.load() is False
+    assert "THRESHNET_FAST_NO_EXT" in extension.unavailable_reason()
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_not_switched_off(unloaded, value):
+    unloaded.setenv("THRESHNET_FAST_NO_EXT", value)
+    assert extension.load() is True
+
+
+def test_absent(unloaded, tmp_path):
+    unloaded.delenv("THRESHNET_FAST_NO_EXT", raising=False)
+    unloaded.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+    assert extension.library_path() is None
+    assert extension.load() is False
+    reason = extension.unavailable_reason()
+    assert "was not built" in reason
+    assert "compiler" in reason
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library" * 1000])
+def test_broken(unloaded, tmp_path, content):
+    unloaded.delenv("THRESHNET_FAST_NO_EXT", raising=False)
+    path = tmp_path / "_C.abi3.so"
+    path.write_bytes(content)
+    unloaded.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+    assert extension.load() is False
+    reason = extension.unavailable_reason()
+    assert f"{path} does not load beside torch {torch.__version__}: " in reason
+    assert reason.count(str(path)) == 1
+    assert "\n" not in reason
+
+
+def test_library_of_another_version(tmp_path):
+    """A library that loads but lacks operators; in a fresh process, where none is registered."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "empty.cpp"
+    source.write_text("int nothing = 0;\n")
+    path = tmp_path / "_C.abi3.so"
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", path], check=True)
+    reason = run_python(
+        "from threshnet_fast import extension\n"
+        f"extension.__file__ = {str(tmp_path / 'extension.py')!r}\n"
+        "assert extension.load() is False\n"
+        "print(extension.unavailable_reason())"
+    )
+    assert f"{path} is not of this version" in reason
+    assert all(name in reason for name in NAMES)
+
+
+def test_package_works_without_it(tmp_path):
+    """A network runs in pure PyTorch, and asking for the cpu backend says why it is off."""
+    output = run_python(
+        "import torch, threshnet_fast as tf\n"
+        "model = tf.ThreshNet79(num_classes=5).eval()\n"
+        "with torch.no_grad():\n"
+        "    print(tuple(model(torch.randn(1, 3, 32, 32)).shape))\n"
+        "    try:\n"
+        "        with tf.use_backend('cpu'):\n"
+        "            model(torch.randn(1, 3, 32, 32))\n"
+        "    except RuntimeError as error:\n"
+        "        print(error)",
+        THRESHNET_FAST_NO_EXT="1",
+    )
+    shape, _, message = output.partition("\n")
+    assert shape == "(1, 5)"
+    assert "THRESHNET_FAST_NO_EXT" in message
+
+
+def test_links_no_python_and_no_second_openmp(library):
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("no readelf")
+    text = subprocess.run([readelf, "-d", library], capture_output=True, text=True, check=True)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", text.stdout)
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if name.startswith(("libpython", "libgomp", "libomp"))]
+    assert "libtorch_python.so" not in needed
+
+
+def test_uses_only_the_stable_abi(library):
+    """One library serves every torch from 2.10: it may call torch's C functions, not its C++."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    command = [nm, "-D", "--undefined-only", library]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-1].split("@")[0] for line in text.splitlines() if line.split()]
+    torch_calls = [name for name in symbols if name.startswith(("aoti_torch_", "torch_"))]
+    assert torch_calls, symbols
+    # Mangled names of the namespaces at, c10 and torch; Python's C API.
+    unstable = re.compile(r"^_Z\w*(2at|3c10|5torch)|^_?Py")
+    assert [name for name in symbols if unstable.match(name)] == []
+
+
+def test_exports_nothing_of_its_own(library):
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    command = [nm, "-D", "--defined-only", "--demangle", library]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line for line in text.splitlines() if "threshnet" in line] == []
