@@ -316,8 +316,8 @@ class TestArchives:
         # Without site, the editable install that runs this test is not seen; torch still is.
         code = (
             "import importlib.util, site, sys\n"
-            f"sys.path.append({str(Path(torch.__file__).parents[1])!r})\n"
             f"site.addsitedir({str(site_folder)!r})\n"
+            f"sys.path.append({str(Path(torch.__file__).parents[1])!r})\n"
             "import threshnet_fast.kernels.example as example\n"
             "print(example.__file__, example.ANSWER, importlib.util.find_spec('kernels'))"
         )
