@@ -5,8 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <exception>
+#include <cstring>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -81,6 +82,21 @@ cpu::Program program_of(const Tensor& program) {
   return cpu::Program(program.data_ptr(), program.numel());
 }
 
+// A checksum of single floats in memory, by FNV-1a. The caller vouches for the addresses: it holds
+// the tensors that they lie in.
+int64_t checksum_floats(const Tensor& addresses) {
+  check_tensor(addresses, "addresses", ScalarType::Long, "int64");
+  check_dense(addresses, "addresses");
+  const int64_t* address = static_cast<const int64_t*>(addresses.data_ptr());
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (int64_t i = 0; i < addresses.numel(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, reinterpret_cast<const void*>(address[i]), sizeof bits);
+    hash = (hash ^ bits) * 0x100000001b3u;
+  }
+  return static_cast<int64_t>(hash);
+}
+
 int64_t best_isa() { return cpu::best_isa(); }
 
 Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads) {
@@ -124,7 +140,7 @@ Tensor run_plan(const Tensor& x, const Tensor& program, const Tensor& packed, Te
   check(header.external_count == 0, "program is one of a single operation");
   check_float(packed, "packed");
   check_dense(packed, "packed");
-  check(packed.numel() == header.packed_floats, "packed does not belong to program");
+  check(packed.numel() >= header.packed_floats, "packed does not belong to program");
   check_float(workspace, "workspace");
   check_dense(workspace, "workspace");
   const int64_t threads = torch::stable::get_num_threads();
@@ -158,8 +174,9 @@ int64_t pixel_pitch(const Tensor& x) {
   int64_t pixels = 1;
   for (const int64_t dimension : {3, 2, 0}) {
     if (x.size(dimension) == 1) continue;
-    if (pitch == 0) pitch = x.stride(dimension) / pixels;
-    if (x.stride(dimension) != pitch * pixels) return 0;
+    if (pitch == 0) pitch = x.stride(dimension);
+    // A pitch of 0 is an expanded dimension: its pixels share their memory.
+    if (pitch == 0 || x.stride(dimension) != pitch * pixels) return 0;
     pixels *= x.size(dimension);
   }
   if (pitch == 0) pitch = x.size(1);
@@ -287,6 +304,7 @@ Tensor cat_conv_bn_relu(const std::vector<Tensor>& xs, const Tensor& weight, con
 
 STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("best_isa() -> int");
+  m.def("checksum_floats(Tensor addresses) -> int");
   m.def("compile_plan(Tensor description, int isa, int threads) -> Tensor");
   m.def("pack_weights(Tensor program, Tensor[] weights) -> Tensor");
   m.def("create_workspace(Tensor program, int threads) -> Tensor");
@@ -304,6 +322,7 @@ STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
+  m.impl("checksum_floats", TORCH_BOX(&checksum_floats));
   m.impl("compile_plan", TORCH_BOX(&compile_plan));
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("create_workspace", TORCH_BOX(&create_workspace));
