@@ -1,8 +1,8 @@
 """Chooses the backend, and says why.
 
-A request comes from an argument (``backend="cpu"``) or from :func:`use_backend`. An explicit request
-is served or refused with an error; ``"auto"`` takes the first backend that has no objection and
-keeps the objections of those it passed over.
+A request comes from an argument (``backend="cpu"``) or from :func:`use_backend`. An explicit
+request is served or refused with an error; ``"auto"`` takes the first backend that has no objection
+and keeps the objections of those it passed over.
 """
 
 import contextlib

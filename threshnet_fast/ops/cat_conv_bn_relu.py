@@ -130,7 +130,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    xs, weight, scale, shift, stride, padding, act, _ = inputs
+    xs, weight, scale, _shift, stride, padding, act, _backend_name = inputs
     ctx.save_for_backward(*xs, weight, scale, output)
     ctx.stride, ctx.padding, ctx.act = stride, padding, act
 

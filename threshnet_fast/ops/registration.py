@@ -1,4 +1,4 @@
-"""What the operators share: registration with PyTorch, memory formats, the arithmetic of the affine.
+"""What the operators share: registration with PyTorch, memory formats, arithmetic.
 
 The operators are registered with ``torch.library.Library`` rather than ``torch.library.custom_op``:
 the first call of the latter imports the whole of TorchDynamo, about a second, into programs that
@@ -115,7 +115,7 @@ def as_output(y: Tensor, first: Tensor) -> Tensor:
     ``Tensor.contiguous`` would not do: it takes any stride for a dimension of size 1, and the
     strides would differ from those that the fake implementation promised.
     """
-    n, c, h, w = y.shape
+    _, c, h, w = y.shape
     if memory_format(first) == torch.channels_last:
         strides = (h * w * c, 1, w * c, c)
     else:
@@ -149,7 +149,7 @@ def convolution(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the gradients of :func:`convolution` to ``x`` and ``weight`` that ``mask`` asks for."""
+    """Returns the gradients to ``x`` and ``weight``, None where ``mask`` is False."""
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         grad,
         x,
