@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import nn
 from .models import ThreshNet, ThreshNet79, ThreshNet95, create_model, list_models
+from .optimize import optimize
 
 if TYPE_CHECKING:
     from . import ops, plan
     from .backends.select import use_backend
     from .config import show_config
-    from .optimize import optimize
     from .plan import explain
 
 __all__ = [
@@ -37,7 +37,6 @@ __version__ = "0.1.0"
 _LAZY: dict[str, tuple[str, str | None]] = {
     "explain": (".plan", "explain"),
     "ops": (".ops", None),
-    "optimize": (".optimize", "optimize"),
     "plan": (".plan", None),
     "show_config": (".config", "show_config"),
     "use_backend": (".backends.select", "use_backend"),

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -109,6 +110,10 @@ class ThreshNet(nn.Module):
         self.in_chans = _integer("in_chans", in_chans)
         self.drop_rate = drop_rate
         self.feature_info: list[dict[str, Any]] = []
+        # Imported here because plans know the models.
+        from ..fused import FusedForward
+
+        self._fused = FusedForward()
 
         base: list[nn.Module] = [
             ConvBNReLU(self.in_chans, first_channels[0], stride=2),
@@ -170,7 +175,12 @@ class ThreshNet(nn.Module):
             ValueError: As :meth:`forward_features`.
             RuntimeError: As :meth:`forward_features`.
         """
-        return self.forward_head(self.forward_features(x))
+        self._check_input(x)
+        if not torch.compiler.is_compiling():
+            fused = self._fused(self, x, head=True)
+            if fused is not None:
+                return fused
+        return self.forward_head(self._plain_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, before pooling.
@@ -186,11 +196,12 @@ class ThreshNet(nn.Module):
             ValueError: ``x`` has the wrong rank, number of channels, or size.
             RuntimeError: ``x`` is not on the parameters' device.
         """
-        modules = list(self.base)
-        check_input(x, self.in_chans, self.min_size, cast(ConvBNReLU, modules[0]).conv.weight)
-        for module in modules[:-1]:
-            x = module(x)
-        return x
+        self._check_input(x)
+        if not torch.compiler.is_compiling():
+            fused = self._fused(self, x, head=False)
+            if fused is not None:
+                return fused
+        return self._plain_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools and classifies a feature map.
@@ -234,6 +245,15 @@ class ThreshNet(nn.Module):
         self.base[-1] = head.train(self.training)
         self.default_cfg["num_classes"] = self.num_classes
         self._initialise_classifier()
+
+    def _check_input(self, x: Tensor) -> None:
+        weight = cast(ConvBNReLU, self.base[0]).conv.weight
+        check_input(x, self.in_chans, self.min_size, weight)
+
+    def _plain_features(self, x: Tensor) -> Tensor:
+        for module in list(self.base)[:-1]:
+            x = module(x)
+        return x
 
     def _make_head(self) -> nn.Sequential:
         pooled = self.global_pool == "avg"

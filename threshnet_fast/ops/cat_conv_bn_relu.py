@@ -63,6 +63,8 @@ def cat_conv_bn_relu(
     segments = validate.check_arguments(
         xs, {"weight": weight, "scale": scale, "shift": shift}, stride, padding, backend
     )
+    if not isinstance(act, str):
+        raise TypeError(f"act is a {type(act).__name__}: expected 'relu' or 'none'")
     return _operator(segments, weight, scale, shift, stride, padding, act, backend)
 
 

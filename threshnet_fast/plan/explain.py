@@ -1,6 +1,134 @@
-"""Which backend and algorithm runs each step of a network, and why."""
-from .ir import Plan
-class Explanation: ...
-def explain(model, x): ...
-def table(plan: Plan) -> str:
-    return "\n".join(f"{i:3d} {s.name} {s.describe()}" for i, s in enumerate(plan.steps))
+"""What runs each step of a network, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .ir import FusedConv, Plan, Step
+from .lower import UnsupportedModule, lower
+from .memory import plan_memory
+
+__all__ = ["Explanation", "explain", "table"]
+
+_MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a model would run on an input; prints as a table.
+
+    Attributes:
+        backend: The backend that runs the whole network, ``"cpu"`` or ``"reference"``.
+        reason: Why that one.
+        algorithms: The algorithm of each step, in the plan's order; all None for the reference.
+        plan: The fused steps, or None where the network has no plan.
+    """
+
+    backend: str
+    reason: str
+    algorithms: tuple[str | None, ...]
+    plan: Plan | None
+
+    def __str__(self) -> str:
+        text = f"{self.backend}: {self.reason}"
+        return text if self.plan is None else f"{text}\n{table(self.plan, self.algorithms)}"
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, x: Tensor) -> Explanation:
+    """Tells which backend and algorithm would run each step of ``model(x)``, and why.
+
+    Takes the gradient mode, the autocast state and :func:`threshnet_fast.use_backend` into account,
+    and runs nothing.
+
+    Args:
+        model: A model of this package.
+        x: An input of it.
+
+    Returns:
+        An object that prints as a table.
+
+    Raises:
+        TypeError: ``model`` is no model of this package, or ``x`` is nothing that it takes.
+        ValueError: ``x`` has a wrong shape.
+        RuntimeError: ``x`` is on another device than the model, or a backend was asked for by name
+            that cannot run this.
+    """
+    from ..backends import cpu, select
+    from ..fused import Objection
+    from ..models.threshnet import ThreshNet
+
+    if not isinstance(model, ThreshNet):
+        raise TypeError(f"model is a {type(model).__name__}: expected a ThreshNet")
+    model._check_input(x)
+    try:
+        plan = lower(model, x.shape, fold=False)
+    except UnsupportedModule:
+        plan = None
+    nothing = () if plan is None else (None,) * len(plan.steps)
+    requested = select.requested_backend()
+    if requested == "reference":
+        return Explanation("reference", "asked for by use_backend", nothing, plan)
+    try:
+        model._fused.prepare(model, x, head=True)
+    except Objection as objection:
+        if requested != "auto":
+            raise RuntimeError(f"backend {requested!r} cannot run this call: {objection}") from None
+        return Explanation("reference", str(objection), nothing, plan)
+    assert plan is not None
+    reason = (
+        f"float32 on the CPU, {cpu.isa()} kernels, {torch.get_num_threads()} threads, "
+        f"{plan_memory(plan).bytes / _MEGA:.1f} MB of features"
+    )
+    return Explanation("cpu", reason, tuple(map(_algorithm, plan.steps)), plan)
+
+
+def _algorithm(step: Step) -> str:
+    if not isinstance(step, FusedConv):
+        return "direct"
+    if step.prologue is not None:
+        return "direct, input packed with its prologue"
+    if step.inputs[0].buffer == 0:
+        return "direct, input packed"
+    skipped = 1 - step.valid_macs / step.macs
+    return f"direct, {skipped:.0%} of the taps skipped" if skipped >= 0.005 else "direct"
+
+
+def table(plan: Plan, algorithms: tuple[str | None, ...] = ()) -> str:
+    """A plan as text: a row for each step.
+
+    Args:
+        plan: The plan.
+        algorithms: One text a step, or nothing.
+    """
+    header = ("step", "module", "operation", "in", "out", "map", "MMAC", "algorithm")
+    rows = [header]
+    for index, step in enumerate(plan.steps):
+        buffer = plan.buffers[step.output.buffer]
+        rows.append(
+            (
+                str(index),
+                step.name,
+                step.describe(),
+                "+".join(str(segment.channels) for segment in step.inputs),
+                str(step.output.channels),
+                f"{buffer.height}x{buffer.width}",
+                f"{step.macs / _MEGA:.2f}",
+                (algorithms[index] if algorithms else None) or "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    shape = " x ".join(map(str, plan.input_shape))
+    total = (
+        f"{len(plan.steps)} steps for input {shape}: {plan.macs / _MEGA:.1f} MMAC, "
+        f"{plan.valid_macs / _MEGA:.1f} of them off the padding"
+    )
+    return "\n".join([*lines, total])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -36,7 +37,11 @@ class _Features:
 
 
 def lower(
-    module: nn.Module, input_shape: tuple[int, int, int, int] | torch.Size, *, head: bool = True
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    head: bool = True,
+    fold: bool = True,
 ) -> Plan:
     """Lowers a network in evaluation mode.
 
@@ -48,6 +53,8 @@ def lower(
         module: A :class:`threshnet_fast.ThreshNet`.
         input_shape: ``(N, C, H, W)`` of the input.
         head: Whether to end with the logits rather than with the last features.
+        fold: Whether to calculate the weights; without, they are tensors on the meta device, which
+            have a shape but no values, and lowering takes little time.
 
     Returns:
         The plan.
@@ -56,8 +63,8 @@ def lower(
         UnsupportedModule: ``module``, or a part of it, is none that can be lowered.
         ValueError: ``input_shape`` is not one that the module takes.
     """
-    if not isinstance(module, ThreshNet):
-        raise UnsupportedModule(f"module is a {type(module).__name__}: expected a ThreshNet")
+    _require(module, ThreshNet, "module", "forward", "forward_features", "forward_head")
+    assert isinstance(module, ThreshNet)
     shape = tuple(int(size) for size in input_shape)
     if len(shape) != 4 or min(shape) < 1 or shape[1] != module.in_chans:
         raise ValueError(
@@ -67,14 +74,15 @@ def lower(
         raise ValueError(
             f"input_shape is {shape}: expected a height and width of at least {module.min_size}"
         )
-    lowering = _Lowering(cast("tuple[int, int, int, int]", shape))
+    lowering = _Lowering(cast("tuple[int, int, int, int]", shape), fold)
     with torch.no_grad():
         return lowering.network(module, head)
 
 
 class _Lowering:
-    def __init__(self, input_shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, input_shape: tuple[int, int, int, int], fold: bool) -> None:
         self.input_shape = input_shape
+        self.device = None if fold else torch.device("meta")
         self.batch, channels, height, width = input_shape
         self.buffers = [Buffer(height, width, channels, "input")]
         self.steps: list[Step] = []
@@ -100,14 +108,17 @@ class _Lowering:
                 if not isinstance(other, DenseLayer):
                     break
                 layers.append(other)
+            for index, layer in enumerate(layers, start=position):
+                _require(layer, DenseLayer, f"base.{index}", "forward")
             self._dense_block(layers, position)
             return len(layers)
         if isinstance(module, HarmonicBlock):
+            _require(module, HarmonicBlock, name, "forward")
             self._harmonic_block(module, name)
         elif isinstance(module, ConvBNReLU):
-            # A pool, or a dense layer, that follows decides nothing here: it copies one map.
             self._conv_bn_relu(module, name, None)
         elif isinstance(module, nn.MaxPool2d):
+            _require(module, nn.MaxPool2d, name, "forward")
             self._max_pool(module, name)
         else:
             raise UnsupportedModule(f"{name} is a {type(module).__name__}, which has no lowering")
@@ -131,15 +142,15 @@ class _Lowering:
             growth = layer.conv2.out_channels
             _require_plain(layer.conv1, f"{name}.conv1", 1)
             _require_plain(layer.conv2, f"{name}.conv2", 3)
-            scale, shift = _fold(layer.norm1, f"{name}.norm1")
-            middle_scale, middle_shift = _fold(layer.norm2, f"{name}.norm2")
+            scale, shift = self._fold(layer.norm1, f"{name}.norm1")
+            middle_scale, middle_shift = self._fold(layer.norm2, f"{name}.norm2")
             width_1x1 = layer.conv1.out_channels
             bottleneck = self._buffer(height, width, width_1x1, f"{name}.conv1")
             self._conv(
                 f"{name}.conv1",
                 (Segment(slot, 0, written),),
                 Segment(bottleneck, 0, width_1x1),
-                layer.conv1.weight.double() * middle_scale[:, None, None, None],
+                self._double(layer.conv1.weight) * middle_scale[:, None, None, None],
                 middle_shift,
                 prologue=(scale, shift),
                 relu=True,
@@ -148,7 +159,7 @@ class _Lowering:
                 f"{name}.conv2",
                 (Segment(bottleneck, 0, width_1x1),),
                 Segment(slot, written, growth),
-                layer.conv2.weight.double(),
+                self._double(layer.conv2.weight),
                 None,
                 padding=1,
             )
@@ -193,11 +204,12 @@ class _Lowering:
         return source.buffer
 
     def _conv_bn_relu(self, module: ConvBNReLU, name: str, output: Segment | None) -> None:
+        _require(module, ConvBNReLU, name, "forward")
         if module.activation != "relu":
             raise UnsupportedModule(f"{name} has activation {module.activation!r}, not 'relu'")
         conv = module.conv
         _require_plain(conv, f"{name}.conv", conv.kernel_size[0], stride=conv.stride[0])
-        scale, shift = _fold(module.norm, f"{name}.norm")
+        scale, shift = self._fold(module.norm, f"{name}.norm")
         padding, stride = cast("int", conv.padding[0]), conv.stride[0]
         height = _out_size(self.features.height, conv.kernel_size[0], stride, padding)
         width = _out_size(self.features.width, conv.kernel_size[1], stride, padding)
@@ -212,7 +224,7 @@ class _Lowering:
             name,
             self.features.segments,
             output,
-            conv.weight.double() * scale[:, None, None, None],
+            self._double(conv.weight) * scale[:, None, None, None],
             shift,
             stride=stride,
             padding=padding,
@@ -255,6 +267,23 @@ class _Lowering:
             )
         )
 
+    def _double(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, torch.float64)
+
+    def _fold(self, norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+        """The float64 scale and shift of a BatchNorm in evaluation mode."""
+        _require(norm, nn.BatchNorm2d, name, "forward")
+        assert isinstance(norm, nn.BatchNorm2d)
+        if norm.running_mean is None or norm.running_var is None:
+            raise UnsupportedModule(f"{name} keeps no running statistics, so it cannot be folded")
+        scale = torch.rsqrt(self._double(norm.running_var) + norm.eps)
+        if norm.weight is not None:
+            scale = scale * self._double(norm.weight)
+        shift = -self._double(norm.running_mean) * scale
+        if norm.bias is not None:
+            shift = shift + self._double(norm.bias)
+        return scale, shift
+
     def _max_pool(self, pool: nn.MaxPool2d, name: str) -> None:
         kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
         if (
@@ -292,9 +321,9 @@ class _Lowering:
     def _head(self, tail: nn.Sequential, name: str) -> None:
         classifier = tail[2]
         source = self.features.segments[0]
-        if not isinstance(classifier, nn.Linear | nn.Identity):
-            raise UnsupportedModule(f"{name}.2 is a {type(classifier).__name__}")
+        _require(tail, nn.Sequential, name, "forward")
         linear = classifier if isinstance(classifier, nn.Linear) else None
+        _require(classifier, nn.Identity if linear is None else nn.Linear, f"{name}.2", "forward")
         if linear is not None and linear.in_features != source.channels:
             raise UnsupportedModule(
                 f"{name}.2 reads {linear.in_features} features, not {source.channels}"
@@ -306,8 +335,12 @@ class _Lowering:
                 name=name,
                 input=source,
                 output=output,
-                weight=None if linear is None else _single(linear.weight),
-                bias=None if linear is None or linear.bias is None else _single(linear.bias),
+                weight=None if linear is None else _single(self._double(linear.weight)),
+                bias=(
+                    None
+                    if linear is None or linear.bias is None
+                    else _single(self._double(linear.bias))
+                ),
                 input_pixels=self.features.height * self.features.width,
                 batch=self.batch,
             )
@@ -337,7 +370,21 @@ def _single(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32, copy=True).contiguous()
 
 
-def _require_plain(conv: nn.Conv2d, name: str, kernel: int, stride: int = 1) -> None:
+def _require(module: nn.Module, expected: type[nn.Module], name: str, *methods: str) -> None:
+    """Refuses a module that does not run exactly as its class does."""
+    if not isinstance(module, expected):
+        raise UnsupportedModule(
+            f"{name} is a {type(module).__name__}: expected a {expected.__name__}"
+        )
+    for method in methods:
+        if method in module.__dict__ or getattr(type(module), method) is not getattr(
+            expected, method
+        ):
+            raise UnsupportedModule(f"{name} has a {method} of its own")
+
+
+def _require_plain(conv: nn.Module, name: str, kernel: int, stride: int = 1) -> None:
+    _require(conv, nn.Conv2d, name, "forward")
     expected = {
         "kernel_size": (kernel, kernel),
         "stride": (stride, stride),
@@ -345,23 +392,9 @@ def _require_plain(conv: nn.Conv2d, name: str, kernel: int, stride: int = 1) -> 
         "dilation": (1, 1),
         "groups": 1,
         "bias": None,
+        "padding_mode": "zeros",
     }
     for attribute, value in expected.items():
         actual = getattr(conv, attribute)
         if actual is not value and actual != value:
             raise UnsupportedModule(f"{name} has {attribute} {actual}, expected {value}")
-
-
-def _fold(norm: nn.BatchNorm2d, name: str) -> tuple[Tensor, Tensor]:
-    """The float64 scale and shift of a BatchNorm in evaluation mode."""
-    if not isinstance(norm, nn.BatchNorm2d):
-        raise UnsupportedModule(f"{name} is a {type(norm).__name__}, expected a BatchNorm2d")
-    if norm.running_mean is None or norm.running_var is None:
-        raise UnsupportedModule(f"{name} keeps no running statistics, so it cannot be folded")
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return scale, shift

@@ -1,0 +1,160 @@
+"""The C++ CPU backend: which instruction set it uses, and compiled plans ready to run."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from ..models.threshnet import ThreshNet
+from ..plan.ir import Plan
+from ..plan.lower import lower
+from ..plan.memory import plan_memory
+from ..plan.serialize import serialize
+
+__all__ = ["CompiledPlan", "compile_network", "isa", "isa_code", "pack_network", "unavailable_reason"]
+
+ISA_VARIABLE = "THRESHNET_FAST_CPU_ISA"
+"""Environment variable that caps the instruction set."""
+
+_ISAS = ("scalar", "avx2", "avx512")
+
+# Of a batch, as many images are worked on at once as fit in this much memory: it keeps the memory
+# of a large batch, and the traffic beyond the last level cache, that of a small one.
+_ARENA_BYTES = 32 << 20
+
+
+def unavailable_reason() -> str | None:
+    """Returns one line saying why this backend cannot run, or None when it can."""
+    return extension.unavailable_reason()
+
+
+def isa() -> str:
+    """Returns the instruction set in use: ``"avx512"``, ``"avx2"`` or ``"scalar"``.
+
+    It is the best one that the processor has, unless ``THRESHNET_FAST_CPU_ISA`` names another.
+
+    Raises:
+        ValueError: If ``THRESHNET_FAST_CPU_ISA`` is unknown, or the processor lacks it.
+        RuntimeError: If the C++ extension is unavailable.
+    """
+    return _ISAS[isa_code()]
+
+
+def isa_code() -> int:
+    """Returns the instruction set in use as the operators take it: 0 scalar, 1 AVX2, 2 AVX-512.
+
+    Raises:
+        ValueError: As :func:`isa`.
+        RuntimeError: As :func:`isa`.
+    """
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"backend 'cpu' is unavailable: {reason}")
+    best: int = torch.ops.threshnet_fast_cpu.best_isa()
+    wanted = os.environ.get(ISA_VARIABLE)
+    if not wanted:
+        return best
+    if wanted not in _ISAS:
+        raise ValueError(f"{ISA_VARIABLE} is {wanted!r}: expected one of {', '.join(_ISAS)}")
+    code = _ISAS.index(wanted)
+    if code > best:
+        raise ValueError(
+            f"{ISA_VARIABLE} is {wanted!r}: this processor has no more than {_ISAS[best]!r}"
+        )
+    return code
+
+
+class CompiledPlan:
+    """A plan compiled for one instruction set and number of threads.
+
+    Calls may come from several threads at once: each takes a workspace of its own from a pool.
+
+    Args:
+        plan: The plan, with or without the values of its weights.
+        isa: As :func:`isa_code` returns it.
+        threads: How many threads to split the work for.
+
+    Attributes:
+        batch: Images that are worked on at once.
+        flat_output: Whether the result is ``[N, channels]``.
+        arena_bytes: Memory for features.
+    """
+
+    def __init__(self, plan: Plan, isa: int, threads: int) -> None:
+        arena = plan_memory(plan)
+        operators = torch.ops.threshnet_fast_cpu
+        self.batch = plan.input_shape[0]
+        self.flat_output = plan.flat_output
+        self.arena_bytes = arena.bytes
+        self.program: Tensor = operators.compile_plan(serialize(plan, arena), isa, threads)
+        self._threads = threads
+        self._run = operators.run_plan.default
+        self._workspaces: deque[Tensor] = deque()
+
+    def __call__(self, x: Tensor, packed: Tensor) -> Tensor:
+        """Runs the plan.
+
+        Args:
+            x: float32 images of the plan's size in any strides, at least ``batch`` of them.
+            packed: The plan's packed weights, see :func:`pack_network`.
+
+        Returns:
+            ``[N, channels]``, or ``[N, C, H, W]`` in channels_last format.
+        """
+        try:
+            workspace = self._workspaces.pop()
+        except IndexError:
+            workspace = torch.ops.threshnet_fast_cpu.create_workspace(self.program, self._threads)
+        output: Tensor = self._run(x, self.program, packed, workspace)
+        self._workspaces.append(workspace)
+        return output.flatten(1) if self.flat_output else output
+
+
+def compile_network(
+    module: ThreshNet, input_shape: Sequence[int], *, head: bool, isa: int, threads: int
+) -> CompiledPlan:
+    """Lowers and compiles a network for one input shape, without the values of its weights.
+
+    Large batches are compiled in equal parts that fit in a bounded arena.
+
+    Args:
+        module: The network.
+        input_shape: ``(N, C, H, W)``.
+        head: Whether to end with the logits rather than with the last features.
+        isa: As :func:`isa_code` returns it.
+        threads: How many threads to split the work for.
+
+    Raises:
+        UnsupportedModule: The network cannot be lowered.
+    """
+    batch, *image = input_shape
+    one = lower(module, (1, *image), head=head, fold=False)
+    at_once = max(1, _ARENA_BYTES // plan_memory(one).bytes)
+    parts = -(-batch // at_once)
+    plan = lower(module, (-(-batch // parts), *image), head=head, fold=False)
+    return CompiledPlan(plan, isa, threads)
+
+
+def pack_network(module: ThreshNet, isa: int) -> Tensor:
+    """Folds a network's BatchNorms into its weights and packs them for the micro-kernels.
+
+    The layout depends on the instruction set and on the weights' shapes only: one packing serves
+    every input shape, and its beginning the network without its head.
+
+    Args:
+        module: The network, a :class:`threshnet_fast.ThreshNet`.
+        isa: As :func:`isa_code` returns it.
+
+    Raises:
+        UnsupportedModule: The network cannot be lowered.
+    """
+    size = module.min_size
+    plan = lower(module, (1, module.in_chans, size, size))
+    program = CompiledPlan(plan, isa, 1).program
+    packed: Tensor = torch.ops.threshnet_fast_cpu.pack_weights(program, plan.weights())
+    return packed

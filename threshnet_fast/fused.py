@@ -1,0 +1,254 @@
+"""Runs a model's forward pass through a fused backend where that changes nothing but its speed.
+
+The compiled plan and the packed weights are kept between calls. Before each call the model is
+compared with what they were made from, so that they are never stale.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+from .backends import cpu, select
+from .backends.cpu import CompiledPlan
+from .plan.lower import UnsupportedModule
+
+__all__ = ["FusedForward", "Objection"]
+
+# Compiled plans kept for a model, one for each input shape, number of threads, instruction set.
+_MAX_PLANS = 16
+
+_version = operator.attrgetter("_version")
+_data_ptr = Tensor.data_ptr
+
+
+class FusedForward:
+    """The fused forward pass of one model; an attribute of it.
+
+    Copying or pickling a model gives the copy a new, empty one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._snapshot: _Snapshot | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
+        return FusedForward()
+
+    def __reduce__(self) -> tuple[type[FusedForward], tuple[()]]:
+        return FusedForward, ()
+
+    def __call__(self, model: nn.Module, x: Tensor, *, head: bool) -> Tensor | None:
+        """Runs the model on a fused backend, or returns None where the plain path must run.
+
+        Args:
+            model: The model that this belongs to.
+            x: Its input, already checked.
+            head: Whether to return the logits rather than the last features.
+
+        Raises:
+            RuntimeError: A fused backend was asked for by name, and it cannot run this.
+        """
+        requested = select.requested_backend()
+        if requested == "reference":
+            return None
+        try:
+            compiled, packed = self.prepare(model, x, head=head)
+        except Objection as objection:
+            if requested != "auto":
+                raise RuntimeError(
+                    f"backend {requested!r} cannot run this call: {objection}"
+                ) from None
+            return None
+        return compiled(x, packed)
+
+    def prepare(self, model: nn.Module, x: Tensor, *, head: bool) -> tuple[CompiledPlan, Tensor]:
+        """Returns the compiled plan for an input and the packed weights, both up to date.
+
+        Args:
+            model: The model that this belongs to.
+            x: Its input, already checked.
+            head: Whether to return the logits rather than the last features.
+
+        Raises:
+            Objection: The plain path must run; the message says why.
+        """
+        if x.device.type != "cpu":
+            raise Objection(f"x is on {x.device}, and only the CPU has a fused backend")
+        if x.dtype is not torch.float32:
+            raise Objection(f"x has dtype {x.dtype}, and the CPU backend computes in torch.float32")
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            raise Objection(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
+        if _transformed():
+            raise Objection("a tracer, a transform or a tensor mode is active")
+        if torch.is_autocast_enabled("cpu"):
+            raise Objection("autocast is enabled")
+        reason = cpu.unavailable_reason()
+        if reason is not None:
+            raise Objection(reason)
+        snapshot = self._current(model)
+        snapshot.check(x)
+        return snapshot.compiled(model, x.shape, head)
+
+    def _current(self, model: nn.Module) -> _Snapshot:
+        snapshot = self._snapshot
+        if snapshot is None or not snapshot.matches():
+            with self._lock:
+                snapshot = self._snapshot
+                if snapshot is None or not snapshot.matches():
+                    snapshot = self._snapshot = _Snapshot(model)
+        return snapshot
+
+
+class Objection(Exception):
+    """Why a call cannot run fused, in one line."""
+
+
+class _Snapshot:
+    """What a model was when its weights were packed, and all that was made from it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._modules = modules
+        self._children = [module._modules for module in modules if module._modules]
+        self._child_modules = [tuple(children.values()) for children in self._children]
+        self._attributes = [module.__dict__ for module in modules]
+        self._attribute_counts = list(map(len, self._attributes))
+        self._norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+        self._eps = [norm.eps for norm in self._norms]
+        self._hooks: list[dict[int, Any]] = [
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_pre_hooks,
+        ]
+        for module in modules:
+            if module is not model:
+                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        self._slots = [
+            (tensors, name)
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None and name != "num_batches_tracked"
+        ]
+        self._tensors = [tensors[name] for tensors, name in self._slots]
+        if any(tensor.is_inference() for tensor in self._tensors):
+            raise Objection("parameters are inference tensors, whose changes cannot be noticed")
+        self._versions = list(map(_version, self._tensors))
+        self._pointers = list(map(_data_ptr, self._tensors))
+        self._parameters = [t for t in self._tensors if isinstance(t, nn.Parameter)]
+        self._other_dtype = next(
+            (t.dtype for t in self._tensors if t.dtype is not torch.float32), None
+        )
+        self._probe = _Probe(self._tensors)
+
+        self._lock = threading.Lock()
+        self._packed: dict[int, Tensor] = {}
+        self._compiled: dict[tuple[Any, ...], CompiledPlan] = {}
+        self._unsupported: str | None = None
+
+    def matches(self) -> bool:
+        """Whether the model is still what it was."""
+        try:
+            tensors = [tensors[name] for tensors, name in self._slots]
+        except KeyError:
+            return False
+        return (
+            not any(map(operator.is_not, tensors, self._tensors))
+            and list(map(_version, tensors)) == self._versions
+            and list(map(_data_ptr, tensors)) == self._pointers
+            and [tuple(children.values()) for children in self._children] == self._child_modules
+            and list(map(len, self._attributes)) == self._attribute_counts
+            and [norm.eps for norm in self._norms] == self._eps
+            and self._probe.matches()
+        )
+
+    def check(self, x: Tensor) -> None:
+        """Raises an Objection for what may differ from call to call."""
+        if any([module.training for module in self._modules]):
+            raise Objection("the model, or a part of it, is in training mode")
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any([parameter.requires_grad for parameter in self._parameters])
+        ):
+            raise Objection("gradients are wanted: use torch.no_grad() or torch.inference_mode()")
+        if any(self._hooks):
+            raise Objection("a part of the model has forward hooks")
+        if self._other_dtype is not None:
+            raise Objection(f"the model has weights of dtype {self._other_dtype}")
+        if self._unsupported is not None:
+            raise Objection(self._unsupported)
+
+    def compiled(
+        self, model: nn.Module, shape: torch.Size, head: bool
+    ) -> tuple[CompiledPlan, Tensor]:
+        """The compiled plan for an input shape, and the packed weights."""
+        isa = cpu.isa_code()
+        threads = torch.get_num_threads()
+        key = (shape, head, isa, threads)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            with self._lock:
+                try:
+                    compiled = cpu.compile_network(
+                        model, shape, head=head, isa=isa, threads=threads
+                    )
+                    if isa not in self._packed:
+                        self._packed[isa] = cpu.pack_network(model, isa)
+                except UnsupportedModule as error:
+                    self._unsupported = str(error)
+                    raise Objection(self._unsupported) from None
+                if len(self._compiled) >= _MAX_PLANS:
+                    self._compiled.pop(next(iter(self._compiled)))
+                self._compiled[key] = compiled
+        return compiled, self._packed[isa]
+
+
+class _Probe:
+    """A sample of the tensors' contents, for the edits that PyTorch's version counters miss.
+
+    ``parameter.data`` has a counter of its own: what is written through it changes neither the
+    parameter's counter nor its address. Three elements of every tensor are compared, so that an
+    edit of a whole tensor shows; one of a few elements may not.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        # Aliases keep the memory alive that the addresses point to.
+        self._aliases = [
+            tensor.detach() for tensor in tensors if tensor.dtype is torch.float32 and _dense(tensor)
+        ]
+        addresses = [
+            alias.data_ptr() + alias.element_size() * index
+            for alias in self._aliases
+            for index in (0, alias.numel() // 2, alias.numel() - 1)
+        ]
+        self._addresses = torch.tensor(addresses, dtype=torch.int64)
+        self._checksum = self._read()
+
+    def matches(self) -> bool:
+        return self._read() == self._checksum
+
+    def _read(self) -> int:
+        checksum: int = torch.ops.threshnet_fast_cpu.checksum_floats(self._addresses)
+        return checksum
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and (
+        tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _transformed() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or forward_ad._current_level >= 0
+    )
