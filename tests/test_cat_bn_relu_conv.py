@@ -330,7 +330,7 @@ def test_compiled_function_follows_use_backend() -> None:
     args = arguments(SMALL, torch.float64)
     with use_backend("reference"):
         compiled(*args)
-    with use_backend("cpu"), pytest.raises(TypeError, match="backend 'cpu' needs torch.float32"):
+    with use_backend("cpu"), pytest.raises(TypeError, match=r"needs torch\.float32 tensors"):
         compiled(*args)
     torch.testing.assert_close(compiled(*args), plain(*args))
 

@@ -7,10 +7,10 @@ grows like ``sqrt(K)``. The bound here is
     error <= FACTOR * sqrt(K) * u * sum(|a| * |b|)
 
 for each element, where the sum is over the same K products. Where a factor is itself computed, as
-``a = relu(x * scale + shift)``, its rounding error is relative to ``|x * scale| + |shift|``, so that
-is what takes the place of ``|a|``: the bound then holds under cancellation too. The factor leaves
-room for the few roundings around the sum (the affine, a folded weight, the store), and no room for
-a lower precision, a missing term or a wrong weight.
+``a = relu(x * scale + shift)``, its rounding error is relative to ``|x * scale| + |shift|``, so
+that is what takes the place of ``|a|``: the bound then holds under cancellation too. The factor
+leaves room for the few roundings around the sum (the affine, a folded weight, the store), and no
+room for a lower precision, a missing term or a wrong weight.
 """
 
 import math

@@ -1,0 +1,265 @@
+"""Choice of the backend, and what show_config says of it."""
+
+import asyncio
+import importlib
+import threading
+
+import pytest
+import torch
+
+from threshnet_fast import config, extension, ops, show_config, use_backend
+from threshnet_fast.backends import cpu, select
+from threshnet_fast.backends.select import Choice, choose, requested_backend
+
+needs_cpu_backend = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+)
+
+
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> str:
+    reason = "the library is not there"
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: reason)
+    return reason
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operators' reference implementations that ran, by name."""
+    calls: list[str] = []
+    for name in ops.__all__:
+        module = importlib.import_module(f"threshnet_fast.ops.{name}")
+
+        def spy(*args, _name=name, _reference=module.reference):
+            calls.append(_name)
+            return _reference(*args)
+
+        monkeypatch.setattr(module, "reference", spy)
+    return calls
+
+
+def run_both(dtype: torch.dtype = torch.float32, **options) -> None:
+    x, one = torch.randn(1, 2, 4, 4, dtype=dtype), torch.ones(2, dtype=dtype)
+    weight = torch.randn(2, 2, 1, 1, dtype=dtype)
+    ops.cat_bn_relu_conv([x], one, one, weight, **options)
+    ops.cat_conv_bn_relu([x], weight, one, one, padding=0, **options)
+
+
+def test_default_is_auto() -> None:
+    assert requested_backend() == "auto"
+
+
+def test_blocks_nest_and_restore() -> None:
+    with use_backend("reference"):
+        assert requested_backend() == "reference"
+        with use_backend("cpu"):
+            assert requested_backend() == "cpu"
+            with use_backend("auto"):
+                assert requested_backend() == "auto"
+            assert requested_backend() == "cpu"
+        assert requested_backend() == "reference"
+    assert requested_backend() == "auto"
+
+
+def test_restores_after_an_error() -> None:
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert requested_backend() == "auto"
+
+
+def test_works_as_a_decorator_more_than_once() -> None:
+    @use_backend("reference")
+    def function() -> str:
+        return requested_backend()
+
+    assert [function(), requested_backend(), function()] == ["reference", "auto", "reference"]
+
+
+def test_other_threads_keep_their_own() -> None:
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(requested_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_other_tasks_keep_their_own() -> None:
+    async def task(name: str, mine: asyncio.Event, other: asyncio.Event) -> str:
+        with use_backend(name):
+            mine.set()
+            await other.wait()
+            return requested_backend()
+
+    async def both() -> list[str]:
+        a, b = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(task("reference", a, b), task("cpu", b, a))
+
+    assert asyncio.run(both()) == ["reference", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("refrence", "reference"), ("CPU", "cpu"), ("Triton", "triton"), ("gpu", "cpu")],
+)
+def test_unknown_name_suggests_the_nearest(name: str, nearest: str) -> None:
+    for call in (use_backend, lambda name: choose([torch.ones(1)], name)):
+        with pytest.raises(ValueError, match=f"is '{name}': expected one of .*did you mean") as e:
+            call(name)
+        assert str(e.value).endswith(f"did you mean {nearest!r}?")
+
+
+def test_name_like_no_other_lists_them_all() -> None:
+    with pytest.raises(ValueError, match="name is 'xyzzy': expected one of") as caught:
+        use_backend("xyzzy")
+    assert all(repr(name) in str(caught.value) for name in select.NAMES)
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_not_built(name: str) -> None:
+    with pytest.raises(RuntimeError, match=f"this version of threshnet_fast has no {name} kernels"):
+        use_backend(name)
+    assert requested_backend() == "auto"
+
+
+@pytest.mark.parametrize("name", [None, 1, ["cpu"]])
+def test_name_of_another_type(name: object) -> None:
+    with pytest.raises(TypeError, match=r"name is a .*: expected one of 'auto'"):
+        use_backend(name)
+
+
+@needs_cpu_backend
+def test_auto_takes_the_cpu_for_float32(ran: list[str]) -> None:
+    choice = choose([torch.ones(1)])
+    assert choice.backend == "cpu"
+    assert cpu.isa() in choice.reason
+    run_both()
+    assert ran == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_auto_falls_back_for_other_dtypes(dtype: torch.dtype, ran: list[str]) -> None:
+    choice = choose([torch.ones(1, dtype=dtype)])
+    reason = f"backend 'cpu' needs torch.float32 tensors, these are {dtype}"
+    assert choice == Choice("reference", reason)
+    run_both(dtype)
+    assert ran == ["cat_bn_relu_conv", "cat_conv_bn_relu"]
+
+
+def test_auto_falls_back_on_another_device() -> None:
+    choice = choose([torch.ones(1, device="meta")])
+    assert choice == Choice(
+        "reference", "backend 'cpu' needs tensors on the CPU, these are on meta"
+    )
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_auto_falls_back_without_the_extension(ran: list[str]) -> None:
+    choice = choose([torch.ones(1)])
+    assert choice.backend == "reference"
+    assert choice.reason == "backend 'cpu' is unavailable: the library is not there"
+    run_both()
+    assert ran == ["cat_bn_relu_conv", "cat_conv_bn_relu"]
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_asking_for_the_cpu_without_the_extension() -> None:
+    with pytest.raises(RuntimeError, match="backend 'cpu' is unavailable: the library is not"):
+        run_both(backend="cpu")
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' is unavailable"):
+        run_both()
+
+
+@pytest.mark.parametrize("where", ["argument", "block"])
+def test_reference_on_demand(where: str, ran: list[str]) -> None:
+    if where == "argument":
+        run_both(backend="reference")
+    else:
+        with use_backend("reference"):
+            run_both()
+    assert ran == ["cat_bn_relu_conv", "cat_conv_bn_relu"]
+
+
+@needs_cpu_backend
+def test_argument_wins_over_block(ran: list[str]) -> None:
+    with use_backend("reference"):
+        run_both(backend="cpu")
+        run_both(backend="auto")
+    assert ran == []
+
+
+def test_reason_says_who_asked() -> None:
+    assert "backend=" in choose([torch.ones(1)], "reference").reason
+    with use_backend("reference"):
+        assert "use_backend" in choose([torch.ones(1)]).reason
+        assert str(choose([torch.ones(1)])).startswith("reference (")
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_reason_names_the_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THRESHNET_FAST_CPU_ISA", isa)
+    try:
+        cpu.isa()
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert choose([torch.ones(1)], "cpu").reason.endswith(f"{isa} kernels")
+    assert show_config()["CPU instructions"] == f"{isa} (THRESHNET_FAST_CPU_ISA={isa})"
+
+
+@needs_cpu_backend
+def test_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typing error must not silently run something else."""
+    monkeypatch.setenv("THRESHNET_FAST_CPU_ISA", "avx1024")
+    with pytest.raises(ValueError, match="THRESHNET_FAST_CPU_ISA is 'avx1024'"):
+        run_both()
+    assert "unknown (ValueError: THRESHNET_FAST_CPU_ISA" in show_config()["CPU instructions"]
+
+
+def test_show_config_prints_what_it_returns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THRESHNET_FAST_SOMETHING", "17")
+    result = show_config()
+    assert capsys.readouterr().out == f"{result}\n"
+    assert result["torch"] == torch.__version__
+    assert result["environment"] == "THRESHNET_FAST_SOMETHING=17"
+    assert result["threads"].startswith(str(torch.get_num_threads()))
+    assert "no CUDA kernels" in result["CUDA"]
+    for name, finding in result.entries:
+        assert f"{name} " in str(result)
+        assert "\n" not in finding
+        assert not finding.startswith("unknown")
+
+
+def test_show_config_follows_use_backend() -> None:
+    with use_backend("reference"):
+        assert show_config()["backend"] == "reference (asked for by use_backend)"
+
+
+def test_show_config_without_the_extension(without_extension: str) -> None:
+    result = show_config()
+    assert result["C++ extension"] == f"off: {without_extension}"
+    assert result["CPU instructions"] == f"none: {without_extension}"
+    assert result["backend"] == f"auto: reference ({without_extension})"
+
+
+def test_show_config_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise RuntimeError("one\ntwo")
+
+    questions = dict.fromkeys(config._QUESTIONS, broken)
+    monkeypatch.setattr(config, "_QUESTIONS", questions)
+    result = show_config()
+    assert len(result.entries) == len(questions)
+    assert {finding for _, finding in result.entries} == {"unknown (RuntimeError: one two)"}
+
+
+def test_show_config_survives_a_closed_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    assert show_config()["threshnet_fast"]
