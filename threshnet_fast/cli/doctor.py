@@ -1,0 +1,179 @@
+"""``threshnet-fast doctor``: is this installation sound, and is it as fast as it could be?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .. import __version__, extension
+from ..backends import cpu
+from ..models import ThreshNet
+from . import machine
+from .errors import CommandError
+from .providers import (
+    Job,
+    Unavailable,
+    build,
+    random_model,
+    randomise,
+    reference_output,
+    worst_error,
+)
+
+__all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "checks of the installation, with a numerical self-test"
+
+DESCRIPTION = """\
+Checks the installation: versions, the C++ extension, instruction sets, threads, and whether the
+fused engine computes what PyTorch does. The exit status is not 0 if something is broken."""
+
+_OLDEST_TORCH = (2, 10)
+_OLDEST_PYTHON = (3, 10)
+# What the fused engine may lose against PyTorch's own float32, compared with float64.
+_FACTOR = 2.0
+_OPTIONAL = {
+    "onnxruntime": "a peer of bench",
+    "openvino": "a peer of bench",
+    "onnx": "export for bench's peers",
+    "onnxscript": "export for bench's peers",
+    "scikit-image": "more photographs for bench",
+}
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """A line of the report; ``state`` is ok, note, warn or FAIL."""
+
+    state: str
+    subject: str
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command: it has none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    failures = 0
+    for check in _CHECKS:
+        for finding in check():
+            print(f"[{finding.state:>4}] {finding.subject}: {finding.text}", flush=True)
+            failures += finding.state == "FAIL"
+    if failures:
+        problems = "1 check" if failures == 1 else f"{failures} checks"
+        raise CommandError(f"{problems} failed")
+    print("Everything works.")
+    return 0
+
+
+def _versions() -> Iterator[_Finding]:
+    yield _Finding("ok", "threshnet_fast", __version__)
+    python = platform.python_version()
+    state = "ok" if sys.version_info >= _OLDEST_PYTHON else "FAIL"
+    yield _Finding(state, "Python", f"{python} on {platform.platform()}")
+    numbers = torch.__version__.split("+")[0].split(".")[:2]
+    if tuple(int(number) for number in numbers) < _OLDEST_TORCH:
+        yield _Finding("FAIL", "torch", f"{torch.__version__}: 2.10 or newer is needed")
+    else:
+        yield _Finding("ok", "torch", str(torch.__version__))
+
+
+def _extension() -> Iterator[_Finding]:
+    reason = extension.unavailable_reason()
+    if reason is None:
+        yield _Finding("ok", "C++ extension", str(extension.library_path()))
+    elif "THRESHNET_FAST_NO_EXT" in os.environ and "switched off" in reason:
+        yield _Finding("warn", "C++ extension", reason)
+    else:
+        yield _Finding("FAIL", "C++ extension", reason)
+
+
+def _instructions() -> Iterator[_Finding]:
+    yield _Finding("ok", "processor", machine.processor())
+    if cpu.unavailable_reason() is not None:
+        return
+    try:
+        isa = cpu.isa()
+    except ValueError as error:
+        yield _Finding("FAIL", "instruction set", str(error))
+        return
+    cap = os.environ.get("THRESHNET_FAST_CPU_ISA")
+    if cap:
+        yield _Finding("note", "instruction set", f"{isa}, capped by THRESHNET_FAST_CPU_ISA={cap}")
+    elif isa == "scalar":
+        yield _Finding("warn", "instruction set", "scalar: no AVX2 here, the engine will be slow")
+    else:
+        yield _Finding("ok", "instruction set", isa)
+
+
+def _threads() -> Iterator[_Finding]:
+    threads, usable = torch.get_num_threads(), machine.usable_processors()
+    text = f"{threads} for {usable} usable processors"
+    if threads > usable:
+        yield _Finding("warn", "threads", f"{text}: more threads than processors are slow")
+    elif threads < usable:
+        yield _Finding("note", "threads", f"{text} (torch.set_num_threads, OMP_NUM_THREADS)")
+    else:
+        yield _Finding("ok", "threads", text)
+
+
+def _optional() -> Iterator[_Finding]:
+    for name, use in _OPTIONAL.items():
+        version = machine.distribution_version(name)
+        yield _Finding("note", name, version or f"not installed ({use})")
+
+
+def _self_test() -> Iterator[_Finding]:
+    if cpu.unavailable_reason() is not None:
+        yield _Finding("note", "self-test", "left out: there is no fused engine here")
+        return
+    small = ThreshNet(
+        first_channels=(8, 24),
+        blocks=(3, 5),
+        transitions=(40, 24),
+        downsample=(True, False),
+        threshold=1,
+        growth_rates=(12, 20),
+        num_classes=7,
+    )
+    generator = torch.Generator().manual_seed(0)
+    cases = {
+        "a small network, 33x47, batch 3": (randomise(small, 0), (3, 3, 33, 47)),
+        "threshnet79, 64x64, batch 2": (random_model("threshnet79", 10, 0), (2, 3, 64, 64)),
+    }
+    for title, (model, shape) in cases.items():
+        x = torch.randn(shape, generator=generator)
+        reference = reference_output(model, x)
+        job = Job(model, x, torch.get_num_threads())
+        eager = worst_error(build("eager", job).run(), reference)
+        limit = _FACTOR * max(eager, torch.finfo(torch.float32).eps * float(reference.abs().max()))
+        for provider in ("fused", "drop-in"):
+            subject = f"self-test, {provider}"
+            try:
+                error = worst_error(build(provider, job).run(), reference)
+            except (Unavailable, RuntimeError, ValueError, TypeError) as problem:
+                yield _Finding("FAIL", subject, f"{title}: {' '.join(str(problem).split())}")
+                continue
+            text = f"{title}: error {error:.1e} against float64 (PyTorch's own {eager:.1e})"
+            if error <= limit:
+                yield _Finding("ok", subject, text)
+            else:
+                yield _Finding("FAIL", subject, f"{text}, at most {limit:.1e} is allowed")
+
+
+_CHECKS: tuple[Callable[[], Iterator[_Finding]], ...] = (
+    _versions,
+    _extension,
+    _instructions,
+    _threads,
+    _optional,
+    _self_test,
+)

@@ -1,0 +1,235 @@
+"""Tables and plots of measurements. All numbers come from rows of the CSV file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .errors import CommandError
+from .providers import PROVIDERS
+
+__all__ = ["cells", "format_table", "markdown_table", "plot", "text_table"]
+
+Row = Mapping[str, str]
+
+
+def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Aligns columns, the first ``left`` of them to the left, with two spaces in between."""
+    table = [list(header), *[list(line) for line in lines]]
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+
+    def align(line: list[str]) -> str:
+        parts = [
+            text.ljust(width) if i < left else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "  ".join(parts).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([align(table[0]), rule, *(align(line) for line in table[1:])])
+
+
+def cells(rows: Sequence[Row]) -> list[list[Row]]:
+    """Groups rows by run, model, input shape and threads, in the order of the file."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        names = ("run", "model", "classes", "height", "width", "batch", "dtype", "threads")
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(groups.values())
+
+
+def cell_title(row: Row) -> str:
+    """What a cell ran, in one line."""
+    threads = "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
+    return f"{row['model']}, {_size(row)}, batch {row['batch']}, {row['dtype']}, {threads}"
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """The table of one cell for a terminal."""
+    header = [
+        "provider",
+        "version",
+        "min ms",
+        "p20",
+        "p50",
+        "p80",
+        "GFLOP/s",
+        "x best peer",
+        "(p50)",
+        "error",
+    ]
+    with_memory = any(row["peak_bytes"] for row in rows)
+    header += ["peak MB"] if with_memory else []
+    lines = []
+    for row in rows:
+        line = [row["provider"], row["version"]]
+        if row["status"] == "ok":
+            line += [f"{float(row[name]):.2f}" for name in ("min_ms", "p20_ms", "p50_ms", "p80_ms")]
+            line.append(f"{float(row['gflops']):.1f}")
+            line += [
+                f"{float(row[name]):.2f}" if row[name] else "-"
+                for name in ("speedup_min", "speedup_p50")
+            ]
+            line.append(f"{float(row['error']):.1e}")
+        else:
+            line += ["-"] * 7 + [f"{float(row['error']):.1e}" if row["error"] else "-"]
+        if with_memory:
+            line.append(f"{int(row['peak_bytes']) / 1e6:.0f}" if row["peak_bytes"] else "-")
+        lines.append(line)
+    text = format_table(header, lines, left=2)
+    failures = [f"{row['provider']}: {row['status']}" for row in rows if row["status"] != "ok"]
+    return "\n".join([cell_title(rows[0]), text, *failures])
+
+
+def markdown_table(rows: Sequence[Row], details: bool = False) -> str:
+    """A Markdown table, one line a cell and one column a provider, fastest provider in bold.
+
+    Args:
+        rows: Rows of the file; of cells that ran more than once, the last run only.
+        details: Show the median after the minimum, and the peer that was best.
+    """
+    names = [
+        name for name in PROVIDERS if name != "drop-in" and any(r["provider"] == name for r in rows)
+    ]
+    header = ["model", "input", "threads", *(PROVIDERS[name].title for name in names)]
+    header += ["over the best peer"]
+    lines = [header, [":--", ":--", *("--:" for _ in header[2:])]]
+    for group in cells(rows):
+        timed = {row["provider"]: row for row in group if row["status"] == "ok"}
+        best = min(
+            (row for name, row in timed.items() if name in names),
+            key=lambda row: float(row["min_ms"]),
+            default=None,
+        )
+        first = group[0]
+        line = [first["model"], f"{_size(first)}, batch {first['batch']}", first["threads"]]
+        for name in names:
+            row = timed.get(name)
+            if row is None:
+                failed = any(r["provider"] == name for r in group)
+                line.append("failed" if failed else "")
+                continue
+            text = f"{float(row['min_ms']):.1f}"
+            text = f"**{text}**" if row is best else text
+            line.append(f"{text} / {float(row['p50_ms']):.1f}" if details else text)
+        fused = timed.get("fused")
+        if fused is None or not fused["speedup_min"]:
+            line.append("")
+        else:
+            text = f"{float(fused['speedup_min']):.2f}x"
+            if details:
+                text += f" / {float(fused['speedup_p50']):.2f}x"
+            line.append(text)
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """One sentence a machine: processor, instruction sets, versions, commit."""
+    seen: dict[str, None] = {}
+    for row in rows:
+        versions = {
+            PROVIDERS[r["provider"]].title: r["version"]
+            for r in rows
+            if r["run"] == row["run"] and r["provider"] in ("fused", "onnxruntime", "openvino")
+        }
+        text = ", ".join(
+            [
+                f"{row['processor']} ({row['processors']} processors)",
+                f"torch {row['torch']}",
+                *(f"{title} {version}" for title, version in versions.items()),
+                f"Python {row['python']}",
+                f"{row['time'][:10]}" + (f", commit {row['commit']}" if row["commit"] else ""),
+            ]
+        )
+        seen[text] = None
+    return "\n".join(f"{text}." for text in seen)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draws one panel a cell: median call of every provider, 20th to 80th percentile as a line.
+
+    Args:
+        rows: Rows of the file.
+        path: Image to write; the suffix chooses the format.
+
+    Raises:
+        CommandError: There is nothing to draw, or the file cannot be written.
+    """
+    groups = [
+        timed for group in cells(rows) if (timed := [row for row in group if row["status"] == "ok"])
+    ]
+    if not groups:
+        raise CommandError(f"nothing to plot in {path}: no provider was timed")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(len(groups), 3)
+    lines = -(-len(groups) // columns)
+    most = max(len(group) for group in groups)
+    figure, axes = pyplot.subplots(
+        lines,
+        columns,
+        figsize=(4.6 * columns, (0.9 + 0.34 * most) * lines),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    for axis, group in zip(axes.flat, groups, strict=False):
+        _panel(axis, group)
+    figure.supxlabel("milliseconds a call: bar median, line 20th to 80th percentile", fontsize=9)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CommandError(f"cannot write {path}: {reason}") from error
+    finally:
+        pyplot.close(figure)
+
+
+def _panel(axis: object, group: Sequence[Row]) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(axis, Axes)
+    positions = list(range(len(group)))
+    medians = [float(row["p50_ms"]) for row in group]
+    low = [float(row["p50_ms"]) - float(row["p20_ms"]) for row in group]
+    high = [float(row["p80_ms"]) - float(row["p50_ms"]) for row in group]
+    ours = [PROVIDERS[row["provider"]].ours for row in group]
+    axis.barh(positions, medians, color=["#c44e52" if own else "#8c9bb0" for own in ours])
+    axis.errorbar(medians, positions, xerr=[low, high], fmt="none", ecolor="#333333", capsize=2)
+    for position, median, above in zip(positions, medians, high, strict=True):
+        axis.text(median + above, position, f"  {median:.1f}", va="center", fontsize=8)
+    axis.set_yticks(positions, [PROVIDERS[row["provider"]].title for row in group], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.18 * max(m + h for m, h in zip(medians, high, strict=True)))
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    first = group[0]
+    threads = "1 thread" if first["threads"] == "1" else f"{first['threads']} threads"
+    axis.set_title(
+        f"{first['model']}, {_size(first)}, batch {first['batch']}, {threads}", fontsize=9
+    )
+
+
+def _size(row: Row) -> str:
+    return f"{row['height']}x{row['width']}"
+
+
+def check_plot(path: Path) -> None:
+    """Raises unless a plot can be written to the path.
+
+    Raises:
+        CommandError: The folder does not exist or is not writable, or the format is unknown.
+    """
+    import os
+
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise CommandError(f"cannot write {path}: expected a name that ends in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"cannot write {path}: permission denied")

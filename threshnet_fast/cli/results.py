@@ -1,0 +1,126 @@
+"""The CSV file of measurements: one row for each provider, model and input shape of a run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from .errors import CommandError
+
+__all__ = ["COLUMNS", "append_rows", "check_writable", "latest_rows", "read_rows"]
+
+COLUMNS: dict[str, str] = {
+    "run": "identifier of the interleaved run that the row is part of",
+    "time": "start of the run, UTC, ISO 8601",
+    "commit": "commit of the source tree, + where it was edited; empty outside of one",
+    "model": "name of the model",
+    "classes": "outputs of the classifier",
+    "parameters": "trainable parameters of the model",
+    "height": "height of the input",
+    "width": "width of the input",
+    "batch": "images of the input",
+    "dtype": "type of weights and input",
+    "threads": "threads of every provider",
+    "seed": "seed of the weights",
+    "input": "where the input is from: scikit-image, matplotlib, --image or random",
+    "provider": "name of the provider, as --providers takes it",
+    "version": "version of the provider; for this package also the instruction set",
+    "status": "ok, or why there are no times",
+    "macs": "multiply-adds of one call, those on padding included",
+    "calls": "timed calls",
+    "min_ms": "fastest call, milliseconds",
+    "p20_ms": "20th percentile",
+    "p50_ms": "median",
+    "p80_ms": "80th percentile",
+    "gflops": "2 * macs over the fastest call, in 10^9 a second",
+    "speedup_min": "fastest call of the best peer over this one's",
+    "speedup_p50": "median of the best peer over this one's",
+    "error": "largest difference from the float64 reference",
+    "error_limit": "the largest that would have passed",
+    "peak_bytes": "memory added by the provider at the peak of a call; empty where not measured",
+    "processor": "processor",
+    "processors": "processors that the process could use",
+    "flags": "instruction sets of the processor",
+    "python": "version of Python",
+    "torch": "version of torch",
+    "platform": "operating system",
+}
+"""Columns of the file, in order, and what they hold."""
+
+CELL = ("model", "classes", "height", "width", "batch", "dtype", "threads")
+"""The columns that say what was run."""
+
+
+def check_writable(path: Path) -> None:
+    """Raises unless rows can be appended to the file, before an hour is spent measuring.
+
+    Raises:
+        CommandError: The folder does not exist, the file cannot be written, or has other columns.
+    """
+    try:
+        with path.open("a+", encoding="utf-8", newline="") as file:
+            file.seek(0)
+            header = next(csv.reader(file), None)
+        if header is None:
+            path.unlink()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CommandError(f"cannot write {path}: {reason}") from error
+    if header is not None and header != list(COLUMNS):
+        raise CommandError(
+            f"cannot append to {path}: its columns are not those of this version; name another file"
+        )
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Appends rows, and the header before the first one.
+
+    Args:
+        path: The file.
+        rows: Values by column; columns that are missing stay empty.
+
+    Raises:
+        ValueError: A row has a column that is not in :data:`COLUMNS`.
+        CommandError: As :func:`check_writable`.
+    """
+    check_writable(path)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Reads all rows.
+
+    Raises:
+        CommandError: The file cannot be read, or its columns are not those of this version.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CommandError(f"cannot read {path}: {reason}") from error
+    if list(reader.fieldnames or ()) != list(COLUMNS):
+        raise CommandError(f"cannot use {path}: its columns are not those of this version")
+    return rows
+
+
+def latest_rows(rows: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Keeps, of what was run more than once, the last run; rows of one run stay together.
+
+    Numbers of different runs are never mixed: a table shows, for a model and an input shape,
+    providers that took turns.
+    """
+    last: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in CELL)
+        kept = last.get(key)
+        if kept is None or kept[0]["run"] != row["run"]:
+            last[key] = kept = []
+        kept.append(dict(row))
+    return [row for group in last.values() for row in group]
