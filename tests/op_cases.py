@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from threshnet_fast.backends import cpu
 
@@ -160,6 +161,19 @@ def dense_strides(shape: torch.Size, channels_last: bool) -> tuple[int, int, int
     return (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
 
+class ConvolutionGradients(TorchDispatchMode):
+    """Records which gradients are asked of each ``convolution_backward``: (input, weight)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[bool, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.asked.append((args[-1][0], args[-1][1]))
+        return func(*args, **(kwargs or {}))
+
+
 def bad_inputs(affine_of: str) -> list:
     """Returns (changed arguments, error, words of its message) for SMALL."""
     xs = [torch.randn(2, 3, 5, 7), torch.randn(2, 4, 5, 7)]
@@ -210,10 +224,15 @@ def bad_inputs(affine_of: str) -> list:
         "stride huge": ({"stride": 2**40}, ValueError, "stride is 1099511627776"),
         "padding negative": ({"padding": -1}, ValueError, "padding is -1"),
         "padding huge": ({"padding": 2**40}, ValueError, "padding is 1099511627776"),
-        "kernel too large": (
-            {"weight": torch.randn(6, 7, 7, 3), "padding": 0},
+        "kernel too high": (
+            {"weight": torch.randn(6, 7, 6, 3), "padding": 0},
             ValueError,
-            "7x3 kernel: expected one that fits the 5x7 images of xs padded by 0",
+            "6x3 kernel: expected one that fits the 5x7 images of xs padded by 0",
+        ),
+        "kernel too wide": (
+            {"weight": torch.randn(6, 7, 3, 11), "padding": 1, "stride": 2},
+            ValueError,
+            "3x11 kernel: expected one that fits the 5x7 images of xs padded by 1",
         ),
         "backend": ({"backend": "refrence"}, ValueError, "did you mean 'reference'"),
         "backend triton": ({"backend": "triton"}, RuntimeError, "no triton kernels"),

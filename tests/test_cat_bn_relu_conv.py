@@ -10,6 +10,7 @@ from op_cases import (
     MIXED_LAYOUTS,
     SMALL,
     Case,
+    ConvolutionGradients,
     activate,
     bad_inputs,
     bad_types,
@@ -92,6 +93,13 @@ def test_padding_comes_after_the_prologue(backend: str) -> None:
     scale, shift, weight = torch.ones(2), torch.full((2,), 3.0), torch.ones(1, 2, 3, 3)
     y = cat_bn_relu_conv(xs, scale, shift, weight, padding=1, backend=backend)
     assert y.item() == 6.0
+
+
+def test_half_precision_rounds_after_the_affine() -> None:
+    """In half precision throughout, the product would round to the shift and leave 0."""
+    x = torch.full((1, 1, 1, 1), 1 + 2**-10, dtype=torch.float16)
+    scale, shift = x.view(1), torch.tensor([-(1 + 2**-9)], dtype=torch.float16)
+    assert cat_bn_relu_conv([x], scale, shift, torch.ones_like(x)).item() == 2**-20
 
 
 @pytest.mark.parametrize("names", MIXED_LAYOUTS, ids="+".join)
@@ -264,6 +272,20 @@ def test_only_the_gradients_asked_for(wanted: tuple[int, ...]) -> None:
             torch.testing.assert_close(t.grad, twin.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "asked"),
+    [(1, [(True, False)]), (2, [(True, False)]), (3, [(True, False)]), (4, [(False, True)])],
+)
+def test_computes_no_other_gradient(wanted: int, asked: list[tuple[bool, bool]]) -> None:
+    xs, *rest = arguments(SMALL)
+    tensors = [*xs, *rest]
+    tensors[wanted].requires_grad_()
+    y = cat_bn_relu_conv(tensors[:2], *tensors[2:])
+    with ConvolutionGradients() as convolutions:
+        y.sum().backward()
+    assert convolutions.asked == asked
+
+
 def test_gradient_passes_where_the_activation_is_nan() -> None:
     """As the derivative of torch.relu does: a NaN is not hidden from training either."""
     x = torch.tensor([[[[torch.nan, 1.0, -1.0]]]], requires_grad=True)
@@ -295,8 +317,15 @@ def test_opcheck_with_defaults() -> None:
     torch.library.opcheck(operator(), ([x.requires_grad_() for x in xs], *rest))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic: bool, backend: str) -> None:
+def test_compile(backend: str) -> None:
+    check_compiled(backend, dynamic=False)
+
+
+def test_compile_for_any_shape() -> None:
+    check_compiled("auto", dynamic=True)
+
+
+def check_compiled(backend: str, dynamic: bool) -> None:
     def function(xs: list[Tensor], scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
         y = cat_bn_relu_conv(xs, scale, shift, weight, padding=1, backend=backend)
         return cat_bn_relu_conv([y, xs[0]], scale[:9], shift[:9], weight[:, :1].repeat(1, 9, 1, 1))

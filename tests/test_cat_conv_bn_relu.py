@@ -10,6 +10,7 @@ from op_cases import (
     MIXED_LAYOUTS,
     SMALL,
     Case,
+    ConvolutionGradients,
     activate,
     bad_inputs,
     bad_types,
@@ -274,6 +275,19 @@ def test_only_the_gradients_asked_for(wanted: tuple[int, ...]) -> None:
             torch.testing.assert_close(t.grad, twin.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "asked"), [(1, [(True, False)]), (2, [(False, True)]), (3, []), (4, [])]
+)
+def test_computes_no_other_gradient(wanted: int, asked: list[tuple[bool, bool]]) -> None:
+    xs, *rest = arguments(SMALL)
+    tensors = [*xs, *rest]
+    tensors[wanted].requires_grad_()
+    y = cat_conv_bn_relu(tensors[:2], *tensors[2:])
+    with ConvolutionGradients() as convolutions:
+        y.sum().backward()
+    assert convolutions.asked == asked
+
+
 def test_gradient_passes_where_the_activation_is_nan() -> None:
     """As the derivative of torch.relu does: a NaN is not hidden from training either."""
     x = torch.tensor([[[[torch.nan, 1.0, -1.0]]]], requires_grad=True)
@@ -314,8 +328,15 @@ def test_opcheck_with_defaults() -> None:
     torch.library.opcheck(operator(), ([x.requires_grad_() for x in xs], *rest))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic: bool, backend: str) -> None:
+def test_compile(backend: str) -> None:
+    check_compiled(backend, dynamic=False)
+
+
+def test_compile_for_any_shape() -> None:
+    check_compiled("auto", dynamic=True)
+
+
+def check_compiled(backend: str, dynamic: bool) -> None:
     def function(xs: list[Tensor], weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         y = cat_conv_bn_relu(xs, weight, scale, shift, backend=backend)
         return cat_conv_bn_relu(

@@ -142,8 +142,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_scale = (grad_affine * x.to(dtype)).sum((0, 2, 3)).to(scale.dtype)
         if any(needs_xs):
             grad_x = (grad_affine * registration.per_channel(scale, dtype)).to(x.dtype)
-    grad_xs = registration.split(grad_x, [segment.shape[1] for segment in xs], needs_xs)
-    return grad_xs, grad_scale, grad_shift, grad_weight
+    return registration.split(grad_x, xs), grad_scale, grad_shift, grad_weight
 
 
 _operator = registration.register(

@@ -164,8 +164,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             ctx.padding,
             (any(needs_xs), needs_weight),
         )
-    grad_xs = registration.split(grad_x, [segment.shape[1] for segment in xs], needs_xs)
-    return grad_xs, grad_weight, grad_scale, grad_shift
+    return registration.split(grad_x, xs), grad_weight, grad_scale, grad_shift
 
 
 _operator = registration.register(

@@ -166,9 +166,8 @@ def convolution_backward(
     return grad_x, grad_weight
 
 
-def split(grad: Tensor | None, channels: Sequence[int], needed: Sequence[bool]) -> list[Any]:
-    """Returns the gradient of each segment of a concatenation, None where it is not needed."""
+def split(grad: Tensor | None, xs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Returns the part that each of the segments ``xs`` has in their concatenation's gradient."""
     if grad is None:
-        return [None] * len(channels)
-    parts = torch.split(grad, list(channels), 1)
-    return [part if need else None for part, need in zip(parts, needed, strict=True)]
+        return [None] * len(xs)
+    return list(torch.split(grad, [x.shape[1] for x in xs], 1))
