@@ -17,6 +17,8 @@ constexpr int64_t kPackBytes = 192 * 1024;
 // Maps of at most this many pixels are computed in the order of their valid taps.
 constexpr int64_t kSortPixels = 256;
 constexpr int64_t kTasksPerThread = 8;
+// A convolution with less work than this is not worth a second barrier.
+constexpr int64_t kSplitWeightBytes = 64 * 1024;
 constexpr int64_t kMaxTaps = 64;
 
 [[noreturn]] void fail(const std::string& what) {
@@ -70,6 +72,7 @@ class Writer {
 
 struct PixelTables {
   int64_t input_pixels, output_pixels, pixel_taps, count;
+  uint64_t used_taps;
 };
 
 class Compiler {
@@ -88,8 +91,10 @@ class Compiler {
 
   std::vector<std::byte> compile() {
     read_header();
-    for (int64_t i = 0; i < header_.step_count; ++i) read_step();
+    const int64_t count = header_.step_count;
+    for (int64_t i = 0; i < count; ++i) read_step();
     require(reader_.done(), "the description is longer than its steps");
+    header_.step_count = static_cast<int64_t>(steps_.size());
     header_.buffers = writer_.append(buffers_);
     header_.steps = writer_.append(steps_);
     return writer_.finish(header_);
@@ -235,6 +240,14 @@ class Compiler {
     step.segments = writer_.append(segments);
     step.segment_count = static_cast<int64_t>(segments.size());
     steps_.push_back(step);
+    if (step.split_count > 1) {
+      step.kind = kReduction;
+      step.block_count = 1;
+      step.group_count = std::min(step.panel_count, threads_);
+      step.group_panels = divide_up(step.panel_count, step.group_count);
+      step.group_count = divide_up(step.panel_count, step.group_panels);
+      steps_.push_back(step);
+    }
   }
 
   void finish_pool(Step& step, const Segment& segment) {
@@ -297,7 +310,9 @@ class Compiler {
     step.input_pixels = tables.input_pixels;
     step.output_pixels = tables.output_pixels;
     step.pixel_taps = tables.pixel_taps;
+    step.split_count = 1;
     split_tasks(step, from, panels, widest);
+    split_taps(step, tables.used_taps);
     reserve_scratch(step, widest, static_cast<int64_t>(segments.size()));
   }
 
@@ -356,13 +371,15 @@ class Compiler {
     }
     std::vector<int32_t> input, output;
     std::vector<uint64_t> taps;
+    uint64_t used_taps = 0;
     for (const Pixel& pixel : pixels) {
+      used_taps |= pixel.taps;
       input.push_back(pixel.input);
       output.push_back(pixel.output);
       taps.push_back(pixel.taps);
     }
     PixelTables tables{writer_.append(input), writer_.append(output), writer_.append(taps),
-                       static_cast<int64_t>(pixels.size())};
+                       static_cast<int64_t>(pixels.size()), used_taps};
     tables_.emplace(key, tables);
     return tables;
   }
@@ -383,11 +400,16 @@ class Compiler {
     int64_t blocks = std::min(tiles, wanted);
     if (threads_ == 1) {
       blocks = 1;
-    } else if (weight_floats > input_floats || tiles < 2 * threads_) {
-      groups = std::min(panel_count, wanted);
+    } else if (tiles < 2 * threads_ || (weight_floats > input_floats && !step.packs)) {
+      groups = std::min(panel_count, step.packs ? threads_ : wanted);
       blocks = groups >= 4 * threads_ ? 1 : std::min(tiles, divide_up(4 * threads_, groups));
+      if (step.packs) blocks = 1;
+    } else {
+      // As many blocks for each thread.
+      blocks = std::min(round_up(blocks, threads_), step.pixel_count);
     }
-    step.block_pixels = round_up(divide_up(step.pixel_count, blocks), blocks < tiles ? tile : 1);
+    step.block_pixels = divide_up(step.pixel_count, blocks);
+    if (blocks < tiles) step.block_pixels = round_up(step.block_pixels, tile);
     if (step.packs) {
       const int64_t fit = kPackBytes / 4 / pack_pitch(step) / tile * tile;
       step.block_pixels = std::min(step.block_pixels, std::max(fit, tile));
@@ -402,6 +424,24 @@ class Compiler {
       step.taps_per_chunk = std::max<int64_t>(1, kWeightChunkBytes / tap_bytes);
   }
 
+  void split_taps(Step& step, uint64_t used_taps) {
+    const int64_t used = __builtin_popcountll(used_taps);
+    const int64_t weight_bytes = 4 * used * step.input_channels * step.output_channels;
+    if (threads_ == 1 || step.packs || step.block_count > 1 || used < 2 * threads_ ||
+        step.pixel_count > kMaxTilePixels || weight_bytes < kSplitWeightBytes)
+      return;
+    std::vector<uint64_t> masks(threads_, 0);
+    int64_t index = 0;
+    for (uint64_t left = used_taps; left != 0; left &= left - 1)
+      masks[index++ * threads_ / used] |= left & -left;
+    step.split_count = threads_;
+    step.split_taps = writer_.append(masks);
+    step.taps_per_chunk = step.kernel_height * step.kernel_width;
+    header_.partial_floats = std::max(
+        header_.partial_floats, step.split_count * step.panel_count * step.pixel_count * kMaxTileVectors * table_->lanes);
+    header_.partial_floats = round_up(header_.partial_floats, 16);
+  }
+
   static int64_t pack_pitch(const Step& step) {
     return round_up(step.kernel_height * step.kernel_width * step.input_channels, 16) + 16;
   }
@@ -410,7 +450,8 @@ class Compiler {
     const int64_t taps = step.kernel_height * step.kernel_width;
     const int64_t run_floats =
         round_up(taps * segment_count * static_cast<int64_t>(sizeof(ChannelRun)) / 4, 16);
-    const int64_t pack_floats = step.packs ? step.block_pixels * pack_pitch(step) : 0;
+    // One row more for the offsets of a strided input's taps and channels, two floats each.
+    const int64_t pack_floats = step.packs ? (step.block_pixels + 2) * pack_pitch(step) : 0;
     const int64_t rows = step.taps_per_chunk < taps ? step.block_pixels : kMaxTilePixels;
     reserve(run_floats + pack_floats + rows * widest);
   }

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
 constexpr int32_t kZeros[kMaxTilePixels] = {};
+constexpr float kNoBias[kMaxTileVectors * 16] = {};
 
 // Splits [0, count) into the fewest tiles of at most `most` pixels, as equal as possible.
 struct Tiles {
@@ -24,16 +25,20 @@ class Engine {
         table_(*ukernel_table(program.header().isa)),
         packed_(packed),
         arena_(workspace),
-        scratch_(workspace + program.header().arena_floats),
+        partials_(workspace + program.header().arena_floats),
+        scratch_(partials_ + program.header().partial_floats),
         binding_(binding) {}
 
   void run(int64_t step_index, int64_t task, int64_t thread) const {
     const Step& step = program_.step(step_index);
     float* scratch = scratch_ + thread * program_.header().scratch_floats;
-    if (step.kind == kPool) {
-      pool(step, task, scratch);
-    } else {
-      convolve(step, task / step.block_count, task % step.block_count, scratch);
+    switch (step.kind) {
+      case kPool:
+        return pool(step, task, scratch);
+      case kReduction:
+        return reduce(step, task);
+      default:
+        return convolve(step, task, scratch);
     }
   }
 
@@ -50,7 +55,10 @@ class Engine {
     return (buffer.offset >= 0 ? arena_ + buffer.offset : binding_.output) + step.output_channel;
   }
 
-  void convolve(const Step& step, int64_t group, int64_t block, float* scratch) const {
+  void convolve(const Step& step, int64_t task, float* scratch) const {
+    const int64_t split = task % step.split_count;
+    const int64_t block = task / step.split_count % step.block_count;
+    const int64_t group = task / step.split_count / step.block_count;
     const Panel* panels = program_.at<Panel>(step.panels);
     const int64_t first_pixel = block * step.block_pixels;
     const int64_t pixels = std::min(step.block_pixels, step.pixel_count - first_pixel);
@@ -62,7 +70,32 @@ class Engine {
         convolve_packed(step, panels[p], first_pixel, pixels, scratch);
     } else {
       for (int64_t p = first_panel; p < last_panel; ++p)
-        convolve_direct(step, panels[p], first_pixel, pixels, scratch);
+        convolve_direct(step, p, split, first_pixel, pixels, scratch);
+    }
+  }
+
+  // Where a part of a convolution with split taps leaves its sums: [pixel][NR].
+  float* partial_sums(const Step& step, int64_t split, int64_t panel) const {
+    return partials_ +
+           (split * step.panel_count + panel) * step.pixel_count * kMaxTileVectors * table_.lanes;
+  }
+
+  void reduce(const Step& step, int64_t group) const {
+    const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels);
+    const int64_t pitch = program_.buffer(step.output_buffer).pitch;
+    const int64_t last = std::min((group + 1) * step.group_panels, step.panel_count);
+    for (int64_t p = group * step.group_panels; p < last; ++p) {
+      const Panel& panel = program_.at<Panel>(step.panels)[p];
+      const int64_t width = panel.vectors * table_.lanes;
+      for (int64_t i = 0; i < step.pixel_count; ++i) {
+        float* output = output_of(step) + output_pixels[i] * pitch + panel.channel;
+        for (int64_t c = 0; c < panel.channels; ++c) {
+          float sum = partial_sums(step, 0, p)[i * width + c];
+          for (int64_t split = 1; split < step.split_count; ++split)
+            sum += partial_sums(step, split, p)[i * width + c];
+          output[c] = step.relu && sum < 0.0f ? 0.0f : sum;
+        }
+      }
     }
   }
 
@@ -79,13 +112,10 @@ class Engine {
     const int32_t* input_pixels = program_.at<int32_t>(step.input_pixels) + first_pixel;
     const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + first_pixel;
     const uint64_t* pixel_taps = program_.at<uint64_t>(step.pixel_taps) + first_pixel;
-    const bool strided = program_.buffer(segments[0].buffer).offset == kNetworkInput;
+    if (program_.buffer(segments[0].buffer).offset == kNetworkInput)
+      return gather_strided(step, output_pixels, pixel_taps, pixels, rows);
     for (int64_t i = 0; i < pixels; ++i) {
       float* row = rows + i * pitch;
-      if (strided) {
-        gather_strided(step, output_pixels[i], pixel_taps[i], row);
-        continue;
-      }
       for (int64_t tap = 0; tap < step.kernel_height * step.kernel_width; ++tap) {
         float* to = row + tap * step.input_channels;
         if (!(pixel_taps[i] >> tap & 1)) {
@@ -106,21 +136,41 @@ class Engine {
     }
   }
 
-  void gather_strided(const Step& step, int64_t output_pixel, uint64_t taps, float* row) const {
+  void gather_strided(const Step& step, const int32_t* output_pixels, const uint64_t* pixel_taps,
+                      int64_t pixels, float* rows) const {
     const Buffer& to = program_.buffer(step.output_buffer);
     const StridedInput& input = binding_.input;
-    const int64_t x = output_pixel % to.width;
-    const int64_t y = output_pixel / to.width % to.height;
-    const int64_t n = output_pixel / to.width / to.height;
-    const float* image = input.data + n * input.batch_stride;
-    for (int64_t tap = 0; tap < step.kernel_height * step.kernel_width; ++tap) {
-      const bool valid = taps >> tap & 1;
-      const int64_t input_y = y * step.stride - step.padding + tap / step.kernel_width;
-      const int64_t input_x = x * step.stride - step.padding + tap % step.kernel_width;
-      const float* from = image + input_y * input.height_stride + input_x * input.width_stride;
-      for (int64_t c = 0; c < step.input_channels; ++c)
-        row[c] = valid ? from[c * input.channel_stride] : 0.0f;
-      row += step.input_channels;
+    const int64_t taps = step.kernel_height * step.kernel_width;
+    const int64_t channels = step.input_channels;
+    const uint64_t all = ~uint64_t{0} >> (64 - taps);
+    const int64_t pitch = gathered_pitch(step);
+    int64_t* const offsets = reinterpret_cast<int64_t*>(rows + pixels * pitch);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t c = 0; c < channels; ++c)
+        offsets[tap * channels + c] = tap / step.kernel_width * input.height_stride +
+                                      tap % step.kernel_width * input.width_stride +
+                                      c * input.channel_stride;
+    }
+    int64_t x = to.width;
+    const float* image_row = nullptr;
+    for (int64_t i = 0; i < pixels; ++i) {
+      if (++x >= to.width || output_pixels[i] != output_pixels[i - 1] + 1) {
+        const int64_t line = output_pixels[i] / to.width;
+        x = output_pixels[i] - line * to.width;
+        image_row = input.data + line / to.height * input.batch_stride +
+                    (line % to.height * step.stride - step.padding) * input.height_stride;
+      }
+      const float* from = image_row + (x * step.stride - step.padding) * input.width_stride;
+      float* row = rows + i * pitch;
+      if (pixel_taps[i] == all) {
+        for (int64_t k = 0; k < taps * channels; ++k) row[k] = from[offsets[k]];
+        continue;
+      }
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const bool valid = pixel_taps[i] >> tap & 1;
+        for (int64_t k = tap * channels; k < (tap + 1) * channels; ++k)
+          row[k] = valid ? from[offsets[k]] : 0.0f;
+      }
     }
   }
 
@@ -171,8 +221,9 @@ class Engine {
     return run;
   }
 
-  void convolve_direct(const Step& step, const Panel& panel, int64_t first_pixel, int64_t pixels,
-                       float* scratch) const {
+  void convolve_direct(const Step& step, int64_t panel_index, int64_t split, int64_t first_pixel,
+                       int64_t pixels, float* scratch) const {
+    const Panel& panel = program_.at<Panel>(step.panels)[panel_index];
     const int32_t* input_pixels = program_.at<int32_t>(step.input_pixels) + first_pixel;
     const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + first_pixel;
     const uint64_t* pixel_taps = program_.at<uint64_t>(step.pixel_taps) + first_pixel;
@@ -182,12 +233,18 @@ class Engine {
     const Tiles tiles(pixels, table_.tile_pixels[panel.vectors]);
     const bool one_chunk = step.taps_per_chunk >= taps;
     ChannelRun* const runs = reinterpret_cast<ChannelRun*>(scratch);
+    const bool partial_result = step.split_count > 1;
     float* const accumulators =
-        scratch + (taps * step.segment_count * sizeof(ChannelRun) / 4 + 15) / 16 * 16;
+        partial_result
+            ? partial_sums(step, split, panel_index)
+            : scratch + (taps * step.segment_count * sizeof(ChannelRun) / 4 + 15) / 16 * 16;
+    const uint64_t split_taps =
+        partial_result ? program_.at<uint64_t>(step.split_taps)[split] : ~uint64_t{0};
 
     for (int64_t chunk = 0; chunk < taps; chunk += step.taps_per_chunk) {
       const int64_t chunk_end = std::min(chunk + step.taps_per_chunk, taps);
-      const uint64_t chunk_taps = (~uint64_t{0} >> (64 - (chunk_end - chunk))) << chunk;
+      const uint64_t chunk_taps =
+          split_taps & (~uint64_t{0} >> (64 - (chunk_end - chunk))) << chunk;
       for (int64_t t = 0; t < tiles.tiles; ++t) {
         const int64_t begin = tiles.begin(t);
         const int64_t count = tiles.begin(t + 1) - begin;
@@ -199,8 +256,10 @@ class Engine {
         }
         const uint64_t some = any & chunk_taps & ~every;
 
-        ConvTile tile = output_tile(step, panel);
-        float* const sums = one_chunk ? accumulators : accumulators + begin * lanes;
+        ConvTile start = output_tile(step, panel);
+        start.input_pixels = kZeros;
+        if (split > 0) start.initial = kNoBias;
+        float* const sums = one_chunk && !partial_result ? accumulators : accumulators + begin * lanes;
         const auto to_sums = [&](ConvTile& partial) {
           partial.output = sums;
           partial.output_rows = kIota;
@@ -218,8 +277,7 @@ class Engine {
         for (uint64_t left = some; left != 0; left &= left - 1) {
           const int64_t tap = __builtin_ctzll(left);
           if (!started) {
-            ConvTile bias = output_tile(step, panel);
-            bias.input_pixels = kZeros;
+            ConvTile bias = start;
             to_sums(bias);
             conv_tile[count](bias);
             started = true;
@@ -243,6 +301,7 @@ class Engine {
           conv_tile[used](partial);
         }
 
+        ConvTile tile = start;
         ChannelRun* run = runs;
         for (uint64_t left = every; left != 0; left &= left - 1)
           run = append_runs(step, panel, __builtin_ctzll(left), run);
@@ -251,7 +310,7 @@ class Engine {
         tile.input_pixels = input_pixels + begin;
         tile.output_rows = output_pixels + begin;
         if (started) from_sums(tile);
-        if (chunk_end < taps) {
+        if (chunk_end < taps || partial_result) {
           to_sums(tile);
           if (started && tile.run_count == 0) continue;
         }
@@ -294,18 +353,24 @@ class Engine {
   const UkernelTable& table_;
   const float* packed_;
   float* arena_;
+  float* partials_;
   float* scratch_;
   const Binding& binding_;
 };
 
 }  // namespace
 
+static int64_t task_count(const Step& step) {
+  const int64_t tasks = step.block_count * step.group_count;
+  return step.kind == kConvolution ? tasks * step.split_count : tasks;
+}
+
 void run(const Program& program, const float* packed, float* workspace, const Binding& binding,
          int64_t threads, ParallelFor parallel_for) {
   const ProgramHeader& header = program.header();
   std::vector<int64_t> tasks;
   for (int64_t i = 0; i < header.step_count; ++i)
-    tasks.push_back(program.step(i).block_count * program.step(i).group_count);
+    tasks.push_back(task_count(program.step(i)));
   const Engine engine(program, packed, workspace, binding);
   Team team(threads, tasks);
   struct Context {

@@ -22,7 +22,7 @@ constexpr int64_t kNetworkInput = -1;   // any strides; only convolutions that p
 constexpr int64_t kNetworkOutput = -2;  // dense NHWC
 constexpr int64_t kFirstExternal = -3;  // NHWC with the buffer's pitch; -3 - i is external input i
 
-enum StepKind : int64_t { kConvolution = 0, kPool = 1 };
+enum StepKind : int64_t { kConvolution = 0, kPool = 1, kReduction = 2 };
 
 struct Buffer {
   int64_t height, width, pitch, offset;
@@ -56,6 +56,9 @@ struct Step {
   int64_t block_pixels, block_count;  // pixels are split into blocks,
   int64_t group_panels, group_count;  // panels into groups; a task is one block times one group
   int64_t taps_per_chunk;             // of weights that stay in L2 while a block's tiles pass by
+  // Where there are too few tiles and panels for all threads, the taps are split too: each part adds
+  // up its own partial sums, and a reduction, the next step, adds the parts.
+  int64_t split_count, split_taps;  // and the byte offset of a uint64 mask of taps for each
 };
 
 struct ProgramHeader {
@@ -63,7 +66,7 @@ struct ProgramHeader {
   int64_t batch, input_channels, input_height, input_width;
   int64_t output_channels, output_height, output_width;
   int64_t external_count, weight_count;
-  int64_t arena_floats, scratch_floats, packed_floats;
+  int64_t arena_floats, partial_floats, scratch_floats, packed_floats;
   int64_t buffers, buffer_count, steps, step_count;
 };
 
@@ -80,7 +83,7 @@ class Program {
     return reinterpret_cast<const T*>(bytes_ + offset);
   }
   int64_t workspace_floats(int64_t threads) const {
-    return header().arena_floats + threads * header().scratch_floats;
+    return header().arena_floats + header().partial_floats + threads * header().scratch_floats;
   }
 
  private:
