@@ -4,6 +4,7 @@ The builds here take a copy of the tree whose C++ is one tiny operator: the ques
 are built, and the real sources take long. ``.ci/run`` installs the real ones in every way.
 """
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -120,8 +121,24 @@ class TestMetadata:
     def test_dependencies(self):
         requires = importlib.metadata.requires("threshnet_fast")
         base = {text for text in requires if "extra ==" not in text}
-        assert base == {"torch>=2.10", "numpy", "matplotlib", "tqdm"}
+        assert base == {"torch>=2.10", "numpy", "matplotlib", "pillow", "tqdm"}
         assert set(self.metadata.get_all("Provides-Extra")) == {"bench", "test"}
+
+    def test_every_import_is_declared(self):
+        """What the package imports, anywhere in it, is a dependency or in an extra."""
+        distributions = {"PIL": "pillow", "skimage": "scikit-image"}
+        imported = set()
+        for path in (ROOT / "threshnet_fast").rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    imported.add(node.module.split(".")[0])
+        third_party = imported - sys.stdlib_module_names - {"threshnet_fast"}
+        requires = importlib.metadata.requires("threshnet_fast")
+        declared = {re.match(r"[\w.-]+", text).group().lower() for text in requires}
+        assert "torch" in third_party
+        assert {distributions.get(name, name) for name in third_party} - declared == set()
 
     def test_command(self):
         (command,) = (
