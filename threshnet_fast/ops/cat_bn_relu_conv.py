@@ -54,7 +54,7 @@ def cat_bn_relu_conv(
     Raises:
         TypeError: If an argument has a wrong type or dtype, or one the backend asked for lacks.
         ValueError: If a shape, device, stride, padding or backend name is wrong.
-        RuntimeError: If the backend asked for is not available.
+        RuntimeError: If the backend asked for is not available, or in forward-mode differentiation.
     """
     segments = validate.check_arguments(
         xs, {"scale": scale, "shift": shift, "weight": weight}, stride, padding, backend

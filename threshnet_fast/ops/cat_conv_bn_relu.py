@@ -58,7 +58,7 @@ def cat_conv_bn_relu(
     Raises:
         TypeError: If an argument has a wrong type or dtype, or one the backend asked for lacks.
         ValueError: If a shape, device, stride, padding, activation or backend name is wrong.
-        RuntimeError: If the backend asked for is not available.
+        RuntimeError: If the backend asked for is not available, or in forward-mode differentiation.
     """
     segments = validate.check_arguments(
         xs, {"weight": weight, "scale": scale, "shift": shift}, stride, padding, backend
