@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .errors import CommandError
@@ -52,8 +52,12 @@ CELL = ("model", "classes", "height", "width", "batch", "dtype", "threads")
 """The columns that say what was run."""
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> None:
     """Raises unless rows can be appended to the file, before an hour is spent measuring.
+
+    Args:
+        path: The file, which need not exist.
+        columns: The columns that it has or will have.
 
     Raises:
         CommandError: The folder does not exist, the file cannot be written, or has other columns.
@@ -67,26 +71,31 @@ def check_writable(path: Path) -> None:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CommandError(f"cannot write {path}: {reason}") from error
-    if header is not None and header != list(COLUMNS):
+    if header is not None and header != list(columns):
         raise CommandError(
             f"cannot append to {path}: its columns are not those of this version; name another file"
         )
 
 
-def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+def append_rows(
+    path: Path,
+    rows: Iterable[Mapping[str, object]],
+    columns: Sequence[str] = tuple(COLUMNS),
+) -> None:
     """Appends rows, and the header before the first one.
 
     Args:
         path: The file.
         rows: Values by column; columns that are missing stay empty.
+        columns: The columns of the file.
 
     Raises:
-        ValueError: A row has a column that is not in :data:`COLUMNS`.
+        ValueError: A row has a column that is not in ``columns``.
         CommandError: As :func:`check_writable`.
     """
-    check_writable(path)
+    check_writable(path, columns)
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)

@@ -1,0 +1,126 @@
+"""Measures the peak memory of an inference: the fused engine against PyTorch.
+
+    python benchmarks/bench_memory.py --size 224 --batch 16
+
+Two ways that know nothing of each other:
+
+- resident memory, from the kernel's high-water mark in a process of its own (see
+  threshnet_fast/cli/memory.py): all that a provider adds to the model, packed weights included;
+- for PyTorch, the largest sum of live tensors, from the profiler's record of every allocation and
+  release: activations alone, without what the allocator keeps or a library takes for itself.
+
+The fused engine's own account, its arena of features, is printed as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from threshnet_fast.backends import cpu
+from threshnet_fast.cli import machine
+from threshnet_fast.cli.memory import measure
+from threshnet_fast.cli.providers import PROVIDERS, Job, build, random_model
+from threshnet_fast.cli.report import format_table
+from threshnet_fast.cli.results import append_rows
+
+RESULTS = Path(__file__).resolve().parent / "results" / "memory.csv"
+COLUMNS = (
+    *("commit", "model", "size", "batch", "threads", "provider", "version", "kept_bytes"),
+    *("peak_bytes", "live_tensors_bytes", "arena_bytes", "processor", "torch"),
+)
+
+
+def live_tensors(job: Job, provider: str) -> int:
+    """The largest number of bytes that tensors of one call hold at the same time.
+
+    Args:
+        job: What to run.
+        provider: One of PyTorch's.
+    """
+    call = build(provider, job).run
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
+        call()
+    results = recorder.profiler.kineto_results
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    if not changes:
+        raise RuntimeError("the profiler recorded no allocation")
+    live = most = 0
+    for _, size in sorted(changes, key=lambda change: change[0]):
+        live += size
+        most = max(most, live)
+    return most
+
+
+def main() -> int:
+    """Measures, prints a table and appends to the CSV file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="threshnet95")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--providers", nargs="+", default=["fused", "drop-in", "eager", "channels-last"]
+    )
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    model = random_model(arguments.model, classes=10, seed=0)
+    x = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
+    job = Job(model, x, arguments.threads)
+
+    rows: list[dict[str, object]] = []
+    for name in arguments.providers:
+        row: dict[str, object] = {
+            "commit": machine.commit(),
+            "model": arguments.model,
+            "size": arguments.size,
+            "batch": arguments.batch,
+            "threads": arguments.threads,
+            "provider": name,
+            "version": PROVIDERS[name].version(),
+            "processor": machine.processor(),
+            "torch": torch.__version__,
+        }
+        memory = measure(name, job, arguments.model, classes=10, seed=0)
+        if memory is None:
+            print(f"{name}: resident memory could not be measured", file=sys.stderr)
+        else:
+            row |= {"kept_bytes": memory.built, "peak_bytes": memory.peak}
+        if name in ("eager", "channels-last"):
+            row["live_tensors_bytes"] = live_tensors(job, name)
+        elif PROVIDERS[name].ours:
+            compiled = cpu.compile_network(
+                model, x.shape, head=True, isa=cpu.isa_code(), threads=arguments.threads
+            )
+            row["arena_bytes"] = compiled.arena_bytes
+        rows.append(row)
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    append_rows(arguments.csv, rows, COLUMNS)
+
+    columns = ("kept_bytes", "peak_bytes", "live_tensors_bytes", "arena_bytes")
+    lines = [
+        [
+            str(row["provider"]),
+            *(f"{int(str(row[c])) / 1e6:.1f}" if c in row else "-" for c in columns),
+        ]
+        for row in rows
+    ]
+    print(f"{arguments.model}, {arguments.size}x{arguments.size}, batch {arguments.batch}, MB")
+    print(format_table(["provider", "between calls", "peak", "live tensors", "arena"], lines))
+    by_name = {str(row["provider"]): row for row in rows}
+    if "fused" in by_name and "eager" in by_name and "peak_bytes" in by_name["fused"]:
+        fused = int(str(by_name["fused"]["peak_bytes"]))
+        eager = int(str(by_name["eager"]["live_tensors_bytes"]))
+        print(f"fused, packed weights included: {fused / eager:.2f} of eager's live tensors")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

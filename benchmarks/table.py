@@ -1,0 +1,100 @@
+"""Writes the performance tables of the documentation from benchmarks/results/models.csv.
+
+    python benchmarks/table.py           # rewrites README.md and docs/performance.md
+    python benchmarks/table.py --check   # fails unless they are up to date
+
+A table stands between ``<!-- performance:NAME:begin -->`` and ``<!-- performance:NAME:end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from threshnet_fast.cli.errors import CommandError
+from threshnet_fast.cli.report import conditions, markdown_table
+from threshnet_fast.cli.results import COLUMNS, latest_rows, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "models.csv"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+
+Rows = Sequence[dict[str, str]]
+
+
+def summary(rows: Rows) -> str:
+    """ThreshNet95 with the most threads that were measured: minimum milliseconds."""
+    rows = [row for row in rows if row["model"] == "threshnet95"]
+    threads = max((int(row["threads"]) for row in rows), default=0)
+    rows = [row for row in rows if int(row["threads"]) == threads]
+    return f"{markdown_table(rows)}\n\n{conditions(rows)}"
+
+
+def full(rows: Rows) -> str:
+    """Everything: minimum and median milliseconds."""
+    return f"{markdown_table(rows, details=True)}\n\n{conditions(rows)}"
+
+
+def columns(rows: Rows) -> str:
+    """The columns of the file, and what they hold."""
+    del rows
+    lines = ["| column | holds |", "| :-- | :-- |"]
+    return "\n".join([*lines, *(f"| `{name}` | {text} |" for name, text in COLUMNS.items())])
+
+
+TABLES = {"summary": summary, "full": full, "columns": columns}
+
+
+def render(text: str, rows: Rows) -> str:
+    """Returns the text of a document with its tables made anew.
+
+    Raises:
+        CommandError: A marker names no table, or is never closed.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        begin, name, end = match.group("begin", "name", "end")
+        if name not in TABLES:
+            raise CommandError(f"there is no table {name!r}: expected one of {list(TABLES)}")
+        return f"{begin}\n{TABLES[name](rows)}\n{end}"
+
+    pattern = (
+        r"(?P<begin><!-- performance:(?P<name>\w+):begin -->)"
+        r".*?(?P<end><!-- performance:(?P=name):end -->)"
+    )
+    text, replaced = re.subn(pattern, replace, text, flags=re.DOTALL)
+    if replaced != len(re.findall(r"<!-- performance:\w+:begin -->", text)):
+        raise CommandError("a performance marker is not closed")
+    return text
+
+
+def main() -> int:
+    """Rewrites or checks the documents."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
+    arguments = parser.parse_args()
+    try:
+        rows = latest_rows(read_rows(arguments.csv))
+        for document in DOCUMENTS:
+            text = document.read_text(encoding="utf-8")
+            new = render(text, rows)
+            if new == text:
+                continue
+            if arguments.check:
+                raise CommandError(f"{document.name} is out of date: run benchmarks/table.py")
+            document.write_text(new, encoding="utf-8")
+            print(f"Written: {document}")
+    except (CommandError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
