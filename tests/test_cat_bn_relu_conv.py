@@ -295,6 +295,7 @@ def test_gradient_passes_where_the_activation_is_nan() -> None:
     assert x.grad.tolist() == [[[[1.0, 1.0, 0.0]]]]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("call", ["dual_level", "functional"])
 def test_forward_mode_is_an_error_not_a_zero(call: str) -> None:
     xs, scale, shift, weight = arguments(SMALL)
@@ -302,12 +303,15 @@ def test_forward_mode_is_an_error_not_a_zero(call: str) -> None:
     def function(weight: Tensor) -> Tensor:
         return cat_bn_relu_conv(xs, scale, shift, weight)
 
+    def by_dual_level() -> None:
+        with forward_ad.dual_level():
+            function(forward_ad.make_dual(weight, weight))
+
+    def by_functional() -> None:
+        torch.func.jvp(function, (weight,), (weight,))
+
     with pytest.raises(RuntimeError, match="weight carries a forward-mode tangent"):
-        if call == "functional":
-            torch.func.jvp(function, (weight,), (weight,))
-        else:
-            with forward_ad.dual_level():
-                function(forward_ad.make_dual(weight, weight))
+        by_functional() if call == "functional" else by_dual_level()
 
 
 def test_in_place_change_before_backward_is_an_error() -> None:

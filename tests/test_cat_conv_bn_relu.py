@@ -306,6 +306,7 @@ def test_gradient_of_a_scale_of_zero(backend: str) -> None:
     torch.testing.assert_close(scale.grad, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("call", ["dual_level", "functional"])
 def test_forward_mode_is_an_error_not_a_zero(call: str) -> None:
     xs, weight, scale, shift = arguments(SMALL)
@@ -313,12 +314,15 @@ def test_forward_mode_is_an_error_not_a_zero(call: str) -> None:
     def function(weight: Tensor) -> Tensor:
         return cat_conv_bn_relu(xs, weight, scale, shift)
 
+    def by_dual_level() -> None:
+        with forward_ad.dual_level():
+            function(forward_ad.make_dual(weight, weight))
+
+    def by_functional() -> None:
+        torch.func.jvp(function, (weight,), (weight,))
+
     with pytest.raises(RuntimeError, match="weight carries a forward-mode tangent"):
-        if call == "functional":
-            torch.func.jvp(function, (weight,), (weight,))
-        else:
-            with forward_ad.dual_level():
-                function(forward_ad.make_dual(weight, weight))
+        by_functional() if call == "functional" else by_dual_level()
 
 
 def test_in_place_change_before_backward_is_an_error() -> None:

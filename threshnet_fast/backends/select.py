@@ -134,7 +134,7 @@ def choose(xs: Sequence[torch.Tensor], requested: str | None = None) -> Choice:
         ValueError: If there is no such backend, or it does not run on this device.
         RuntimeError: If the backend asked for is not built or cannot be loaded.
     """
-    asked_by = "use_backend" if requested is None else "backend="
+    asked_by = "use_backend" if requested is None else "the argument backend"
     name = check_name(requested_backend() if requested is None else requested)
     if name == "reference":
         return Choice("reference", f"asked for by {asked_by}")
