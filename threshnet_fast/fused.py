@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,31 @@ from torch.nn.modules import module as torch_module
 
 from .backends import cpu, select
 from .backends.cpu import CompiledPlan
+from .nn import ConvBNReLU, DenseLayer, HarmonicBlock
 from .plan.lower import UnsupportedModule
+
+if TYPE_CHECKING:
+    from .models.threshnet import ThreshNet
 
 __all__ = ["FusedForward", "Objection"]
 
 # Compiled plans kept for a model, one for each input shape, number of threads, instruction set.
 _MAX_PLANS = 16
+
+# Modules that run the same in training mode. Anything else, a parametrisation say, may not.
+_MODELESS = {
+    nn.AdaptiveAvgPool2d,
+    nn.Conv2d,
+    nn.Flatten,
+    nn.Identity,
+    nn.Linear,
+    nn.MaxPool2d,
+    nn.ModuleList,
+    nn.Sequential,
+    ConvBNReLU,
+    DenseLayer,
+    HarmonicBlock,
+}
 
 _version = operator.attrgetter("_version")
 _data_ptr = Tensor.data_ptr
@@ -44,7 +63,7 @@ class FusedForward:
     def __reduce__(self) -> tuple[type[FusedForward], tuple[()]]:
         return FusedForward, ()
 
-    def __call__(self, model: nn.Module, x: Tensor, *, head: bool) -> Tensor | None:
+    def __call__(self, model: ThreshNet, x: Tensor, *, head: bool) -> Tensor | None:
         """Runs the model on a fused backend, or returns None where the plain path must run.
 
         Args:
@@ -68,7 +87,7 @@ class FusedForward:
             return None
         return compiled(x, packed)
 
-    def prepare(self, model: nn.Module, x: Tensor, *, head: bool) -> tuple[CompiledPlan, Tensor]:
+    def prepare(self, model: ThreshNet, x: Tensor, *, head: bool) -> tuple[CompiledPlan, Tensor]:
         """Returns the compiled plan for an input and the packed weights, both up to date.
 
         Args:
@@ -96,7 +115,7 @@ class FusedForward:
         snapshot.check(x)
         return snapshot.compiled(model, x.shape, head)
 
-    def _current(self, model: nn.Module) -> _Snapshot:
+    def _current(self, model: ThreshNet) -> _Snapshot:
         snapshot = self._snapshot
         if snapshot is None or not snapshot.matches():
             with self._lock:
@@ -113,9 +132,9 @@ class Objection(Exception):
 class _Snapshot:
     """What a model was when its weights were packed, and all that was made from it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: ThreshNet) -> None:
         modules = list(model.modules())
-        self._modules = modules
+        self._with_modes = [module for module in modules if type(module) not in _MODELESS]
         self._children = [module._modules for module in modules if module._modules]
         self._child_modules = [tuple(children.values()) for children in self._children]
         self._attributes = [module.__dict__ for module in modules]
@@ -136,7 +155,7 @@ class _Snapshot:
             for name, tensor in tensors.items()
             if tensor is not None and name != "num_batches_tracked"
         ]
-        self._tensors = [tensors[name] for tensors, name in self._slots]
+        self._tensors = [cast(Tensor, tensors[name]) for tensors, name in self._slots]
         if any(tensor.is_inference() for tensor in self._tensors):
             raise Objection("parameters are inference tensors, whose changes cannot be noticed")
         self._versions = list(map(_version, self._tensors))
@@ -160,8 +179,8 @@ class _Snapshot:
             return False
         return (
             not any(map(operator.is_not, tensors, self._tensors))
-            and list(map(_version, tensors)) == self._versions
-            and list(map(_data_ptr, tensors)) == self._pointers
+            and list(map(_version, self._tensors)) == self._versions
+            and list(map(_data_ptr, self._tensors)) == self._pointers
             and [tuple(children.values()) for children in self._children] == self._child_modules
             and list(map(len, self._attributes)) == self._attribute_counts
             and [norm.eps for norm in self._norms] == self._eps
@@ -170,10 +189,11 @@ class _Snapshot:
 
     def check(self, x: Tensor) -> None:
         """Raises an Objection for what may differ from call to call."""
-        if any([module.training for module in self._modules]):
+        # Lists, as generators take twice the time.
+        if any([module.training for module in self._with_modes]):  # noqa: C419
             raise Objection("the model, or a part of it, is in training mode")
         if torch.is_grad_enabled() and (
-            x.requires_grad or any([parameter.requires_grad for parameter in self._parameters])
+            x.requires_grad or any([parameter.requires_grad for parameter in self._parameters])  # noqa: C419
         ):
             raise Objection("gradients are wanted: use torch.no_grad() or torch.inference_mode()")
         if any(self._hooks):
@@ -184,7 +204,7 @@ class _Snapshot:
             raise Objection(self._unsupported)
 
     def compiled(
-        self, model: nn.Module, shape: torch.Size, head: bool
+        self, model: ThreshNet, shape: torch.Size, head: bool
     ) -> tuple[CompiledPlan, Tensor]:
         """The compiled plan for an input shape, and the packed weights."""
         isa = cpu.isa_code()
@@ -219,7 +239,9 @@ class _Probe:
     def __init__(self, tensors: list[Tensor]) -> None:
         # Aliases keep the memory alive that the addresses point to.
         self._aliases = [
-            tensor.detach() for tensor in tensors if tensor.dtype is torch.float32 and _dense(tensor)
+            tensor.detach()
+            for tensor in tensors
+            if tensor.dtype is torch.float32 and _dense(tensor)
         ]
         addresses = [
             alias.data_ptr() + alias.element_size() * index

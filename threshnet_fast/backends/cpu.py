@@ -16,7 +16,14 @@ from ..plan.lower import lower
 from ..plan.memory import plan_memory
 from ..plan.serialize import serialize
 
-__all__ = ["CompiledPlan", "compile_network", "isa", "isa_code", "pack_network", "unavailable_reason"]
+__all__ = [
+    "CompiledPlan",
+    "compile_network",
+    "isa",
+    "isa_code",
+    "pack_network",
+    "unavailable_reason",
+]
 
 ISA_VARIABLE = "THRESHNET_FAST_CPU_ISA"
 """Environment variable that caps the instruction set."""

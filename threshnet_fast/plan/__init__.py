@@ -1,10 +1,10 @@
 """Plans: a network lowered once into fused steps over a few feature buffers.
 
-Every backend executes the same list of steps, so that one float64 reference, :func:`execute_reference`,
-checks all of them, step by step.
+Every backend executes the same list of steps, so that one float64 reference,
+:func:`execute_reference`, checks all of them, step by step.
 """
 
-from .explain import Explanation, explain
+from .explanation import Explanation, explain
 from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
 from .lower import UnsupportedModule, lower
 from .memory import Arena, plan_memory

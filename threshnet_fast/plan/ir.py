@@ -326,6 +326,6 @@ class Plan:
 
     def __str__(self) -> str:
         """A table of the steps."""
-        from .explain import table
+        from .explanation import table
 
         return table(self)

@@ -74,7 +74,7 @@ def lower(
         raise ValueError(
             f"input_shape is {shape}: expected a height and width of at least {module.min_size}"
         )
-    lowering = _Lowering(cast("tuple[int, int, int, int]", shape), fold)
+    lowering = _Lowering(shape, fold)
     with torch.no_grad():
         return lowering.network(module, head)
 

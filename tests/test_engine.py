@@ -1,0 +1,320 @@
+"""The C++ engine against the float64 reference: step by step, whole networks, failure paths."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from data import photographs
+from test_plan import small
+from tolerance import assert_within, dot_bound
+from torch.nn import functional as F
+
+import threshnet_fast as tf
+from threshnet_fast.backends import cpu
+from threshnet_fast.plan import (
+    Arena,
+    FusedConv,
+    Pool,
+    execute_reference,
+    lower,
+    plan_memory,
+    serialize,
+)
+
+pytestmark = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+)
+operators = torch.ops.threshnet_fast_cpu
+
+
+def isas():
+    """Codes of the instruction sets that can be tested here."""
+    return range(operators.best_isa() + 1 if cpu.unavailable_reason() is None else 1)
+
+
+def separate_arena(plan):
+    """An arena in which no two buffers share memory, so that all can be looked at afterwards."""
+    shared = plan_memory(plan)
+    offsets, size = [], 0
+    for buffer, offset, pitch in zip(plan.buffers, shared.offsets, shared.pitches, strict=True):
+        offsets.append(None if offset is None else size)
+        if offset is not None:
+            size += -(-plan.input_shape[0] * buffer.pixels * pitch // 16) * 16
+    return Arena(tuple(offsets), shared.pitches, size)
+
+
+def run(plan, x, isa, arena=None, threads=None):
+    """Runs a plan in a poisoned workspace; returns the output and the workspace."""
+    threads = threads or torch.get_num_threads()
+    program = operators.compile_plan(serialize(plan, arena or plan_memory(plan)), isa, threads)
+    packed = operators.pack_weights(program, plan.weights())
+    workspace = operators.create_workspace(program, threads).fill_(torch.nan)
+    output = operators.run_plan(x, program, packed, workspace)
+    return output.flatten(1) if plan.flat_output else output, workspace
+
+
+def double_step(step, x):
+    """One step in float64, and the bound on the error of computing it in float32."""
+    if isinstance(step, FusedConv):
+        magnitude = x.abs()
+        if step.prologue is not None:
+            scale, shift = (t.double()[:, None, None] for t in dataclasses.astuple(step.prologue))
+            magnitude = x.abs() * scale.abs() + shift.abs()
+            x = torch.relu(x * scale + shift)
+        weight = step.weight.double()
+        bias = None if step.bias is None else step.bias.double()
+        y = F.conv2d(x, weight, bias, step.stride, step.padding)
+        bound = F.conv2d(
+            magnitude, weight.abs(), None if bias is None else bias.abs(), step.stride, step.padding
+        )
+        length = step.input_channels * weight.shape[2] * weight.shape[3] + 1
+        return torch.relu(y) if step.relu else y, dot_bound(bound, length, torch.float32)
+    if isinstance(step, Pool):
+        y = F.max_pool2d(x, step.kernel, step.stride, step.padding)
+        return y, torch.zeros_like(y)
+    mean, magnitude = x.mean((2, 3)), x.abs().mean((2, 3))
+    length = x.shape[2] * x.shape[3]
+    if step.weight is not None:
+        bias = None if step.bias is None else step.bias.double()
+        mean = F.linear(mean, step.weight.double(), bias)
+        magnitude = F.linear(
+            magnitude, step.weight.double().abs(), None if bias is None else bias.abs()
+        )
+        length += x.shape[1] + 1
+    return mean[:, :, None, None], dot_bound(magnitude, length, torch.float32)[:, :, None, None]
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 3, 45, 33), (3, 3, 64, 96)])
+def test_every_step(randomised, isa, threads, shape):
+    """Each step is given what the engine's own earlier steps wrote, so errors do not add up."""
+    plan = lower(randomised(small()), shape)
+    arena = separate_arena(plan)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.randn(shape)
+        output, workspace = run(plan, x, isa, arena)
+    finally:
+        torch.set_num_threads(before)
+
+    maps = []
+    for buffer, offset, pitch in zip(plan.buffers, arena.offsets, arena.pitches, strict=True):
+        size = (shape[0], buffer.height, buffer.width, pitch)
+        if offset is None:
+            maps.append(None)
+        else:
+            flat = workspace[offset : offset + torch.Size(size).numel()]
+            maps.append(flat.view(size).permute(0, 3, 1, 2).double())
+    maps[0] = x.double()
+    maps[-1] = output.double().reshape(shape[0], -1, plan.output.height, plan.output.width)
+
+    def read(segment):
+        return maps[segment.buffer][:, segment.channel : segment.channel + segment.channels]
+
+    for step in plan.steps:
+        expected, bound = double_step(step, torch.cat([read(s) for s in step.inputs], 1))
+        assert_within(read(step.output), expected, bound)
+
+
+def assert_error_at_most_twice_that_of_pytorch(model, x):
+    """Largest error against the module in float64, of the engine and of PyTorch's own float32."""
+    with torch.no_grad(), tf.use_backend("reference"):
+        expected = copy.deepcopy(model).double()(x.double())
+        eager = (model(x) - expected).abs().max().item()
+    plan = lower(model, x.shape)
+    for isa in isas():
+        fused = (run(plan, x, isa)[0] - expected).abs().max().item()
+        assert fused <= 2 * eager, f"instruction set {isa}: {fused:.3g}, PyTorch {eager:.3g}"
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (96, 96)])
+def test_error_on_small_photographs(randomised, size, batch):
+    model = randomised(tf.ThreshNet95(num_classes=1000).eval())
+    assert_error_at_most_twice_that_of_pytorch(model, photographs(*size, count=batch))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (225, 225), (160, 288)])
+def test_error_on_large_photographs(randomised, size):
+    model = randomised(tf.ThreshNet95(num_classes=1000).eval())
+    assert_error_at_most_twice_that_of_pytorch(model, photographs(*size, count=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [2, 3, 7])
+@pytest.mark.parametrize("size", [(224, 224), (225, 225), (160, 288)])
+def test_error_on_batches_of_large_photographs(randomised, size, batch):
+    model = randomised(tf.ThreshNet95(num_classes=1000).eval())
+    assert_error_at_most_twice_that_of_pytorch(model, photographs(*size, count=batch))
+
+
+def test_error_on_random_input(randomised):
+    model = randomised(tf.ThreshNet79(num_classes=1000).eval())
+    assert_error_at_most_twice_that_of_pytorch(model, torch.randn(3, 3, 64, 80))
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_features_without_head(randomised, isa):
+    model = randomised(small())
+    x = torch.randn(2, 3, 50, 38)
+    plan = lower(model, x.shape, head=False)
+    output, _ = run(plan, x, isa)
+    assert output.shape == (2, 48, 3, 2)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output.double(), execute_reference(plan, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 9])
+@pytest.mark.parametrize("isa", isas())
+def test_any_number_of_input_channels(randomised, isa, channels):
+    model = randomised(small(in_chans=channels))
+    x = torch.randn(2, channels, 33, 40)
+    plan = lower(model, x.shape)
+    output, _ = run(plan, x, isa)
+    torch.testing.assert_close(output.double(), execute_reference(plan, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x,
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: torch.cat([x, x], 3)[..., ::2][..., : x.shape[3]],
+        lambda x: x[:1].expand(x.shape),
+        lambda x: torch.cat([x, x], 1)[:, 1:4],
+    ],
+    ids=["nchw", "channels_last", "transposed", "strided", "expanded", "narrowed"],
+)
+def test_input_strides(randomised, layout):
+    model = randomised(small())
+    x = layout(torch.randn(3, 3, 40, 40))
+    plan = lower(model, x.shape)
+    for isa in isas():
+        output, _ = run(plan, x, isa)
+        torch.testing.assert_close(
+            output.double(), execute_reference(plan, x), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_results_do_not_depend_on_what_the_workspace_held(randomised):
+    plan = lower(randomised(small()), (2, 3, 40, 40))
+    x = torch.randn(2, 3, 40, 40)
+    program = operators.compile_plan(serialize(plan, plan_memory(plan)), operators.best_isa(), 2)
+    packed = operators.pack_weights(program, plan.weights())
+    workspace = operators.create_workspace(program, torch.get_num_threads())
+    first = operators.run_plan(x, program, packed, workspace.fill_(torch.nan))
+    second = operators.run_plan(x, program, packed, workspace.fill_(1e30))
+    assert first.equal(second)
+
+
+def test_batches_in_parts(randomised):
+    """A batch larger than the program's runs in parts, the last one overlapping."""
+    model = randomised(small())
+    x = torch.randn(7, 3, 32, 32)
+    plan = lower(model, (3, 3, 32, 32))
+    output, _ = run(plan, x, operators.best_isa())
+    expected = execute_reference(lower(model, x.shape), x)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_and_infinity_pass_through(randomised):
+    model = randomised(small())
+    for value in (torch.nan, torch.inf):
+        x = torch.randn(2, 3, 32, 32)
+        x[1, 0, 5, 7] = value
+        for isa in isas():
+            output, _ = run(lower(model, x.shape), x, isa)
+            assert output[0].isfinite().all()
+            assert not output[1].isfinite().any()
+
+
+@pytest.fixture
+def compiled(randomised):
+    plan = lower(randomised(small()), (2, 3, 32, 32))
+    program = operators.compile_plan(serialize(plan, plan_memory(plan)), operators.best_isa(), 2)
+    packed = operators.pack_weights(program, plan.weights())
+    workspace = operators.create_workspace(program, torch.get_num_threads())
+    return plan, program, packed, workspace
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(2, 3, 32), "four dimensions"),
+        (torch.randn(2, 4, 32, 32), r"\[2, 4, 32, 32\]"),
+        (torch.randn(1, 3, 32, 32), r"\[1, 3, 32, 32\]"),
+        (torch.randn(2, 3, 32, 33), r"\[2, 3, 32, 33\]"),
+        (torch.randn(2, 3, 32, 32, dtype=torch.float64), "float32"),
+        (torch.randn(2, 3, 32, 32).half(), "float32"),
+    ],
+)
+def test_run_plan_refuses_a_wrong_input(compiled, x, message):
+    _, program, packed, workspace = compiled
+    with pytest.raises(RuntimeError, match=message):
+        operators.run_plan(x, program, packed, workspace)
+
+
+def test_run_plan_refuses_what_does_not_belong_together(compiled):
+    plan, program, packed, workspace = compiled
+    x = torch.randn(2, 3, 32, 32)
+    with pytest.raises(RuntimeError, match="packed does not belong"):
+        operators.run_plan(x, program, packed[:-16], workspace)
+    with pytest.raises(RuntimeError, match="workspace is too small"):
+        operators.run_plan(x, program, packed, workspace[:16])
+    with pytest.raises(RuntimeError, match="workspace is not aligned"):
+        operators.run_plan(x, program, packed, torch.cat([workspace, workspace])[1:])
+    with pytest.raises((RuntimeError, ValueError), match="program is not one that"):
+        operators.run_plan(x, program[:-8].clone(), packed, workspace)
+    with pytest.raises((RuntimeError, ValueError), match="program is not one that"):
+        operators.run_plan(x, torch.zeros(4096, dtype=torch.uint8), packed, workspace)
+    with pytest.raises((RuntimeError, ValueError), match=r"weights has 3 tensors, expected"):
+        operators.pack_weights(program, plan.weights()[:3])
+    wrong = plan.weights()
+    wrong[0] = wrong[0][:-1]
+    with pytest.raises((RuntimeError, ValueError), match="weight of step 0 has"):
+        operators.pack_weights(program, wrong)
+
+
+def _edit(description, index, value):
+    edited = description.clone()
+    edited[index] = value
+    return edited
+
+
+def test_compile_refuses_an_inconsistent_description(randomised):
+    plan = lower(randomised(small()), (2, 3, 32, 32))
+    description = serialize(plan, plan_memory(plan))
+    isa = operators.best_isa()
+    cases = {
+        "not a plan's description": _edit(description, 0, 1),
+        "another version": _edit(description, 1, 99),
+        "dimension": _edit(description, 2, 0),
+        "ends too early": description[:-1],
+        "longer than its steps": torch.cat([description, description[:1]]),
+        "does not fit in the arena": _edit(description, 11, 16),
+    }
+    for message, case in cases.items():
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            operators.compile_plan(case.contiguous(), isa, 2)
+    with pytest.raises((RuntimeError, ValueError), match="instruction set 9"):
+        operators.compile_plan(description, 9, 2)
+    with pytest.raises((RuntimeError, ValueError), match="threads"):
+        operators.compile_plan(description, isa, 0)
+
+
+def test_compile_survives_any_single_wrong_entry(randomised):
+    """Every entry changed in turn, to values near and far: compiled or refused, never a crash."""
+    plan = lower(randomised(small()), (1, 3, 32, 32))
+    description = serialize(plan, plan_memory(plan))
+    refused = 0
+    for index in range(len(description)):
+        for value in (-(2**62), -5, -1, 0, 1, 7, int(description[index]) + 1, 2**31, 2**62):
+            try:
+                operators.compile_plan(_edit(description, index, value), 0, 2)
+            except (RuntimeError, ValueError):
+                refused += 1
+    assert refused > 4 * len(description)

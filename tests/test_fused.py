@@ -1,0 +1,474 @@
+"""The fused forward pass of a model: when it runs, never stale, and from many threads."""
+
+import copy
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from data import photographs
+from test_plan import small
+from torch import nn
+
+import threshnet_fast as tf
+from threshnet_fast.backends import cpu
+
+pytestmark = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+)
+
+
+@pytest.fixture
+def model(randomised):
+    return randomised(small())
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 40, 36)
+
+
+def plain(model, x):
+    with torch.no_grad(), tf.use_backend("reference"):
+        return model(x)
+
+
+def fused(model, x):
+    """The model's output, having made sure that it comes from the fused engine."""
+    with torch.no_grad(), tf.use_backend("cpu"):
+        return model(x)
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def assert_follows(model, x, before):
+    """The fused output is that of the model as it is now, which is not what it was."""
+    expected = plain(model, x)
+    assert not torch.allclose(expected, before, rtol=1e-3, atol=1e-4)
+    assert_same(fused(model, x), expected)
+
+
+def test_runs_by_itself_in_eval_mode_without_grad(model, x):
+    with torch.no_grad():
+        assert tf.explain(model, x).backend == "cpu"
+        output = model(x)
+    assert output.equal(fused(model, x))
+    assert_same(output, plain(model, x))
+    with torch.inference_mode():
+        assert model(x).equal(output)
+
+
+def test_agrees_on_photographs(randomised):
+    model = randomised(tf.ThreshNet95(num_classes=10).eval())
+    x = photographs(96)
+    actual, expected = fused(model, x), plain(model, x)
+    assert_same(actual, expected)
+    assert actual.argmax(1).equal(expected.argmax(1))
+
+
+def test_frozen_parameters_run_fused_with_grad_enabled(model, x):
+    model.requires_grad_(False)
+    assert tf.explain(model, x).backend == "cpu"
+    assert not model(x).requires_grad
+
+
+def test_grad_takes_the_autograd_path(model, x):
+    explanation = tf.explain(model, x)
+    assert explanation.backend == "reference"
+    assert "gradients are wanted" in explanation.reason
+    output = model(x)
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.requires_grad_(False)
+    x.requires_grad_()
+    assert model(x).requires_grad
+
+
+def test_training_mode_takes_the_plain_path(model, x):
+    model.train()
+    before = model.base[0].norm.running_mean.clone()
+    with torch.no_grad():
+        model(x)
+    assert not model.base[0].norm.running_mean.equal(before)
+    with torch.no_grad():
+        assert "training mode" in tf.explain(model, x).reason
+
+
+def test_one_part_in_training_mode_takes_the_plain_path(model, x):
+    fused(model, x)
+    model.base[4].norm1.train()
+    before = model.base[4].norm1.running_mean.clone()
+    with torch.no_grad():
+        model(x)
+    assert not model.base[4].norm1.running_mean.equal(before)
+
+
+def test_hooks_take_the_plain_path(model, x):
+    fused(model, x)
+    seen = []
+    handle = model.base[3].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        model(x)
+        assert seen
+        assert "hooks" in tf.explain(model, x).reason
+        handle.remove()
+        assert tf.explain(model, x).backend == "cpu"
+
+
+def test_double_half_and_autocast_take_the_plain_path(model, x):
+    with torch.no_grad():
+        assert copy.deepcopy(model).double()(x.double()).dtype == torch.float64
+        assert copy.deepcopy(model).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+            assert "autocast" in tf.explain(model, x).reason
+
+
+def test_transforms_and_modes_take_the_plain_path(model, x):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        assert counter.get_total_flops() > 0
+        batched = torch.func.vmap(model)(x[:, None])
+    assert_same(batched[:, 0], plain(model, x))
+    model.requires_grad_(False)
+    _, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    assert tangent.abs().max() > 0
+
+
+def test_compiles_without_the_engine(model, x):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_same(compiled(x), plain(model, x))
+
+
+def test_asking_for_the_engine_where_it_cannot_run_is_an_error(model, x):
+    with tf.use_backend("cpu"):
+        with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run this call: gradients"):
+            model(x)
+        with pytest.raises(RuntimeError, match="training mode"), torch.no_grad():
+            model.train()(x)
+        with pytest.raises(RuntimeError, match=r"dtype torch\.float16"), torch.no_grad():
+            model.eval().half()(x.half())
+
+
+def test_features_and_head(model, x):
+    with torch.no_grad():
+        with tf.use_backend("cpu"):
+            features = model.forward_features(x)
+        assert_same(model.forward_head(features), fused(model, x))
+        with tf.use_backend("reference"):
+            assert_same(features, model.forward_features(x))
+
+
+@pytest.mark.parametrize("arguments", [{"num_classes": 0}, {"num_classes": 0, "global_pool": ""}])
+def test_without_classifier(randomised, x, arguments):
+    model = randomised(small(**arguments))
+    assert_same(fused(model, x), plain(model, x))
+
+
+def test_many_shapes_keep_a_bounded_number_of_plans(model):
+    for size in range(32, 56):
+        x = torch.randn(1, 3, size, 32)
+        assert_same(fused(model, x), plain(model, x))
+    assert len(model._fused._snapshot._compiled) <= 16
+
+
+def test_large_batches_run_in_parts(randomised):
+    model = randomised(small())
+    x = torch.randn(301, 3, 64, 64)
+    assert_same(fused(model, x), plain(model, x))
+    compiled, _ = model._fused._snapshot.compiled(model, x.shape, True)
+    assert compiled.batch < 301
+
+
+def optimizer_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+
+
+def load_state_dict(model):
+    other = small()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.load_state_dict(other.state_dict())
+
+
+def load_and_assign(model):
+    model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()}, assign=True)
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.base[3].conv1.weight.mul_(-2)
+
+
+def one_element(model):
+    with torch.no_grad():
+        model.base[0].conv.weight[1, 2, 0, 1] = 9
+
+
+def running_statistics(model):
+    model.base[1].norm.running_var.mul_(9)
+
+
+def train_mode_forward(model):
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(4, 3, 32, 32) * 5 + 3)
+    model.eval()
+
+
+def new_parameter(model):
+    conv = model.base[4].conv2
+    conv.weight = nn.Parameter(torch.randn_like(conv.weight))
+
+
+def data_assigned(model):
+    conv = model.base[4].conv1
+    conv.weight.data = torch.randn_like(conv.weight)
+
+
+def data_in_place(model):
+    model.base[4].conv1.weight.data.mul_(-3)
+
+
+def data_filled(model):
+    model.base[1].norm.bias.data.fill_(3)
+
+
+def detached_in_place(model):
+    model.base[4].conv1.weight.detach().mul_(-3)
+
+
+def through_numpy(model):
+    model.base[4].conv1.weight.detach().numpy()[...] *= -3
+
+
+def replaced_module(model):
+    model.base[1].conv = nn.Conv2d(8, 12, 3, 1, 1, bias=False)
+
+
+def replaced_entry(model):
+    model.base[3] = copy.deepcopy(model.base[3])
+    nn.init.normal_(model.base[3].conv2.weight)
+
+
+def reset_classifier(model):
+    model.reset_classifier(7)
+    nn.init.ones_(model.get_classifier().bias)
+
+
+def double_and_back(model):
+    model.half().float()
+    model.double()
+    with torch.no_grad():
+        model.base[1].conv.weight.mul_(-2)
+    model.float()
+
+
+def other_eps(model):
+    model.base[0].norm.eps = 5.0
+
+
+def own_forward(model):
+    # Replaced on the instance, as some libraries do.
+    original = model.base[1].forward
+    model.base[1].forward = lambda x: 2 * original(x) + 1
+
+
+def parametrised(model):
+    class Negative(nn.Module):
+        def forward(self, weight):
+            return -weight
+
+    nn.utils.parametrize.register_parametrization(model.base[1].conv, "weight", Negative())
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        optimizer_step,
+        load_state_dict,
+        load_and_assign,
+        in_place,
+        one_element,
+        running_statistics,
+        train_mode_forward,
+        new_parameter,
+        data_assigned,
+        data_in_place,
+        data_filled,
+        detached_in_place,
+        through_numpy,
+        replaced_module,
+        replaced_entry,
+        reset_classifier,
+        double_and_back,
+        other_eps,
+        parametrised,
+    ],
+)
+def test_never_stale(model, x, change):
+    before = fused(model, x)
+    change(model)
+    assert_follows(model, x, before)
+
+
+def test_never_stale_where_the_change_cannot_run_fused(model, x):
+    before = fused(model, x)
+    own_forward(model)
+    with torch.no_grad():
+        assert "forward of its own" in tf.explain(model, x).reason
+        output = model(x)
+    assert not torch.allclose(output, before)
+    assert output.equal(plain(model, x))
+
+
+def test_untouched_weights_are_packed_once(model, x, monkeypatch):
+    calls = []
+    original = cpu.pack_network
+    monkeypatch.setattr(cpu, "pack_network", lambda *a: calls.append(1) or original(*a))
+    for _ in range(3):
+        fused(model, x)
+    fused(model, torch.randn(1, 3, 64, 32))
+    assert len(calls) == 1
+    in_place(model)
+    fused(model, x)
+    assert len(calls) == 2
+
+
+def test_weights_made_in_inference_mode_take_the_plain_path(x):
+    with torch.inference_mode():
+        model = small()
+        assert "inference tensors" in tf.explain(model, x).reason
+        before = model(x)
+        model.base[1].conv.weight.mul_(-2)
+        assert not model(x).equal(before)
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_instruction_set_is_taken_from_the_environment(model, x, isa, monkeypatch):
+    expected = plain(model, x)
+    monkeypatch.setenv(cpu.ISA_VARIABLE, isa)
+    try:
+        cpu.isa()
+    except ValueError as error:
+        pytest.skip(str(error))
+    with torch.no_grad():
+        assert f"{isa} kernels" in tf.explain(model, x).reason
+    assert_same(fused(model, x), expected)
+
+
+def test_wrong_instruction_set_is_an_error(model, x, monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "avx1024")
+    with pytest.raises(ValueError, match=r"THRESHNET_FAST_CPU_ISA is 'avx1024': expected one of"):
+        fused(model, x)
+
+
+def test_copies_and_pickles_are_independent(model, x):
+    before = fused(model, x)
+    twin = copy.deepcopy(model)
+    assert fused(twin, x).equal(before)
+    in_place(twin)
+    assert_follows(twin, x, before)
+    assert fused(model, x).equal(before)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = small()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert fused(other, x).equal(before)
+
+
+def test_eight_threads_give_the_results_of_one(randomised):
+    model = randomised(tf.ThreshNet79(num_classes=10).eval())
+    inputs = [torch.randn(1 + i % 2, 3, 32 + 16 * (i % 3), 32) for i in range(24)]
+    expected = [fused(model, x) for x in inputs]
+    model = copy.deepcopy(model)  # Nothing compiled or packed yet.
+    barrier = threading.Barrier(8)
+
+    def work(index):
+        barrier.wait()
+        results = []
+        for repeat in range(6):
+            position = (index * 5 + repeat * 7) % len(inputs)
+            results.append((position, fused(model, inputs[position])))
+        return results
+
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(work, range(8)):
+            for position, output in results:
+                assert output.equal(expected[position])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads(model, x, threads):
+    expected = plain(model, x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same(fused(model, x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+class TestOptimize:
+    def test_is_frozen(self, model, x):
+        expected = plain(model, x)
+        frozen = tf.optimize(model.train(), x)
+        assert frozen.backend == "cpu"
+        in_place(model)
+        assert_same(frozen(x), expected)
+        assert model.training
+
+    def test_other_sizes_and_layouts(self, model, x):
+        frozen = tf.optimize(model, x)
+        for other in (torch.randn(1, 3, 33, 64), torch.randn(5, 3, 32, 32)):
+            assert_same(frozen(other), plain(model, other))
+            assert_same(frozen(other.to(memory_format=torch.channels_last)), plain(model, other))
+
+    def test_from_many_threads(self, model):
+        frozen = tf.optimize(model, torch.randn(1, 3, 32, 32))
+        inputs = [torch.randn(1, 3, 32 + i % 4, 32) for i in range(40)]
+        expected = [frozen(x) for x in inputs]
+        with ThreadPoolExecutor(8) as pool:
+            assert all(map(torch.equal, pool.map(frozen, inputs), expected))
+
+    def test_refuses_what_it_cannot_give(self, model, x):
+        frozen = tf.optimize(model, x)
+        with pytest.raises(RuntimeError, match="x requires a gradient"):
+            frozen(x.clone().requires_grad_())
+        with torch.no_grad():
+            frozen(x.clone().requires_grad_())
+        with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
+            frozen(x.double())
+        with pytest.raises(ValueError, match="x has 4 channels"):
+            frozen(torch.randn(1, 4, 32, 32))
+        with pytest.raises(RuntimeError, match="x is on meta"):
+            frozen(x.to("meta"))
+
+    def test_bad_arguments(self, model, x):
+        with pytest.raises(TypeError, match="module is a Linear: expected a ThreshNet"):
+            tf.optimize(nn.Linear(1, 1), x)
+        with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
+            tf.optimize(model, x, dtype=torch.int8)
+        with pytest.raises(TypeError, match="exact is 1"):
+            tf.optimize(model, x, exact=1)
+        with pytest.raises(TypeError, match="x has dtype"):
+            tf.optimize(model, x.long())
+
+    def test_plain_path_where_there_is_no_plan(self, model, x):
+        own_forward(model)
+        frozen = tf.optimize(model, x)
+        assert frozen.backend == "reference"
+        assert "forward of its own" in frozen.reason
+        assert frozen(x).equal(plain(model, x))
