@@ -4,12 +4,12 @@
 
 Two ways that know nothing of each other:
 
+- live tensors: the largest sum of what one call allocates, from the profiler's record of every
+  allocation and release. Weights are in place before the call and do not count, packed ones
+  neither; the fused engine's buffers are allocated in the call and do.
 - resident memory, from the kernel's high-water mark in a process of its own (see
-  threshnet_fast/cli/memory.py): all that a provider adds to the model, packed weights included;
-- for PyTorch, the largest sum of live tensors, from the profiler's record of every allocation and
-  release: activations alone, without what the allocator keeps or a library takes for itself.
-
-The fused engine's own account, its arena of features, is printed as well.
+  threshnet_fast/cli/memory.py): all that a provider adds to the model at the peak of a call, packed
+  weights, caches of libraries and memory that the allocator keeps included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from threshnet_fast.backends import cpu
+import threshnet_fast as tf
 from threshnet_fast.cli import machine
 from threshnet_fast.cli.memory import measure
 from threshnet_fast.cli.providers import PROVIDERS, Job, build, random_model
@@ -31,19 +31,27 @@ from threshnet_fast.cli.results import append_rows
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.csv"
 COLUMNS = (
     *("commit", "model", "size", "batch", "threads", "provider", "version", "kept_bytes"),
-    *("peak_bytes", "live_tensors_bytes", "arena_bytes", "processor", "torch"),
+    *("peak_bytes", "live_bytes", "processor", "torch"),
 )
 
 
 def live_tensors(job: Job, provider: str) -> int:
-    """The largest number of bytes that tensors of one call hold at the same time.
+    """The largest number of bytes that tensors allocated in one call hold at the same time.
 
     Args:
         job: What to run.
-        provider: One of PyTorch's.
+        provider: One of this package's or of PyTorch's.
     """
-    call = build(provider, job).run
-    call()
+    if provider == "fused":
+        # Packed for a small input; the large one then allocates all of its buffers in the call.
+        frozen = tf.optimize(job.model, torch.zeros(1, 3, 32, 32))
+
+        def call() -> object:
+            return frozen(job.x)
+
+    else:
+        build(provider, Job(job.model, torch.zeros(1, 3, 32, 32), job.threads)).run()
+        call = build(provider, job).run
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
         call()
     results = recorder.profiler.kineto_results
@@ -93,18 +101,12 @@ def main() -> int:
             print(f"{name}: resident memory could not be measured", file=sys.stderr)
         else:
             row |= {"kept_bytes": memory.built, "peak_bytes": memory.peak}
-        if name in ("eager", "channels-last"):
-            row["live_tensors_bytes"] = live_tensors(job, name)
-        elif PROVIDERS[name].ours:
-            compiled = cpu.compile_network(
-                model, x.shape, head=True, isa=cpu.isa_code(), threads=arguments.threads
-            )
-            row["arena_bytes"] = compiled.arena_bytes
+        row["live_bytes"] = live_tensors(job, name)
         rows.append(row)
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
     append_rows(arguments.csv, rows, COLUMNS)
 
-    columns = ("kept_bytes", "peak_bytes", "live_tensors_bytes", "arena_bytes")
+    columns = ("live_bytes", "peak_bytes", "kept_bytes")
     lines = [
         [
             str(row["provider"]),
@@ -113,12 +115,10 @@ def main() -> int:
         for row in rows
     ]
     print(f"{arguments.model}, {arguments.size}x{arguments.size}, batch {arguments.batch}, MB")
-    print(format_table(["provider", "between calls", "peak", "live tensors", "arena"], lines))
-    by_name = {str(row["provider"]): row for row in rows}
-    if "fused" in by_name and "eager" in by_name and "peak_bytes" in by_name["fused"]:
-        fused = int(str(by_name["fused"]["peak_bytes"]))
-        eager = int(str(by_name["eager"]["live_tensors_bytes"]))
-        print(f"fused, packed weights included: {fused / eager:.2f} of eager's live tensors")
+    print(format_table(["provider", "live tensors", "resident peak", "resident kept"], lines))
+    live = {str(row["provider"]): int(str(row["live_bytes"])) for row in rows}
+    if "fused" in live and "eager" in live:
+        print(f"live tensors, fused over eager: {live['fused'] / live['eager']:.3f}")
     return 0
 
 

@@ -195,9 +195,7 @@ def _measure(
             key: sample.milliseconds(fraction)
             for key, fraction in (("min", 0.0), ("p20", 0.2), ("p50", 0.5), ("p80", 0.8))
         }
-        best = {
-            q: min(peer.milliseconds(f) for peer in peers) for q, f in (("min", 0), ("p50", 0.5))
-        }
+        best_min, best_p50 = (min(peer.milliseconds(f) for peer in peers) for f in (0.0, 0.5))
         rows.append(
             {
                 **common,

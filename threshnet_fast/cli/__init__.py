@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from .errors import CommandError
 
-__all__ = ["CommandError", "main"]
+__all__ = ["CommandError", "build_parser", "main"]
 
 
 class _Parser(argparse.ArgumentParser):

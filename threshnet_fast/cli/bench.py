@@ -382,7 +382,7 @@ def _introduction(setting: _Run) -> str:
     common = setting.common
     lines = [
         f"{common['processor']}, {common['processors']} processors usable, "
-        f"{setting.threads} threads",
+        + ("1 thread" if setting.threads == 1 else f"{setting.threads} threads"),
         f"threshnet_fast {__version__}, torch {common['torch']}, Python {common['python']}"
         + (f", commit {common['commit']}" if common["commit"] else ""),
     ]

@@ -1,0 +1,579 @@
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import threshnet_fast as tf
+from threshnet_fast.backends import cpu
+from threshnet_fast.cli import (
+    CommandError,
+    build_parser,
+    main,
+    pictures,
+    providers,
+    results,
+    timing,
+)
+from threshnet_fast.cli import bench as command
+from threshnet_fast.cli.memory import measure
+from threshnet_fast.models import registry
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path) -> str:
+    """Name of a network that is small enough to be timed in a test, in an empty folder."""
+
+    def build(num_classes: int = 10) -> tf.ThreshNet:
+        return tf.ThreshNet(
+            first_channels=(8, 16),
+            blocks=(2, 3),
+            transitions=(24, 32),
+            downsample=(True, False),
+            threshold=1,
+            growth_rates=(8, 12),
+            num_classes=num_classes,
+        )
+
+    monkeypatch.setitem(registry._REGISTRY, "tiny", build)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("THRESHNET_FAST_DEBUG", raising=False)
+    return "tiny"
+
+
+@pytest.fixture
+def needs_engine() -> None:
+    if cpu.unavailable_reason() is not None:
+        pytest.skip(str(cpu.unavailable_reason()))
+
+
+def bench(*arguments: str) -> int:
+    common = ["--model", "tiny", "--threads", "1", "--repeats", "1", "--random-input"]
+    return main(["bench", *common, *arguments])
+
+
+def error_line(capsys, status: int, expected: int) -> str:
+    """The only line on the standard error stream of a command that failed."""
+    assert status == expected
+    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("threshnet-fast")
+    assert "error: " in lines[0]
+    return lines[0]
+
+
+@pytest.mark.usefixtures("needs_engine")
+class TestBench:
+    def test_table_csv_and_plot(self, capsys):
+        assert bench("--cell", "32:1", "--cell", "40x48:2", "--providers", "fused,eager") == 0
+        out = capsys.readouterr().out
+        assert "tiny, 32x32, batch 1, float32, 1 thread" in out
+        assert "tiny, 40x48, batch 2, float32, 1 thread" in out
+        assert Path("threshnet-fast-bench.png").read_bytes().startswith(PNG)
+        with Path("threshnet-fast-bench.csv").open(newline="") as file:
+            assert next(csv.reader(file)) == list(results.COLUMNS)
+        rows = results.read_rows(Path("threshnet-fast-bench.csv"))
+        assert [(row["provider"], row["batch"]) for row in rows] == [
+            ("fused", "1"),
+            ("eager", "1"),
+            ("fused", "2"),
+            ("eager", "2"),
+        ]
+        assert len({row["run"] for row in rows}) == 1
+        for row in rows:
+            assert row["status"] == "ok"
+            assert 0 < float(row["min_ms"]) <= float(row["p20_ms"]) <= float(row["p50_ms"])
+            assert float(row["p50_ms"]) <= float(row["p80_ms"])
+            assert 0 <= float(row["error"]) <= float(row["error_limit"])
+            assert row["input"] == "random"
+            assert row["torch"] == torch.__version__
+            gflops = 2e-6 * int(row["macs"]) / float(row["min_ms"])
+            assert float(row["gflops"]) == pytest.approx(gflops, rel=1e-2, abs=0.01)
+        fused, eager = rows[:2]
+        assert float(eager["speedup_min"]) == 1
+        assert float(fused["speedup_min"]) == pytest.approx(
+            float(eager["min_ms"]) / float(fused["min_ms"]), rel=1e-2
+        )
+
+    def test_appends_to_the_csv_file(self):
+        for _ in range(2):
+            assert bench("--cell", "32:1", "--providers", "eager", "--csv", "all.csv") == 0
+        rows = results.read_rows(Path("all.csv"))
+        assert len(rows) == 2
+        assert rows[0]["run"] != rows[1]["run"]
+        assert Path("all.png").is_file()
+
+    def test_no_files(self, tmp_path):
+        assert bench("--cell", "32:1", "--providers", "eager", "--no-files") == 0
+        assert list(tmp_path.iterdir()) == []
+
+    def test_sizes_are_combined_with_batches(self):
+        sizes = ("--size", "32", "40", "--batch", "1", "3")
+        assert bench(*sizes, "--providers", "eager", "--csv", "all.csv") == 0
+        rows = results.read_rows(Path("all.csv"))
+        shapes = [(row["height"], row["batch"]) for row in rows]
+        assert shapes == [("32", "1"), ("32", "3"), ("40", "1"), ("40", "3")]
+
+    def test_time_budget(self, capsys):
+        arguments = ["bench", "--model", "tiny", "--threads", "1", "--seconds", "0.2"]
+        arguments += ["--random-input", "--cell", "32:1", "--providers", "fused", "--csv", "a.csv"]
+        assert main(arguments) == 0
+        (row,) = results.read_rows(Path("a.csv"))
+        assert int(row["calls"]) >= 3
+        assert row["speedup_min"] == "", "without a peer there is nothing to compare with"
+
+    def test_photographs(self, capsys):
+        if not pictures.find_pictures():
+            pytest.skip("no photograph is installed")
+        arguments = ["bench", "--model", "tiny", "--threads", "1", "--repeats", "1"]
+        arguments += ["--cell", "48:2", "--providers", "fused,drop-in,eager", "--csv", "all.csv"]
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        count = min(6, len(pictures.find_pictures()))
+        assert f"{count} of {count} predictions agree" in out
+        assert "not trained" in out
+        rows = results.read_rows(Path("all.csv"))
+        assert {row["input"] for row in rows} == {pictures.find_pictures()[0].source}
+
+    def test_picture_of_the_user(self, capsys):
+        from PIL import Image
+
+        Image.new("RGB", (50, 40), (200, 30, 90)).save("mine.png")
+        arguments = ["bench", "--model", "tiny", "--threads", "1", "--repeats", "1", "--no-files"]
+        arguments += ["--cell", "32:1", "--providers", "eager", "--image", "mine.png"]
+        assert main(arguments) == 0
+        assert "mine.png" in capsys.readouterr().out
+
+    def test_wrong_result_is_reported_and_not_timed(self, monkeypatch, capsys):
+        def build_wrong(job):
+            right = providers._eager(job)
+            return providers.Provider(lambda: right.run() * 1.001)
+
+        wrong = replace(providers.PROVIDERS["channels-last"], build=build_wrong)
+        monkeypatch.setitem(providers.PROVIDERS, "channels-last", wrong)
+        status = bench("--cell", "32:1", "--providers", "fused,channels-last", "--csv", "all.csv")
+        fused, peer = results.read_rows(Path("all.csv"))
+        assert fused["status"] == "ok"
+        assert peer["status"].startswith("wrong result: error ")
+        assert float(peer["error"]) > float(peer["error_limit"])
+        assert peer["min_ms"] == peer["calls"] == ""
+        assert fused["speedup_min"] == ""
+        assert "not everything could be measured" in error_line(capsys, status, 1)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_result_that_is_not_finite_is_wrong(self, monkeypatch, value):
+        def build_wrong(job):
+            right = providers._eager(job)
+            return providers.Provider(lambda: torch.full_like(right.run(), value))
+
+        wrong = replace(providers.PROVIDERS["eager"], build=build_wrong)
+        monkeypatch.setitem(providers.PROVIDERS, "eager", wrong)
+        assert bench("--cell", "32:1", "--providers", "eager", "--csv", "all.csv") == 1
+        (row,) = results.read_rows(Path("all.csv"))
+        assert row["status"].startswith("wrong result")
+
+    def test_provider_that_raises_does_not_stop_the_others(self, monkeypatch, capsys):
+        def build_broken(job):
+            raise RuntimeError("no such\nkernel")
+
+        broken = replace(providers.PROVIDERS["channels-last"], build=build_broken)
+        monkeypatch.setitem(providers.PROVIDERS, "channels-last", broken)
+        names = "eager,channels-last"
+        assert bench("--cell", "32:1", "--providers", names, "--csv", "all.csv") == 1
+        eager, peer = results.read_rows(Path("all.csv"))
+        assert eager["status"] == "ok"
+        assert peer["status"] == "no such kernel"
+        assert "channels-last: no such kernel" in capsys.readouterr().out
+
+    def test_engine_that_is_not_built_is_a_failure(self, monkeypatch, capsys):
+        broken = replace(providers.PROVIDERS["fused"], objection=lambda: "it was not built")
+        monkeypatch.setitem(providers.PROVIDERS, "fused", broken)
+        assert bench("--cell", "32:1", "--providers", "fused,eager", "--csv", "all.csv") == 1
+        fused, eager = results.read_rows(Path("all.csv"))
+        assert fused["status"] == "it was not built"
+        assert eager["status"] == "ok"
+
+    def test_default_is_the_main_job(self):
+        parser = build_parser()
+        arguments = parser.parse_args(["bench"])
+        assert command._cells(arguments) == [(224, 224, 1), (32, 32, 1), (32, 32, 32)]
+        assert {"fused", "drop-in", "eager", "channels-last"} <= set(command._providers(arguments))
+        assert "compile" not in command._providers(arguments)
+        assert "compile" in command._providers(parser.parse_args(["bench", "--compile"]))
+
+
+class TestBenchErrors:
+    def test_unknown_model(self, capsys):
+        status = main(["bench", "--model", "threshnet59"])
+        assert "did you mean 'threshnet95'?" in error_line(capsys, status, 2)
+
+    def test_unknown_provider(self, capsys):
+        status = main(["bench", "--providers", "eagre"])
+        assert "did you mean 'eager'?" in error_line(capsys, status, 2)
+
+    def test_peer_that_is_not_installed(self, monkeypatch, capsys):
+        absent = replace(
+            providers.PROVIDERS["openvino"], objection=providers._needs("no_such_module")
+        )
+        monkeypatch.setitem(providers.PROVIDERS, "openvino", absent)
+        status = main(["bench", "--providers", "openvino"])
+        assert "not installed: no_such_module" in error_line(capsys, status, 2)
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (["--cell", "224"], "expected SIZE:BATCH"),
+            (["--cell", "32:0"], "expected a positive integer"),
+            (["--cell", "axb:1"], "expected a size"),
+            (["--cell", "16:1"], "size 16x16 is too small for tiny: expected 32 or more"),
+            (["--size", "32x31"], "size 32x31 is too small"),
+            (["--cell", "32:1", "--batch", "2"], "leave --size, --batch out"),
+            (["--batch", "-1"], "expected a positive integer"),
+            (["--threads", "0"], "expected a positive integer"),
+            (["--repeats", "none"], "expected a positive integer"),
+            (["--seconds", "nan"], "expected a positive number"),
+            (["--seconds", "1", "--repeats", "1"], "not allowed with"),
+            (["--providers", ","], "expected one name or more"),
+            (["--image", "missing.png"], "missing.png: cannot be read: No such file"),
+            (["--image", "text.png"], "text.png: not a picture"),
+            (["--csv", "missing/all.csv"], "cannot write missing/all.csv: No such file"),
+            (["--csv", "other.csv"], "its columns are not those of this version"),
+            (["--plot", "missing/all.png"], "there is no folder missing"),
+            (["--plot", "all.txt"], "expected a name that ends in .png"),
+            (["--no-such-option"], "unrecognized arguments"),
+        ],
+    )
+    def test_one_line(self, capsys, arguments, text):
+        Path("text.png").write_text("no picture")
+        Path("other.csv").write_text("a,b\n1,2\n")
+        status = main(["bench", "--model", "tiny", *arguments])
+        expected = 1 if arguments[0] in ("--csv", "--plot") else 2
+        assert text in error_line(capsys, status, expected)
+
+    def test_csv_file_that_was_not_used_is_not_left_behind(self):
+        assert main(["bench", "--model", "tiny", "--cell", "32:1", "--image", "none.png"]) == 2
+        assert not Path("threshnet-fast-bench.csv").exists()
+
+    @pytest.mark.parametrize("how", ["option", "environment"])
+    def test_debug_lets_the_exception_pass(self, monkeypatch, how):
+        if how == "environment":
+            monkeypatch.setenv("THRESHNET_FAST_DEBUG", "1")
+        with pytest.raises(CommandError, match="unknown model"):
+            main(["bench", "--model", "none", *(["--debug"] if how == "option" else [])])
+
+    def test_unexpected_error_is_one_line(self, monkeypatch, capsys):
+        def fail(*_):
+            raise KeyError("surprise")
+
+        monkeypatch.setattr(command, "check_model", fail)
+        assert "surprise" in error_line(capsys, main(["bench"]), 1)
+
+    def test_interruption(self, monkeypatch, capsys):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(command, "check_model", interrupt)
+        assert "interrupted" in error_line(capsys, main(["bench"]), 130)
+
+
+class TestProviders:
+    @pytest.mark.parametrize("name", [n for n in providers.PROVIDERS if n != "compile"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_agrees_with_float64(self, name):
+        if (reason := providers.PROVIDERS[name].objection()) is not None:
+            pytest.skip(reason)
+        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 40, 48), 1)
+        reference = providers.reference_output(job.model, job.x)
+        provider = providers.build(name, job)
+        for _ in range(2):
+            error = providers.worst_error(provider.as_tensor(provider.run()), reference)
+            assert error <= providers.ERROR_LIMIT * float(reference.abs().max())
+        assert providers.PROVIDERS[name].version()
+
+    @pytest.mark.slow
+    def test_compile(self):
+        if (reason := providers.PROVIDERS["compile"].objection()) is not None:
+            pytest.skip(reason)
+        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 32, 32), 1)
+        reference = providers.reference_output(job.model, job.x)
+        output = providers.build("compile", job).run()
+        error = providers.worst_error(output, reference)
+        assert error <= providers.ERROR_LIMIT * float(reference.abs().max())
+
+    def test_bfloat16_does_not_pass(self):
+        model = providers.random_model("tiny", 10, 0)
+        x = torch.randn(2, 3, 32, 32)
+        reference = providers.reference_output(model, x)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            output = providers.plain_module(model)(x)
+        limit = providers.ERROR_LIMIT * float(reference.abs().max())
+        assert providers.worst_error(output, reference) > limit
+
+    def test_unavailable(self, monkeypatch):
+        absent = replace(providers.PROVIDERS["eager"], objection=lambda: "because")
+        monkeypatch.setitem(providers.PROVIDERS, "eager", absent)
+        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
+        with pytest.raises(providers.Unavailable, match="because"):
+            providers.build("eager", job)
+
+    def test_no_statistic_is_trivial(self):
+        model = providers.random_model("tiny", 10, 0)
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert len(norms) == 2 + 2 * 2 + 1 + 3 + 1
+        for norm in norms:
+            for tensor in (norm.running_mean, norm.bias, norm.weight, norm.running_var - 1):
+                assert tensor.abs().max() > 0.05
+                assert (tensor != 0).all()
+        assert not model.training
+
+    def test_equal_seeds_give_equal_models(self):
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        first = providers.random_model("tiny", 10, 3).state_dict()
+        assert torch.equal(torch.get_rng_state(), before), "the caller's generator is left alone"
+        torch.manual_seed(6)
+        second = providers.random_model("tiny", 10, 3).state_dict()
+        other = providers.random_model("tiny", 10, 4).state_dict()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        assert not torch.equal(first["base.0.conv.weight"], other["base.0.conv.weight"])
+
+    def test_memory(self):
+        job = providers.Job(
+            providers.random_model("threshnet79", 10, 0), torch.randn(1, 3, 64, 64), 1
+        )
+        memory = measure("eager", job, "threshnet79", 10, 0)
+        if memory is None:
+            pytest.skip("this system cannot tell the peak of resident memory")
+        assert memory.peak >= 300_000
+        assert memory.peak < 500_000_000
+
+
+class TestTiming:
+    def test_providers_take_turns(self):
+        order: list[str] = []
+        calls = {name: lambda name=name: order.append(name) for name in "abc"}
+        samples = timing.interleave(calls, rounds=3)
+        turns = [order[0]] + [b for a, b in itertools.pairwise(order) if a != b]
+        assert "".join(turns) == "abcabcabc"
+        assert all(len(sample.nanoseconds) < order.count(n) for n, sample in samples.items())
+
+    def test_time_budget_is_kept_and_progress_ends_at_one(self):
+        seen: list[float] = []
+        samples = timing.interleave({"a": lambda: None}, seconds=0.2, progress=seen.append)
+        assert seen == sorted(seen)
+        assert seen[-1] == pytest.approx(1.0, abs=0.2)
+        assert sum(samples["a"].nanoseconds) < 2e9
+
+    def test_at_least_three_rounds(self):
+        turns: list[str] = []
+        calls = {"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}
+        timing.interleave(calls, seconds=1e-6)
+        assert sum(a != b for a, b in itertools.pairwise(turns)) == 5
+
+    @pytest.mark.parametrize("budget", [{}, {"seconds": 1.0, "rounds": 1}])
+    def test_exactly_one_budget(self, budget):
+        with pytest.raises(ValueError, match="exactly one"):
+            timing.interleave({"a": lambda: None}, **budget)
+
+    def test_percentile(self):
+        values = [40.0, 10.0, 30.0, 20.0, 50.0]
+        assert timing.percentile(values, 0) == 10
+        assert timing.percentile(values, 0.5) == 30
+        assert timing.percentile(values, 0.2) == 18
+        assert timing.percentile(values, 1) == 50
+        assert timing.percentile([7.0], 0.8) == 7
+        with pytest.raises(ValueError, match="empty"):
+            timing.percentile([], 0.5)
+        with pytest.raises(ValueError, match="fraction"):
+            timing.percentile(values, 1.5)
+
+
+class TestResults:
+    def row(self, **values: str) -> dict[str, str]:
+        return {**dict.fromkeys(results.COLUMNS, ""), **values}
+
+    def test_latest_run_wins_as_a_whole(self):
+        rows = [
+            self.row(run="1", model="a", provider="fused", min_ms="3"),
+            self.row(run="1", model="a", provider="openvino", min_ms="1"),
+            self.row(run="1", model="b", provider="fused", min_ms="4"),
+            self.row(run="2", model="a", provider="fused", min_ms="2"),
+        ]
+        kept = results.latest_rows(rows)
+        assert [(row["run"], row["model"], row["provider"]) for row in kept] == [
+            ("2", "a", "fused"),
+            ("1", "b", "fused"),
+        ]
+
+    def test_round_trip(self, tmp_path):
+        row = self.row(run="1", status='failed: "x", y')
+        results.append_rows(tmp_path / "a.csv", [row])
+        results.append_rows(tmp_path / "a.csv", [row])
+        assert results.read_rows(tmp_path / "a.csv") == [row, row]
+
+    def test_unknown_column(self, tmp_path):
+        with pytest.raises(ValueError, match="surprise"):
+            results.append_rows(tmp_path / "a.csv", [{"surprise": 1}])
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(CommandError, match="cannot read"):
+            results.read_rows(tmp_path / "a.csv")
+
+
+class TestInfo:
+    def test_totals(self, capsys):
+        assert main(["info"]) == 0
+        out = capsys.readouterr().out
+        assert "16,189,202" in out
+        assert "4.027 G an image" in out
+        assert "base.3.conv1" in out
+        assert main(["info", "threshnet79"]) == 0
+        out = capsys.readouterr().out
+        assert "14,371,858" in out
+        assert "3.423 G an image" in out
+
+    def test_csv_sums_to_the_totals(self, capsys):
+        assert main(["info", "threshnet95", "--csv", "-"]) == 0
+        rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+        assert round(sum(int(row["macs"]) for row in rows) / 1e9, 3) == 4.027
+        assert sum("conv" in row["operation"] for row in rows) == 95
+        fused = sum(int(row["bytes_fused"]) for row in rows)
+        assert fused < sum(int(row["bytes_unfused"]) for row in rows)
+        assert main(["info", "threshnet95", "--csv", "layers.csv"]) == 0
+        with Path("layers.csv").open(newline="") as file:
+            assert list(csv.DictReader(file)) == rows
+
+    def test_batch_multiplies_the_work_but_not_the_parameters(self, capsys):
+        totals = []
+        for batch in ("1", "4"):
+            assert main(["info", "tiny", "--size", "32x40", "--batch", batch, "--csv", "-"]) == 0
+            rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+            totals.append([sum(int(row[c]) for row in rows) for c in ("macs", "parameters")])
+        assert totals[1] == [4 * totals[0][0], totals[0][1]]
+
+    @pytest.mark.parametrize(
+        ("arguments", "text", "expected"),
+        [
+            (["threshnet96"], "did you mean 'threshnet95'?", 2),
+            (["tiny", "--size", "31"], "too small", 2),
+            (["tiny", "--size", "0"], "expected 1 to 65536", 2),
+            (["tiny", "--size", "1x2x3"], "expected a size", 2),
+            (["tiny", "--batch", "0"], "expected a positive integer", 2),
+            (["tiny", "--csv", "missing/layers.csv"], "cannot write missing/layers.csv", 1),
+        ],
+    )
+    def test_errors(self, capsys, arguments, text, expected):
+        assert text in error_line(capsys, main(["info", *arguments]), expected)
+
+
+class TestDoctor:
+    @pytest.mark.usefixtures("needs_engine")
+    def test_sound(self, capsys):
+        assert main(["doctor"]) == 0
+        out = capsys.readouterr().out
+        assert "Everything works." in out
+        assert out.count("self-test") == 4
+        assert "FAIL" not in out
+
+    @pytest.mark.usefixtures("needs_engine")
+    def test_wrong_results_are_found(self, monkeypatch, capsys):
+        def build_wrong(job):
+            right = providers._eager(job)
+            return providers.Provider(lambda: right.run() + 1e-4)
+
+        wrong = replace(providers.PROVIDERS["fused"], build=build_wrong)
+        monkeypatch.setitem(providers.PROVIDERS, "fused", wrong)
+        status = main(["doctor"])
+        captured = capsys.readouterr()
+        assert status == 1
+        assert captured.out.count("[FAIL] self-test, fused") == 2
+        assert captured.err.strip() == "threshnet-fast doctor: error: 2 checks failed"
+
+    @pytest.mark.usefixtures("needs_engine")
+    def test_bad_instruction_set(self, monkeypatch, capsys):
+        monkeypatch.setenv(cpu.ISA_VARIABLE, "mmx")
+        assert main(["doctor"]) == 1
+        assert "[FAIL] instruction set: THRESHNET_FAST_CPU_ISA is 'mmx'" in capsys.readouterr().out
+
+    def test_extension_that_is_missing(self, monkeypatch, capsys):
+        from threshnet_fast import extension
+
+        monkeypatch.setattr(extension, "_done", True)
+        monkeypatch.setattr(extension, "_reason", "it was not built")
+        assert main(["doctor"]) == 1
+        captured = capsys.readouterr()
+        assert "[FAIL] C++ extension: it was not built" in captured.out
+        assert "left out: there is no fused engine here" in captured.out
+
+    def test_too_many_threads(self, monkeypatch, capsys):
+        from threshnet_fast.cli import machine
+
+        torch.set_num_threads(2)
+        monkeypatch.setattr(machine, "usable_processors", lambda: 1)
+        main(["doctor"])
+        assert "[warn] threads: 2 for 1 usable processors" in capsys.readouterr().out
+
+
+class TestMain:
+    @pytest.mark.parametrize("name", [[], ["bench"], ["info"], ["doctor"]])
+    def test_help(self, capsys, name):
+        assert main([*name, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("usage: threshnet-fast")
+        assert all(len(line) <= 100 for line in out.splitlines())
+
+    def test_version(self, capsys):
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"threshnet_fast {tf.__version__}\n"
+
+    @pytest.mark.parametrize("arguments", [[], ["benhc"]])
+    def test_no_such_command(self, capsys, arguments):
+        error_line(capsys, main(arguments), 2)
+
+    def test_process(self):
+        result = subprocess.run(
+            [sys.executable, "-m", "threshnet_fast.cli", "info", "threshnet59"],
+            cwd=Path(tf.__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert result.stderr == (
+            "threshnet-fast info: error: unknown model 'threshnet59': did you mean 'threshnet95'?\n"
+        )
+
+
+def test_batch_of_pictures_is_normalised_and_has_no_equal_images():
+    found = pictures.find_pictures()
+    if not found:
+        pytest.skip("no photograph is installed")
+    x = pictures.as_batch(found, 32, 40, 3 * len(found) + 1)
+    assert x.shape == (3 * len(found) + 1, 3, 32, 40)
+    assert x.is_contiguous()
+    assert x.dtype is torch.float32
+    assert x.isfinite().all()
+    assert -2.2 < float(x.min()) < float(x.max()) < 2.7
+    assert 0.3 < float(x.std()) < 2.0
+    for i in range(len(x)):
+        for j in range(i):
+            assert not torch.equal(x[i], x[j])
+
+
+def test_matplotlib_has_a_photograph():
+    pytest.importorskip("matplotlib")
+    found = pictures._from_matplotlib()
+    assert [picture.pixels.dtype for picture in found] == [torch.uint8] * 3
+    assert found[0].pixels.shape[0] == 3
