@@ -109,9 +109,9 @@ def markdown_table(rows: Sequence[Row], details: bool = False) -> str:
                 failed = any(r["provider"] == name for r in group)
                 line.append("failed" if failed else "")
                 continue
-            text = f"{float(row['min_ms']):.1f}"
+            text = _milliseconds(row["min_ms"])
             text = f"**{text}**" if row is best else text
-            line.append(f"{text} / {float(row['p50_ms']):.1f}" if details else text)
+            line.append(f"{text} / {_milliseconds(row['p50_ms'])}" if details else text)
         fused = timed.get("fused")
         if fused is None or not fused["speedup_min"]:
             line.append("")
@@ -202,7 +202,7 @@ def _panel(axis: object, group: Sequence[Row]) -> None:
     axis.barh(positions, medians, color=["#c44e52" if own else "#8c9bb0" for own in ours])
     axis.errorbar(medians, positions, xerr=[low, high], fmt="none", ecolor="#333333", capsize=2)
     for position, median, above in zip(positions, medians, high, strict=True):
-        axis.text(median + above, position, f"  {median:.1f}", va="center", fontsize=8)
+        axis.text(median + above, position, f"  {_milliseconds(str(median))}", va="center", fontsize=8)
     axis.set_yticks(positions, [PROVIDERS[row["provider"]].title for row in group], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.18 * max(m + h for m, h in zip(medians, high, strict=True)))
@@ -213,6 +213,12 @@ def _panel(axis: object, group: Sequence[Row]) -> None:
     axis.set_title(
         f"{first['model']}, {_size(first)}, batch {first['batch']}, {threads}", fontsize=9
     )
+
+
+def _milliseconds(text: str) -> str:
+    """Three digits, more for what takes over a second."""
+    value = float(text)
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
 
 
 def _size(row: Row) -> str:
