@@ -202,7 +202,9 @@ def _panel(axis: object, group: Sequence[Row]) -> None:
     axis.barh(positions, medians, color=["#c44e52" if own else "#8c9bb0" for own in ours])
     axis.errorbar(medians, positions, xerr=[low, high], fmt="none", ecolor="#333333", capsize=2)
     for position, median, above in zip(positions, medians, high, strict=True):
-        axis.text(median + above, position, f"  {_milliseconds(str(median))}", va="center", fontsize=8)
+        axis.text(
+            median + above, position, f"  {_milliseconds(str(median))}", va="center", fontsize=8
+        )
     axis.set_yticks(positions, [PROVIDERS[row["provider"]].title for row in group], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.18 * max(m + h for m, h in zip(medians, high, strict=True)))
