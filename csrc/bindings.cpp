@@ -26,8 +26,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(
-      0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  torch::stable::parallel_for(0, count, 1,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 std::string shape_of(const Tensor& tensor) {
@@ -61,7 +61,8 @@ void check_dense(const Tensor& tensor, const std::string& name) {
 void advise_huge_pages(const Tensor& tensor, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + kPage - 1) / kPage * kPage;
+  const uintptr_t start =
+      (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + bytes) / kPage * kPage;
   if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
 #else
@@ -99,15 +100,29 @@ int64_t checksum_floats(const Tensor& addresses) {
 
 int64_t best_isa() { return cpu::best_isa(); }
 
-Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads) {
+Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads, bool exact) {
   check_tensor(description, "description", ScalarType::Long, "int64");
   check_dense(description, "description");
   const std::vector<std::byte> bytes =
       cpu::compile(static_cast<const int64_t*>(description.data_ptr()), description.numel(), isa,
-                   threads);
+                   threads, exact);
   Tensor program = torch::stable::empty({static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
   std::copy(bytes.begin(), bytes.end(), static_cast<std::byte*>(program.data_ptr()));
   return program;
+}
+
+int64_t program_layout(const Tensor& program) { return program_of(program).header().layout; }
+
+Tensor program_algorithms(const Tensor& program) {
+  const cpu::Program view = program_of(program);
+  std::vector<int64_t> algorithms;
+  for (int64_t i = 0; i < view.header().step_count; ++i) {
+    const cpu::Step& step = view.step(i);
+    if (step.kind != cpu::kReduction) algorithms.push_back(cpu::algorithm_of(step));
+  }
+  Tensor result = torch::stable::empty({static_cast<int64_t>(algorithms.size())}, ScalarType::Long);
+  std::copy(algorithms.begin(), algorithms.end(), static_cast<int64_t*>(result.data_ptr()));
+  return result;
 }
 
 Tensor pack_weights(const Tensor& program, const std::vector<Tensor>& weights) {
@@ -151,8 +166,8 @@ Tensor run_plan(const Tensor& x, const Tensor& program, const Tensor& packed, Te
 
   const int64_t batch = x.size(0);
   Tensor output = torch::stable::empty(
-      {batch, header.output_channels, header.output_height, header.output_width},
-      ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+      {batch, header.output_channels, header.output_height, header.output_width}, ScalarType::Float,
+      std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
   const int64_t image_floats = header.output_channels * header.output_height * header.output_width;
   for (int64_t start = 0; start < batch; start += header.batch) {
     // The last part of a batch that is no multiple of the program's overlaps the part before it.
@@ -223,9 +238,20 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
   const int64_t output_channels = weight.size(0);
   const int64_t count = static_cast<int64_t>(segments.size());
 
-  std::vector<int64_t> description = {
-      cpu::kDescriptionMagic, cpu::kVersion, batch, channels, height, width, output_channels,
-      output_height, output_width, count, static_cast<int64_t>(weights.size()), 0, count + 1, 1};
+  std::vector<int64_t> description = {cpu::kDescriptionMagic,
+                                      cpu::kVersion,
+                                      batch,
+                                      channels,
+                                      height,
+                                      width,
+                                      output_channels,
+                                      output_height,
+                                      output_width,
+                                      count,
+                                      static_cast<int64_t>(weights.size()),
+                                      0,
+                                      count + 1,
+                                      1};
   cpu::Binding binding;
   for (int64_t i = 0; i < count; ++i) {
     description.insert(description.end(),
@@ -237,22 +263,21 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
   description.insert(description.end(), {cpu::kConvolution, 3 * count + 15, count});
   for (int64_t i = 0; i < count; ++i)
     description.insert(description.end(), {i, 0, segments[i].size(1)});
-  description.insert(description.end(),
-                     {count, 0, output_channels, kernel_height, kernel_width, window.stride,
-                      window.padding, relu, 0, has_prologue ? -1 : 1, has_prologue ? 1 : -1,
-                      has_prologue ? 2 : -1});
+  description.insert(
+      description.end(),
+      {count, 0, output_channels, kernel_height, kernel_width, window.stride, window.padding, relu,
+       0, has_prologue ? -1 : 1, has_prologue ? 1 : -1, has_prologue ? 2 : -1});
 
   const int64_t threads = torch::stable::get_num_threads();
-  const std::vector<std::byte> bytes =
-      cpu::compile(description.data(), static_cast<int64_t>(description.size()), isa, threads);
+  const std::vector<std::byte> bytes = cpu::compile(
+      description.data(), static_cast<int64_t>(description.size()), isa, threads, true);
   const cpu::Program program(bytes.data(), static_cast<int64_t>(bytes.size()));
   Tensor packed = torch::stable::empty({program.header().packed_floats}, ScalarType::Float);
   cpu::pack(program, weights, static_cast<float*>(packed.data_ptr()), parallel_for);
-  Tensor workspace =
-      torch::stable::empty({program.workspace_floats(threads)}, ScalarType::Float);
-  Tensor output = torch::stable::empty({batch, output_channels, output_height, output_width},
-                                       ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
-                                       MemoryFormat::ChannelsLast);
+  Tensor workspace = torch::stable::empty({program.workspace_floats(threads)}, ScalarType::Float);
+  Tensor output =
+      torch::stable::empty({batch, output_channels, output_height, output_width}, ScalarType::Float,
+                           std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
   binding.output = static_cast<float*>(output.data_ptr());
   cpu::run(program, static_cast<const float*>(packed.data_ptr()),
            static_cast<float*>(workspace.data_ptr()), binding, threads, parallel_for);
@@ -295,9 +320,8 @@ Tensor cat_conv_bn_relu(const std::vector<Tensor>& xs, const Tensor& weight, con
   const float* from = static_cast<const float*>(dense.data_ptr());
   const float* factor = static_cast<const float*>(dense_scale.data_ptr());
   for (int64_t i = 0; i < dense.numel(); ++i) folded[i] = from[i] * factor[i / row];
-  return run_convolution(xs, weight,
-                         {{folded.data(), dense.numel()}, weight_of(dense_shift)}, false, relu,
-                         {stride, padding}, isa);
+  return run_convolution(xs, weight, {{folded.data(), dense.numel()}, weight_of(dense_shift)},
+                         false, relu, {stride, padding}, isa);
 }
 
 }  // namespace
@@ -305,7 +329,9 @@ Tensor cat_conv_bn_relu(const std::vector<Tensor>& xs, const Tensor& weight, con
 STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("best_isa() -> int");
   m.def("checksum_floats(Tensor addresses) -> int");
-  m.def("compile_plan(Tensor description, int isa, int threads) -> Tensor");
+  m.def("compile_plan(Tensor description, int isa, int threads, bool exact) -> Tensor");
+  m.def("program_layout(Tensor program) -> int");
+  m.def("program_algorithms(Tensor program) -> Tensor");
   m.def("pack_weights(Tensor program, Tensor[] weights) -> Tensor");
   m.def("create_workspace(Tensor program, int threads) -> Tensor");
   m.def("run_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor");
@@ -324,6 +350,8 @@ STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
   m.impl("checksum_floats", TORCH_BOX(&checksum_floats));
   m.impl("compile_plan", TORCH_BOX(&compile_plan));
+  m.impl("program_layout", TORCH_BOX(&program_layout));
+  m.impl("program_algorithms", TORCH_BOX(&program_algorithms));
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("create_workspace", TORCH_BOX(&create_workspace));
   m.impl("run_plan", TORCH_BOX(&run_plan));

@@ -339,7 +339,7 @@ def test_untouched_weights_are_packed_once(model, x, monkeypatch):
     monkeypatch.setattr(cpu, "pack_network", lambda *a: calls.append(1) or original(*a))
     for _ in range(3):
         fused(model, x)
-    fused(model, torch.randn(1, 3, 64, 32))
+    fused(model, torch.randn(1, 3, 40, 36))
     assert len(calls) == 1
     in_place(model)
     fused(model, x)
@@ -419,6 +419,20 @@ def test_any_number_of_threads(model, x, threads):
         assert_same(fused(model, x), expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_exact_by_the_environment(model, x, monkeypatch):
+    expected = plain(model, x)
+    with torch.no_grad():
+        assert "winograd" in str(tf.explain(model, x))
+        assert_same(fused(model, x), expected)
+        monkeypatch.setenv(cpu.EXACT_VARIABLE, "1")
+        assert "winograd" not in str(tf.explain(model, x))
+        exact = fused(model, x)
+        monkeypatch.delenv(cpu.EXACT_VARIABLE)
+    assert_same(exact, expected)
+    assert not exact.equal(fused(model, x))
+    assert tf.optimize(model, x, exact=True)(x).equal(exact)
 
 
 class TestOptimize:

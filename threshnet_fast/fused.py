@@ -167,7 +167,7 @@ class _Snapshot:
         self._probe = _Probe(self._tensors)
 
         self._lock = threading.Lock()
-        self._packed: dict[int, Tensor] = {}
+        self._packed: dict[tuple[int, int], Tensor] = {}
         self._compiled: dict[tuple[Any, ...], CompiledPlan] = {}
         self._unsupported: str | None = None
 
@@ -209,23 +209,27 @@ class _Snapshot:
         """The compiled plan for an input shape, and the packed weights."""
         isa = cpu.isa_code()
         threads = torch.get_num_threads()
-        key = (shape, head, isa, threads)
+        exact = cpu.exact_by_default()
+        key = (shape, head, isa, threads, exact)
         compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
                 try:
-                    compiled = cpu.compile_network(
-                        model, shape, head=head, isa=isa, threads=threads
+                    compiled, whole = (
+                        cpu.compile_network(
+                            model, shape, head=with_head, isa=isa, threads=threads, exact=exact
+                        )
+                        for with_head in (head, True)
                     )
-                    if isa not in self._packed:
-                        self._packed[isa] = cpu.pack_network(model, isa)
+                    if (isa, whole.layout) not in self._packed:
+                        self._packed[isa, whole.layout] = cpu.pack_network(model, whole)
                 except UnsupportedModule as error:
                     self._unsupported = str(error)
                     raise Objection(self._unsupported) from None
                 if len(self._compiled) >= _MAX_PLANS:
                     self._compiled.pop(next(iter(self._compiled)))
                 self._compiled[key] = compiled
-        return compiled, self._packed[isa]
+        return compiled, self._packed[isa, compiled.layout]
 
 
 class _Probe:

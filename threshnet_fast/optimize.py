@@ -30,20 +30,16 @@ class FrozenNetwork:
         reason: One line that says why.
     """
 
-    def __init__(self, module: ThreshNet, backend: str, reason: str) -> None:
+    def __init__(self, module: ThreshNet, backend: str, reason: str, exact: bool) -> None:
         self.backend = backend
         self.reason = reason
+        self._exact = exact
+        self._module = module
         self._lock = threading.Lock()
         self._compiled: dict[tuple[torch.Size, int], CompiledPlan] = {}
+        self._packed: dict[int, Tensor] = {}
         if backend == "cpu":
             self._isa = cpu.isa_code()
-            self._packed = cpu.pack_network(module, self._isa)
-            # Shapes are all that later compilations need of the module.
-            self._module = copy.deepcopy(module).to("meta")
-            self._weight = torch.empty(0)
-        else:
-            self._module = copy.deepcopy(module)
-            self._weight = next(self._module.parameters())
 
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the network.
@@ -60,7 +56,8 @@ class FrozenNetwork:
             RuntimeError: ``x`` is on another device, or requires a gradient that a frozen network
                 cannot give.
         """
-        check_input(x, self._module.in_chans, self._module.min_size, self._weight)
+        module = self._module
+        check_input(x, module.in_chans, module.min_size, module.get_parameter("base.0.conv.weight"))
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "x requires a gradient: expected an input without, as a frozen network has no "
@@ -68,19 +65,26 @@ class FrozenNetwork:
             )
         if self.backend == "reference":
             with torch.no_grad():
-                output: Tensor = self._module(x)
+                output: Tensor = module(x)
                 return output
         key = (x.shape, torch.get_num_threads())
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._compile(*key)
-        return compiled(x, self._packed)
+        return compiled(x, self._packed[compiled.layout])
 
     def _compile(self, shape: torch.Size, threads: int) -> CompiledPlan:
         with self._lock:
             compiled = cpu.compile_network(
-                self._module, shape, head=True, isa=self._isa, threads=threads
+                self._module,
+                shape,
+                head=True,
+                isa=self._isa,
+                threads=threads,
+                exact=self._exact,
             )
+            if compiled.layout not in self._packed:
+                self._packed[compiled.layout] = cpu.pack_network(self._module, compiled)
             if len(self._compiled) >= _MAX_PLANS:
                 self._compiled.pop(next(iter(self._compiled)))
             self._compiled[shape, threads] = compiled
@@ -105,8 +109,9 @@ def optimize(
         module: A :class:`threshnet_fast.ThreshNet`.
         example_input: An input, ``[N, C, H, W]``; its size is compiled now.
         dtype: What to compute in: None or ``torch.float32``.
-        exact: Keep to direct convolution. Every convolution is direct in this version; the argument
-            says that it has to stay so.
+        exact: Keep to direct convolution, with an error below that of PyTorch's own; otherwise
+            Winograd's F(2x2, 3x3) serves where it is faster, with about twice the error of direct
+            convolution. ``THRESHNET_FAST_EXACT=1`` has the same effect.
 
     Returns:
         A callable that takes images and returns what ``module`` would. Where the C++ extension is
@@ -124,14 +129,15 @@ def optimize(
         raise ValueError(f"dtype is {dtype}: expected None or torch.float32")
     if not isinstance(exact, bool):
         raise TypeError(f"exact is {exact!r}: expected True or False")
-    weight = next(module.parameters())
+    weight = module.get_parameter("base.0.conv.weight")
     check_input(example_input, module.in_chans, module.min_size, weight)
     module = copy.deepcopy(module).eval()
+    exact = exact or cpu.exact_by_default()
     reason = _objection(module, weight)
     if reason is None:
-        frozen = FrozenNetwork(module, "cpu", f"float32 on the CPU, {cpu.isa()} kernels")
+        frozen = FrozenNetwork(module, "cpu", f"float32 on the CPU, {cpu.isa()} kernels", exact)
     else:
-        frozen = FrozenNetwork(module, "reference", reason)
+        frozen = FrozenNetwork(module, "reference", reason, exact)
     frozen(example_input)
     return frozen
 

@@ -10,16 +10,22 @@
 namespace threshnet_fast::cpu {
 namespace {
 
-// Half of a 1 MiB L2: what a task may hold of weights while its tiles stream past them.
-constexpr int64_t kWeightChunkBytes = 384 * 1024;
+// Half of a 1 MiB L2: what a task may hold of weights and inputs while its tiles stream past them.
+constexpr int64_t kChunkBytes = 512 * 1024;
 // What a task may gather of its input into packed panels.
 constexpr int64_t kPackBytes = 192 * 1024;
 // Maps of at most this many pixels are computed in the order of their valid taps.
 constexpr int64_t kSortPixels = 256;
 constexpr int64_t kTasksPerThread = 8;
-// A convolution with less work than this is not worth a second barrier.
+// Up to this many pixels reading the weights takes longer than multiplying by them, so that it pays
+// to split them between the cores even by taps; a small convolution is not worth the second
+// barrier.
+constexpr int64_t kSplitPixels = 14;
 constexpr int64_t kSplitWeightBytes = 64 * 1024;
 constexpr int64_t kMaxTaps = 64;
+constexpr int64_t kWinogradPixels = 64;
+// What a block's transformed inputs and products may hold of L2, beside the weights.
+constexpr int64_t kWinogradBytes = 320 * 1024;
 
 [[noreturn]] void fail(const std::string& what) {
   throw std::invalid_argument("threshnet_fast: invalid plan: " + what);
@@ -77,8 +83,8 @@ struct PixelTables {
 
 class Compiler {
  public:
-  Compiler(const int64_t* description, int64_t length, int64_t isa, int64_t threads)
-      : reader_(description, length), threads_(threads) {
+  Compiler(const int64_t* description, int64_t length, int64_t isa, int64_t threads, bool exact)
+      : reader_(description, length), threads_(threads), exact_(exact) {
     table_ = ukernel_table(isa);
     if (table_ == nullptr) {
       std::ostringstream message;
@@ -259,9 +265,7 @@ class Compiler {
     require(!(step.average && step.padding > 0), "an average pool with padding");
     require(2 * step.padding <= step.kernel_height && 2 * step.padding <= step.kernel_width,
             "a pool's padding is over half its window");
-    const int64_t rows = header_.batch * to.height;
-    step.block_pixels = divide_up(rows, std::min(rows, threads_ * kTasksPerThread));
-    step.block_count = divide_up(rows, step.block_pixels);
+    step.block_count = std::min(header_.batch * to.height, threads_ * kTasksPerThread);
     step.group_count = 1;
     reserve(2 * step.kernel_height * step.kernel_width);
   }
@@ -290,12 +294,15 @@ class Compiler {
 
     const int64_t taps = step.kernel_height * step.kernel_width;
     std::vector<Panel> panels = split_panels(step.output_channels);
+    step.winograd = pays_winograd(step, to, panels);
+    const int64_t positions = step.winograd ? kWinogradPositions : taps;
+    if (step.winograd) header_.layout |= int64_t{1} << (steps_.size() % 63);
     int64_t widest = 0;
     for (Panel& panel : panels) {
       const int64_t lanes = panel.vectors * table_->lanes;
       widest = std::max(widest, lanes);
       panel.weights = header_.packed_floats;
-      header_.packed_floats += round_up((taps * step.input_channels + 1) * lanes, 16);
+      header_.packed_floats += round_up((positions * step.input_channels + 1) * lanes, 16);
     }
     step.panels = writer_.append(panels);
     step.panel_count = static_cast<int64_t>(panels.size());
@@ -305,14 +312,14 @@ class Compiler {
       header_.packed_floats = step.shift + round_up(step.input_channels, 16);
     }
 
+    if (step.winograd) return split_winograd(step, to, widest);
     const PixelTables tables = pixel_tables(step, from, to);
     step.pixel_count = tables.count;
     step.input_pixels = tables.input_pixels;
     step.output_pixels = tables.output_pixels;
     step.pixel_taps = tables.pixel_taps;
-    step.split_count = 1;
     split_tasks(step, from, panels, widest);
-    split_taps(step, tables.used_taps);
+    split_chunks(step, tables.used_taps, widest);
     reserve_scratch(step, widest, static_cast<int64_t>(segments.size()));
   }
 
@@ -334,9 +341,9 @@ class Compiler {
   }
 
   PixelTables pixel_tables(const Step& step, const Buffer& from, const Buffer& to) {
-    const auto key = std::make_tuple(from.height, from.width, to.height, to.width,
-                                     step.kernel_height, step.kernel_width, step.stride,
-                                     step.padding);
+    const auto key =
+        std::make_tuple(from.height, from.width, to.height, to.width, step.kernel_height,
+                        step.kernel_width, step.stride, step.padding);
     if (const auto found = tables_.find(key); found != tables_.end()) return found->second;
 
     struct Pixel {
@@ -384,6 +391,34 @@ class Compiler {
     return tables;
   }
 
+  // Winograd multiplies 16 numbers where direct convolution multiplies 36, but transforms every
+  // input and reads 16/9 of the weights: it pays where many tiles share the weights and the
+  // transforms of the inputs fit in L2 beside them.
+  bool pays_winograd(const Step& step, const Buffer& to, const std::vector<Panel>& panels) const {
+    return !exact_ && !step.packs && step.kernel_height == 3 && step.kernel_width == 3 &&
+           step.stride == 1 && step.padding == 1 && to.height * to.width >= kWinogradPixels &&
+           step.input_channels >= 16 && step.input_channels <= 256 && panels.size() <= 2;
+  }
+
+  void split_winograd(Step& step, const Buffer& to, int64_t widest) {
+    const int64_t rows = divide_up(to.height, 2);
+    step.pixel_count = header_.batch * rows * divide_up(to.width, 2);
+    const int64_t tile_floats = kWinogradPositions * (step.input_channels + widest);
+    const int64_t fit = std::clamp<int64_t>(kWinogradBytes / 4 / tile_floats, 8, 56);
+    step.block_count = divide_up(step.pixel_count, fit);
+    if (threads_ > 1) {
+      // As many blocks for each thread, and some to spare for the one that is ahead.
+      const int64_t wanted = std::min(4 * threads_, divide_up(step.pixel_count, 8));
+      step.block_count = round_up(std::max(step.block_count, wanted), threads_);
+      step.block_count = std::min(step.block_count, step.pixel_count);
+    }
+    step.group_count = 1;
+    step.group_panels = step.panel_count;
+    step.split_count = step.chunk_count = 1;
+    reserve(kWinogradPositions * block_pixels(step) * (step.input_channels + widest) +
+            round_up(step.input_channels, 16));
+  }
+
   // Small maps with many weights are split by output channels, so that each core streams its own
   // part of the weights; large maps by pixels, so that each core keeps its own part of the map.
   void split_tasks(Step& step, const Buffer& from, const std::vector<Panel>& panels,
@@ -397,49 +432,63 @@ class Compiler {
     const int64_t wanted = threads_ * kTasksPerThread;
 
     int64_t groups = 1;
-    int64_t blocks = std::min(tiles, wanted);
-    if (threads_ == 1) {
-      blocks = 1;
-    } else if (tiles < 2 * threads_ || (weight_floats > input_floats && !step.packs)) {
+    int64_t blocks = 1;
+    if (threads_ > 1 && step.pixel_count <= kSplitPixels) {
       groups = std::min(panel_count, step.packs ? threads_ : wanted);
-      blocks = groups >= 4 * threads_ ? 1 : std::min(tiles, divide_up(4 * threads_, groups));
-      if (step.packs) blocks = 1;
-    } else {
+    } else if (threads_ > 1 && weight_floats > input_floats && !step.packs) {
+      groups = std::min(panel_count, wanted);
+      blocks = std::min(tiles, divide_up(wanted, groups));
+    } else if (threads_ > 1) {
       // As many blocks for each thread.
-      blocks = std::min(round_up(blocks, threads_), step.pixel_count);
+      blocks = std::min(round_up(std::min(tiles, wanted), threads_), step.pixel_count);
     }
-    step.block_pixels = divide_up(step.pixel_count, blocks);
-    if (blocks < tiles) step.block_pixels = round_up(step.block_pixels, tile);
     if (step.packs) {
-      const int64_t fit = kPackBytes / 4 / pack_pitch(step) / tile * tile;
-      step.block_pixels = std::min(step.block_pixels, std::max(fit, tile));
+      const int64_t fit = std::max(kPackBytes / 4 / pack_pitch(step) / tile * tile, tile);
+      blocks = std::max(blocks, divide_up(step.pixel_count, fit));
     }
-    step.block_count = divide_up(step.pixel_count, step.block_pixels);
+    step.block_count = blocks;
     step.group_panels = divide_up(panel_count, groups);
     step.group_count = divide_up(panel_count, step.group_panels);
-
-    step.taps_per_chunk = taps;
-    const int64_t tap_bytes = 4 * step.input_channels * widest;
-    if (!step.packs && step.block_pixels > tile && taps * tap_bytes > kWeightChunkBytes)
-      step.taps_per_chunk = std::max<int64_t>(1, kWeightChunkBytes / tap_bytes);
   }
 
-  void split_taps(Step& step, uint64_t used_taps) {
+  static int64_t block_pixels(const Step& step) {
+    return divide_up(step.pixel_count, step.block_count);
+  }
+
+  void split_chunks(Step& step, uint64_t used_taps, int64_t widest) {
     const int64_t used = __builtin_popcountll(used_taps);
-    const int64_t weight_bytes = 4 * used * step.input_channels * step.output_channels;
-    if (threads_ == 1 || step.packs || step.block_count > 1 || used < 2 * threads_ ||
-        step.pixel_count > kMaxTilePixels || weight_bytes < kSplitWeightBytes)
-      return;
-    std::vector<uint64_t> masks(threads_, 0);
-    int64_t index = 0;
-    for (uint64_t left = used_taps; left != 0; left &= left - 1)
-      masks[index++ * threads_ / used] |= left & -left;
-    step.split_count = threads_;
-    step.split_taps = writer_.append(masks);
-    step.taps_per_chunk = step.kernel_height * step.kernel_width;
-    header_.partial_floats = std::max(
-        header_.partial_floats, step.split_count * step.panel_count * step.pixel_count * kMaxTileVectors * table_->lanes);
-    header_.partial_floats = round_up(header_.partial_floats, 16);
+    const int64_t channels = step.input_channels;
+    const int64_t tap_bytes = 4 * channels * widest;
+    const int64_t input_bytes = 4 * channels * block_pixels(step);
+    const bool several = block_pixels(step) > kMaxTilePixels;
+    step.split_count = 1;
+    int64_t tap_chunks = 1;
+    int64_t channel_chunks = 1;
+    if (threads_ > 1 && !step.packs && step.block_count == 1 && step.pixel_count <= kSplitPixels &&
+        used >= 2 * threads_ && step.panel_count < threads_ * kTasksPerThread &&
+        4 * used * channels * step.output_channels >= kSplitWeightBytes) {
+      step.split_count = tap_chunks = threads_;
+      const int64_t floats =
+          step.split_count * step.panel_count * step.pixel_count * kMaxTileVectors * table_->lanes;
+      header_.partial_floats = std::max(header_.partial_floats, round_up(floats, 16));
+    } else if (several && used * tap_bytes + input_bytes > kChunkBytes) {
+      if (2 * input_bytes <= kChunkBytes && 2 * tap_bytes <= kChunkBytes) {
+        tap_chunks = divide_up(used, kChunkBytes / 2 / tap_bytes);
+      } else {
+        channel_chunks = divide_up(used * tap_bytes + input_bytes, kChunkBytes);
+      }
+    }
+    std::vector<Chunk> chunks;
+    for (int64_t i = 0; i < channel_chunks; ++i) {
+      const size_t first = chunks.size();
+      chunks.resize(first + tap_chunks,
+                    {0, channels * i / channel_chunks, channels * (i + 1) / channel_chunks});
+      int64_t index = 0;
+      for (uint64_t left = used_taps; left != 0; left &= left - 1)
+        chunks[first + index++ * tap_chunks / used].taps |= left & -left;
+    }
+    step.chunks = writer_.append(chunks);
+    step.chunk_count = static_cast<int64_t>(chunks.size());
   }
 
   static int64_t pack_pitch(const Step& step) {
@@ -451,8 +500,8 @@ class Compiler {
     const int64_t run_floats =
         round_up(taps * segment_count * static_cast<int64_t>(sizeof(ChannelRun)) / 4, 16);
     // One row more for the offsets of a strided input's taps and channels, two floats each.
-    const int64_t pack_floats = step.packs ? (step.block_pixels + 2) * pack_pitch(step) : 0;
-    const int64_t rows = step.taps_per_chunk < taps ? step.block_pixels : kMaxTilePixels;
+    const int64_t pack_floats = step.packs ? (block_pixels(step) + 2) * pack_pitch(step) : 0;
+    const int64_t rows = step.chunk_count > 1 ? block_pixels(step) : kMaxTilePixels;
     reserve(run_floats + pack_floats + rows * widest);
   }
 
@@ -463,6 +512,7 @@ class Compiler {
   Reader reader_;
   Writer writer_;
   int64_t threads_;
+  bool exact_;
   const UkernelTable* table_;
   ProgramHeader header_{};
   std::vector<Buffer> buffers_;
@@ -475,8 +525,12 @@ class Compiler {
 }  // namespace
 
 std::vector<std::byte> compile(const int64_t* description, int64_t length, int64_t isa,
-                               int64_t threads) {
-  return Compiler(description, length, isa, threads).compile();
+                               int64_t threads, bool exact) {
+  return Compiler(description, length, isa, threads, exact).compile();
+}
+
+Algorithm algorithm_of(const Step& step) {
+  return step.winograd ? kWinograd : step.packs ? kPacked : kDirect;
 }
 
 Program::Program(const void* bytes, int64_t size) : bytes_(static_cast<const std::byte*>(bytes)) {

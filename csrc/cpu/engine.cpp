@@ -60,17 +60,97 @@ class Engine {
     const int64_t block = task / step.split_count % step.block_count;
     const int64_t group = task / step.split_count / step.block_count;
     const Panel* panels = program_.at<Panel>(step.panels);
-    const int64_t first_pixel = block * step.block_pixels;
-    const int64_t pixels = std::min(step.block_pixels, step.pixel_count - first_pixel);
+    const int64_t first_pixel = step.pixel_count * block / step.block_count;
+    const int64_t pixels = step.pixel_count * (block + 1) / step.block_count - first_pixel;
     const int64_t first_panel = group * step.group_panels;
     const int64_t last_panel = std::min(first_panel + step.group_panels, step.panel_count);
-    if (step.packs) {
+    if (step.winograd) {
+      convolve_winograd(step, first_pixel, pixels, scratch);
+    } else if (step.packs) {
       gather(step, first_pixel, pixels, scratch);
       for (int64_t p = first_panel; p < last_panel; ++p)
         convolve_packed(step, panels[p], first_pixel, pixels, scratch);
     } else {
       for (int64_t p = first_panel; p < last_panel; ++p)
         convolve_direct(step, p, split, first_pixel, pixels, scratch);
+    }
+  }
+
+  // F(2x2, 3x3) for some tiles: all inputs are transformed, multiplied position by position, and
+  // the products transformed back, while everything stays in L2.
+  void convolve_winograd(const Step& step, int64_t first_tile, int64_t count,
+                         float* scratch) const {
+    const Buffer& to = program_.buffer(step.output_buffer);
+    const int64_t channels = step.input_channels;
+    const int64_t tile_rows = (to.height + 1) / 2;
+    const int64_t tile_columns = (to.width + 1) / 2;
+    float* const zeros = scratch;
+    float* const inputs = zeros + (channels + 15) / 16 * 16;  // [position][tile][channel]
+    float* const products = inputs + kWinogradPositions * count * channels;
+    std::memset(zeros, 0, channels * sizeof(float));
+
+    const Segment* segments = program_.at<Segment>(step.segments);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t tile = first_tile + i;
+      const int64_t left = tile % tile_columns * 2 - 1;
+      const int64_t top = tile / tile_columns % tile_rows * 2 - 1;
+      const int64_t image = tile / tile_columns / tile_rows;
+      float* output = inputs + i * channels;
+      for (int64_t s = 0; s < step.segment_count; ++s) {
+        const Buffer& from = program_.buffer(segments[s].buffer);
+        const float* base = input_of(segments[s]);
+        const float* pixels[kWinogradPositions];
+        for (int64_t y = 0; y < 4; ++y) {
+          const bool row_valid = top + y >= 0 && top + y < from.height;
+          const int64_t row = (image * from.height + top + y) * from.width + left;
+          for (int64_t x = 0; x < 4; ++x) {
+            const bool valid = row_valid && left + x >= 0 && left + x < from.width;
+            pixels[4 * y + x] = valid ? base + (row + x) * from.pitch : zeros;
+          }
+        }
+        table_.winograd_input(pixels, segments[s].channels, output, count * channels);
+        output += segments[s].channels;
+      }
+    }
+
+    for (int64_t p = 0; p < step.panel_count; ++p) {
+      const Panel& panel = program_.at<Panel>(step.panels)[p];
+      const int64_t lanes = panel.vectors * table_.lanes;
+      const Tiles tiles(count, table_.tile_pixels[panel.vectors]);
+      ConvTile tile = output_tile(step, panel);
+      const float* bias = tile.initial;
+      tile.initial = kNoBias;
+      tile.run_count = 1;
+      tile.input_pixels = kIota;
+      tile.output_rows = kIota;
+      tile.output_pitch = lanes;
+      tile.channels = lanes;
+      tile.relu = false;
+      for (int64_t position = 0; position < kWinogradPositions; ++position) {
+        for (int64_t t = 0; t < tiles.tiles; ++t) {
+          const int64_t row = position * count + tiles.begin(t);
+          const ChannelRun run{inputs + row * channels,
+                               packed_ + panel.weights + position * channels * lanes, channels,
+                               channels};
+          tile.runs = &run;
+          tile.output = products + row * lanes;
+          table_.conv_tile[panel.vectors][tiles.begin(t + 1) - tiles.begin(t)](tile);
+        }
+      }
+      float* const output = output_of(step) + panel.channel;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t index = first_tile + i;
+        const int64_t x = index % tile_columns * 2;
+        const int64_t y = index / tile_columns % tile_rows * 2;
+        const int64_t image = index / tile_columns / tile_rows;
+        float* const corner = output + ((image * to.height + y) * to.width + x) * to.pitch;
+        float* const outputs[4] = {
+            corner, x + 1 < to.width ? corner + to.pitch : nullptr,
+            y + 1 < to.height ? corner + to.width * to.pitch : nullptr,
+            x + 1 < to.width && y + 1 < to.height ? corner + (to.width + 1) * to.pitch : nullptr};
+        table_.winograd_output(products + i * lanes, count * lanes, bias, panel.channels,
+                               step.relu != 0, outputs);
+      }
     }
   }
 
@@ -125,8 +205,7 @@ class Engine {
         int64_t channel = 0;
         for (int64_t s = 0; s < step.segment_count; ++s) {
           const Buffer& buffer = program_.buffer(segments[s].buffer);
-          const int64_t shift =
-              tap / step.kernel_width * buffer.width + tap % step.kernel_width;
+          const int64_t shift = tap / step.kernel_width * buffer.width + tap % step.kernel_width;
           table_.bn_relu(input_of(segments[s]) + (input_pixels[i] + shift) * buffer.pitch,
                          packed_ + step.scale + channel, packed_ + step.shift + channel,
                          segments[s].channels, to + channel);
@@ -177,9 +256,9 @@ class Engine {
   ConvTile output_tile(const Step& step, const Panel& panel) const {
     ConvTile tile{};
     const int64_t lanes = panel.vectors * table_.lanes;
-    tile.initial =
-        packed_ + panel.weights +
-        step.kernel_height * step.kernel_width * step.input_channels * lanes;
+    tile.initial = packed_ + panel.weights +
+                   (step.winograd ? kWinogradPositions : step.kernel_height * step.kernel_width) *
+                       step.input_channels * lanes;
     tile.initial_rows = kZeros;
     tile.output = output_of(step) + panel.channel;
     tile.output_pitch = program_.buffer(step.output_buffer).pitch;
@@ -206,17 +285,33 @@ class Engine {
     }
   }
 
-  // Appends the runs of one tap: every segment, shifted by the tap.
-  ChannelRun* append_runs(const Step& step, const Panel& panel, int64_t tap, ChannelRun* run) const {
+  // Appends the runs of one tap: the chunk's channels of the concatenation, shifted by the tap. A
+  // run that goes on where the one before it ends, in memory and in the weights, joins it: where
+  // pixels lie side by side, neighbouring taps do so.
+  ChannelRun* append_runs(const Step& step, const Panel& panel, int64_t tap, const Chunk& chunk,
+                          const ChannelRun* first, ChannelRun* run) const {
     const Segment* segments = program_.at<Segment>(step.segments);
     const int64_t lanes = panel.vectors * table_.lanes;
     const float* weights = packed_ + panel.weights + tap * step.input_channels * lanes;
-    for (int64_t s = 0; s < step.segment_count; ++s) {
+    int64_t position = 0;
+    for (int64_t s = 0; s < step.segment_count && position < chunk.last_channel; ++s) {
+      const int64_t skipped = std::max<int64_t>(chunk.first_channel - position, 0);
+      const int64_t channels =
+          std::min(segments[s].channels, chunk.last_channel - position) - skipped;
+      position += segments[s].channels;
+      if (channels <= 0) continue;
       const Buffer& buffer = program_.buffer(segments[s].buffer);
       const int64_t shift = tap / step.kernel_width * buffer.width + tap % step.kernel_width;
-      *run++ = {input_of(segments[s]) + shift * buffer.pitch, weights, buffer.pitch,
-                segments[s].channels};
-      weights += segments[s].channels * lanes;
+      const ChannelRun next{input_of(segments[s]) + shift * buffer.pitch + skipped,
+                            weights + (position - segments[s].channels + skipped) * lanes,
+                            buffer.pitch, channels};
+      ChannelRun& last = run[-1];
+      if (run > first && next.input == last.input + last.channels && next.pitch == last.pitch &&
+          next.weights == last.weights + last.channels * lanes) {
+        last.channels += channels;
+      } else {
+        *run++ = next;
+      }
     }
     return run;
   }
@@ -224,99 +319,110 @@ class Engine {
   void convolve_direct(const Step& step, int64_t panel_index, int64_t split, int64_t first_pixel,
                        int64_t pixels, float* scratch) const {
     const Panel& panel = program_.at<Panel>(step.panels)[panel_index];
-    const int32_t* input_pixels = program_.at<int32_t>(step.input_pixels) + first_pixel;
-    const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + first_pixel;
-    const uint64_t* pixel_taps = program_.at<uint64_t>(step.pixel_taps) + first_pixel;
+    const Tiles tiles(pixels, table_.tile_pixels[panel.vectors]);
     const int64_t taps = step.kernel_height * step.kernel_width;
     const int64_t lanes = panel.vectors * table_.lanes;
-    const ConvTileFunction* conv_tile = table_.conv_tile[panel.vectors];
-    const Tiles tiles(pixels, table_.tile_pixels[panel.vectors]);
-    const bool one_chunk = step.taps_per_chunk >= taps;
+    const bool whole = step.split_count == 1;
     ChannelRun* const runs = reinterpret_cast<ChannelRun*>(scratch);
-    const bool partial_result = step.split_count > 1;
-    float* const accumulators =
-        partial_result
-            ? partial_sums(step, split, panel_index)
-            : scratch + (taps * step.segment_count * sizeof(ChannelRun) / 4 + 15) / 16 * 16;
-    const uint64_t split_taps =
-        partial_result ? program_.at<uint64_t>(step.split_taps)[split] : ~uint64_t{0};
-
-    for (int64_t chunk = 0; chunk < taps; chunk += step.taps_per_chunk) {
-      const int64_t chunk_end = std::min(chunk + step.taps_per_chunk, taps);
-      const uint64_t chunk_taps =
-          split_taps & (~uint64_t{0} >> (64 - (chunk_end - chunk))) << chunk;
+    float* const sums =
+        whole ? scratch + (taps * step.segment_count * sizeof(ChannelRun) / 4 + 15) / 16 * 16
+              : partial_sums(step, split, panel_index);
+    const int64_t first_chunk = step.chunk_count * split / step.split_count;
+    const int64_t last_chunk = step.chunk_count * (split + 1) / step.split_count;
+    const bool keeps_sums = !whole || step.chunk_count > 1;
+    for (int64_t c = first_chunk; c < last_chunk; ++c) {
       for (int64_t t = 0; t < tiles.tiles; ++t) {
-        const int64_t begin = tiles.begin(t);
-        const int64_t count = tiles.begin(t + 1) - begin;
-        uint64_t every = chunk_taps;
-        uint64_t any = 0;
-        for (int64_t i = 0; i < count; ++i) {
-          every &= pixel_taps[begin + i];
-          any |= pixel_taps[begin + i];
-        }
-        const uint64_t some = any & chunk_taps & ~every;
-
-        ConvTile start = output_tile(step, panel);
-        start.input_pixels = kZeros;
-        if (split > 0) start.initial = kNoBias;
-        float* const sums = one_chunk && !partial_result ? accumulators : accumulators + begin * lanes;
-        const auto to_sums = [&](ConvTile& partial) {
-          partial.output = sums;
-          partial.output_rows = kIota;
-          partial.output_pitch = lanes;
-          partial.channels = lanes;
-          partial.relu = false;
-        };
-        bool started = chunk > 0;
-        const auto from_sums = [&](ConvTile& partial) {
-          partial.initial = sums;
-          partial.initial_rows = kIota;
-          partial.initial_pitch = lanes;
-        };
-
-        for (uint64_t left = some; left != 0; left &= left - 1) {
-          const int64_t tap = __builtin_ctzll(left);
-          if (!started) {
-            ConvTile bias = start;
-            to_sums(bias);
-            conv_tile[count](bias);
-            started = true;
-          }
-          int32_t inputs[kMaxTilePixels];
-          int32_t rows[kMaxTilePixels];
-          int64_t used = 0;
-          for (int64_t i = 0; i < count; ++i) {
-            inputs[used] = input_pixels[begin + i];
-            rows[used] = static_cast<int32_t>(i);
-            used += pixel_taps[begin + i] >> tap & 1;
-          }
-          ConvTile partial{};
-          partial.runs = runs;
-          partial.run_count = append_runs(step, panel, tap, runs) - runs;
-          partial.input_pixels = inputs;
-          to_sums(partial);
-          from_sums(partial);
-          partial.initial_rows = rows;
-          partial.output_rows = rows;
-          conv_tile[used](partial);
-        }
-
-        ConvTile tile = start;
-        ChannelRun* run = runs;
-        for (uint64_t left = every; left != 0; left &= left - 1)
-          run = append_runs(step, panel, __builtin_ctzll(left), run);
-        tile.runs = runs;
-        tile.run_count = run - runs;
-        tile.input_pixels = input_pixels + begin;
-        tile.output_rows = output_pixels + begin;
-        if (started) from_sums(tile);
-        if (chunk_end < taps || partial_result) {
-          to_sums(tile);
-          if (started && tile.run_count == 0) continue;
-        }
-        conv_tile[count](tile);
+        TilePart part{};
+        part.first_pixel = first_pixel + tiles.begin(t);
+        part.pixels = tiles.begin(t + 1) - tiles.begin(t);
+        part.chunk = program_.at<Chunk>(step.chunks)[c];
+        part.starts = c == first_chunk;
+        part.has_bias = split == 0;
+        part.finishes = whole && c + 1 == last_chunk;
+        part.runs = runs;
+        part.sums = keeps_sums ? sums + tiles.begin(t) * lanes : sums;
+        convolve_part(step, panel, part);
       }
     }
+  }
+
+  // One chunk of one tile.
+  struct TilePart {
+    int64_t first_pixel, pixels;
+    Chunk chunk;
+    bool starts, has_bias, finishes;
+    ChannelRun* runs;
+    float* sums;  // [pixels][NR]: read unless `starts`, written unless `finishes`
+  };
+
+  void convolve_part(const Step& step, const Panel& panel, const TilePart& part) const {
+    const int32_t* input_pixels = program_.at<int32_t>(step.input_pixels) + part.first_pixel;
+    const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + part.first_pixel;
+    const uint64_t* pixel_taps = program_.at<uint64_t>(step.pixel_taps) + part.first_pixel;
+    const ConvTileFunction* conv_tile = table_.conv_tile[panel.vectors];
+    const int64_t lanes = panel.vectors * table_.lanes;
+    const int64_t count = part.pixels;
+    uint64_t every = part.chunk.taps;
+    uint64_t any = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      every &= pixel_taps[i];
+      any |= pixel_taps[i];
+    }
+
+    // Taps that only some of the pixels need come first, through sums in memory; then all the
+    // others, in registers, and the epilogue.
+    ConvTile sums{};
+    sums.runs = part.runs;
+    sums.initial = part.sums;
+    sums.initial_pitch = lanes;
+    sums.output = part.sums;
+    sums.output_pitch = lanes;
+    sums.channels = lanes;
+    ConvTile tile = output_tile(step, panel);
+    tile.runs = part.runs;
+    tile.input_pixels = input_pixels;
+    tile.output_rows = output_pixels;
+    if (!part.has_bias) tile.initial = kNoBias;
+    bool started = !part.starts;
+    for (uint64_t left = any & part.chunk.taps & ~every; left != 0; left &= left - 1) {
+      const int64_t tap = __builtin_ctzll(left);
+      if (!started) {
+        for (int64_t i = 0; i < count; ++i)
+          std::memcpy(part.sums + i * lanes, tile.initial, lanes * sizeof(float));
+        started = true;
+      }
+      int32_t inputs[kMaxTilePixels];
+      int32_t rows[kMaxTilePixels];
+      int64_t used = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        inputs[used] = input_pixels[i];
+        rows[used] = static_cast<int32_t>(i);
+        used += pixel_taps[i] >> tap & 1;
+      }
+      sums.run_count = append_runs(step, panel, tap, part.chunk, part.runs, part.runs) - part.runs;
+      sums.input_pixels = inputs;
+      sums.initial_rows = rows;
+      sums.output_rows = rows;
+      conv_tile[used](sums);
+    }
+
+    ChannelRun* run = part.runs;
+    for (uint64_t left = every; left != 0; left &= left - 1)
+      run = append_runs(step, panel, __builtin_ctzll(left), part.chunk, part.runs, run);
+    tile.run_count = run - part.runs;
+    if (started) {
+      tile.initial = part.sums;
+      tile.initial_rows = kIota;
+      tile.initial_pitch = lanes;
+    }
+    if (!part.finishes) {
+      tile.output = part.sums;
+      tile.output_rows = kIota;
+      tile.output_pitch = lanes;
+      tile.channels = lanes;
+      tile.relu = false;
+    }
+    conv_tile[count](tile);
   }
 
   void pool(const Step& step, int64_t block, float* scratch) const {
@@ -327,8 +433,8 @@ class Engine {
     float* output = output_of(step);
     int64_t* const offsets = reinterpret_cast<int64_t*>(scratch);
     const int64_t rows = program_.header().batch * to.height;
-    const int64_t last = std::min((block + 1) * step.block_pixels, rows);
-    for (int64_t row = block * step.block_pixels; row < last; ++row) {
+    const int64_t last = rows * (block + 1) / step.block_count;
+    for (int64_t row = rows * block / step.block_count; row < last; ++row) {
       const int64_t n = row / to.height;
       const int64_t top = row % to.height * step.stride - step.padding;
       for (int64_t x = 0; x < to.width; ++x) {
@@ -369,8 +475,7 @@ void run(const Program& program, const float* packed, float* workspace, const Bi
          int64_t threads, ParallelFor parallel_for) {
   const ProgramHeader& header = program.header();
   std::vector<int64_t> tasks;
-  for (int64_t i = 0; i < header.step_count; ++i)
-    tasks.push_back(task_count(program.step(i)));
+  for (int64_t i = 0; i < header.step_count; ++i) tasks.push_back(task_count(program.step(i)));
   const Engine engine(program, packed, workspace, binding);
   Team team(threads, tasks);
   struct Context {
@@ -381,9 +486,8 @@ void run(const Program& program, const float* packed, float* workspace, const Bi
       threads,
       [](void* opaque, int64_t begin, int64_t) {
         const Context& context = *static_cast<Context*>(opaque);
-        context.team.work(begin, [&](int64_t step, int64_t task) {
-          context.engine.run(step, task, begin);
-        });
+        context.team.work(
+            begin, [&](int64_t step, int64_t task) { context.engine.run(step, task, begin); });
       },
       &context);
 }

@@ -13,21 +13,46 @@ void require_count(const Weight& weight, int64_t expected, const char* what, int
                               " elements, expected " + std::to_string(expected));
 }
 
+// G g G^T of F(2x2, 3x3), in float64.
+void transform_kernel(const float* kernel, float* transformed) {
+  double half[4][3];
+  for (int x = 0; x < 3; ++x) {
+    const double top = kernel[x], middle = kernel[3 + x], bottom = kernel[6 + x];
+    half[0][x] = top;
+    half[1][x] = (top + middle + bottom) / 2;
+    half[2][x] = (top - middle + bottom) / 2;
+    half[3][x] = bottom;
+  }
+  for (int y = 0; y < 4; ++y) {
+    const double left = half[y][0], middle = half[y][1], right = half[y][2];
+    transformed[4 * y] = static_cast<float>(left);
+    transformed[4 * y + 1] = static_cast<float>((left + middle + right) / 2);
+    transformed[4 * y + 2] = static_cast<float>((left - middle + right) / 2);
+    transformed[4 * y + 3] = static_cast<float>(right);
+  }
+}
+
 // From [output channel][input channel][tap] to [tap][input channel][NR], padded with zeros.
 void pack_panel(const Step& step, const Panel& panel, int64_t lanes, const float* weight,
                 const float* bias, float* packed) {
   const int64_t taps = step.kernel_height * step.kernel_width;
+  const int64_t positions = step.winograd ? kWinogradPositions : taps;
   const int64_t width = panel.vectors * lanes;
   for (int64_t lane = 0; lane < width; ++lane) {
     const bool valid = lane < panel.channels;
-    const float* row = valid ? weight + (panel.channel + lane) * step.input_channels * taps : nullptr;
+    const float* row =
+        valid ? weight + (panel.channel + lane) * step.input_channels * taps : nullptr;
     for (int64_t channel = 0; channel < step.input_channels; ++channel) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        packed[(tap * step.input_channels + channel) * width + lane] =
-            valid ? row[channel * taps + tap] : 0.0f;
+      float transformed[kWinogradPositions];
+      const float* values = valid ? row + channel * taps : nullptr;
+      if (valid && step.winograd) {
+        transform_kernel(values, transformed);
+        values = transformed;
       }
+      for (int64_t i = 0; i < positions; ++i)
+        packed[(i * step.input_channels + channel) * width + lane] = valid ? values[i] : 0.0f;
     }
-    packed[taps * step.input_channels * width + lane] =
+    packed[positions * step.input_channels * width + lane] =
         valid && bias != nullptr ? bias[panel.channel + lane] : 0.0f;
   }
 }

@@ -1,6 +1,6 @@
-// A program: a plan compiled for one instruction set, one batch and one number of threads. It is one
-// flat block of plain data with offsets instead of pointers, so that it can live in a tensor, be
-// copied, and be run by any number of threads at once.
+// A program: a plan compiled for one instruction set, one batch and one number of threads. It is
+// one flat block of plain data with offsets instead of pointers, so that it can live in a tensor,
+// be copied, and be run by any number of threads at once.
 #pragma once
 
 #include <cstddef>
@@ -38,27 +38,34 @@ struct Panel {
   int64_t vectors, channel, channels, weights;
 };
 
+struct Chunk {
+  uint64_t taps;
+  int64_t first_channel, last_channel;
+};
+
 struct Step {
   int64_t kind;
   int64_t segments, segment_count;  // byte offset into the program, and how many
   int64_t output_buffer, output_channel, output_channels;
   int64_t input_channels;
   int64_t kernel_height, kernel_width, stride, padding;
-  int64_t relu;     // convolution only
-  int64_t average;  // pool only
+  int64_t relu;                                                // convolution only
+  int64_t average;                                             // pool only
   int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
-  int64_t scale, shift;                                        // float offsets into the packed weights
+  int64_t scale, shift;  // float offsets into the packed weights
   int64_t panels, panel_count;
-  int64_t packs;  // gather the tile's inputs into a panel first: a prologue, or strided input
+  int64_t winograd;  // F(2x2, 3x3): tiles of 2 x 2 outputs take the place of pixels
+  int64_t packs;     // gather the tile's inputs into a panel first: a prologue, or strided input
   // Output pixels in the order in which they are computed: byte offsets of int32 input pixel (the
   // top left tap's, possibly outside of the map), int32 output pixel and uint64 mask of valid taps.
   int64_t pixel_count, input_pixels, output_pixels, pixel_taps;
-  int64_t block_pixels, block_count;  // pixels are split into blocks,
-  int64_t group_panels, group_count;  // panels into groups; a task is one block times one group
-  int64_t taps_per_chunk;             // of weights that stay in L2 while a block's tiles pass by
-  // Where there are too few tiles and panels for all threads, the taps are split too: each part adds
-  // up its own partial sums, and a reduction, the next step, adds the parts.
-  int64_t split_count, split_taps;  // and the byte offset of a uint64 mask of taps for each
+  // A task is one block of pixels times one group of panels times one split of chunks.
+  int64_t block_count;
+  int64_t group_panels, group_count;
+  // The input channels and taps in parts whose weights and inputs stay in L2 while a block's tiles
+  // pass by. Where there are too few tiles and panels for all threads, the chunks are split between
+  // tasks too: each adds up its own partial sums, and a reduction, the next step, adds those.
+  int64_t chunks, chunk_count, split_count;
 };
 
 struct ProgramHeader {
@@ -66,6 +73,8 @@ struct ProgramHeader {
   int64_t batch, input_channels, input_height, input_width;
   int64_t output_channels, output_height, output_width;
   int64_t external_count, weight_count;
+  int64_t
+      layout;  // which steps' weights are packed for Winograd; programs of equal layout share them
   int64_t arena_floats, partial_floats, scratch_floats, packed_floats;
   int64_t buffers, buffer_count, steps, step_count;
 };
@@ -90,10 +99,14 @@ class Program {
   const std::byte* bytes_;
 };
 
-// Compiles a plan's description (see threshnet_fast/plan/serialize.py for its layout) after checking
-// it. Throws std::invalid_argument where it is inconsistent.
+// Compiles a plan's description (see threshnet_fast/plan/serialize.py for its layout) after
+// checking it. Throws std::invalid_argument where it is inconsistent.
 std::vector<std::byte> compile(const int64_t* description, int64_t length, int64_t isa,
-                               int64_t threads);
+                               int64_t threads, bool exact);
+
+// How a step of the description is computed.
+enum Algorithm : int64_t { kDirect = 0, kPacked = 1, kWinograd = 2 };
+Algorithm algorithm_of(const Step& step);
 
 struct Weight {
   const float* data;

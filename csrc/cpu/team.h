@@ -1,8 +1,8 @@
 // A team of threads that works through a list of steps, each a number of independent tasks.
 //
-// Nothing here waits for a thread to arrive: a task is claimed by whoever is there, and a step is over
-// when its tasks are done. So the team cannot deadlock where the pool gives it fewer threads than it
-// asked for, runs them one after the other, or was called from inside a parallel region.
+// Nothing here waits for a thread to arrive: a task is claimed by whoever is there, and a step is
+// over when its tasks are done. So the team cannot deadlock where the pool gives it fewer threads
+// than it asked for, runs them one after the other, or was called from inside a parallel region.
 #pragma once
 
 #include <atomic>
@@ -20,7 +20,9 @@ namespace threshnet_fast::cpu {
 class Team {
  public:
   Team(int64_t threads, const std::vector<int64_t>& tasks)
-      : threads_(threads), tasks_(tasks), queues_(new Line[tasks.size() * threads]),
+      : threads_(threads),
+        tasks_(tasks),
+        queues_(new Line[tasks.size() * threads]),
         done_(new Line[tasks.size()]) {
     for (size_t step = 0; step < tasks.size(); ++step) {
       for (int64_t t = 0; t < threads; ++t)
@@ -28,9 +30,9 @@ class Team {
     }
   }
 
-  // Takes part as one thread: calls run(step, task) until the last step is over. Tasks of a thread's
-  // own range come first, in the same place of the map in every step, so that what it wrote in one
-  // step is in its cache in the next.
+  // Takes part as one thread: calls run(step, task) until the last step is over. Tasks of a
+  // thread's own range come first, in the same place of the map in every step, so that what it
+  // wrote in one step is in its cache in the next.
   template <typename Run>
   void work(int64_t thread, const Run& run) {
     for (size_t step = 0; step < tasks_.size(); ++step) {

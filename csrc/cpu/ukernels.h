@@ -12,6 +12,7 @@ enum Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kIsaCount = 3 };
 // The most output pixels (MR) and vectors of output channels (NR / lanes) any micro-kernel holds.
 constexpr int kMaxTilePixels = 14;
 constexpr int kMaxTileVectors = 3;
+constexpr int kWinogradPositions = 16;
 
 // A run of input channels that lie next to each other in memory: one segment of a concatenation
 // under one tap of the convolution. Pixel i of the tile reads
@@ -51,14 +52,29 @@ using BnReluFunction = void (*)(const float* input, const float* scale, const fl
 using PoolFunction = void (*)(const float* input, const int64_t* offsets, int64_t count,
                               int64_t channels, float factor, float* output);
 
+// The input transform of Winograd's F(2x2, 3x3): B^T d B for 4 x 4 pixels, channel by channel.
+// pixels[4
+// * row + column] points to a pixel's channels; element i of the result goes to output[i *
+// output_pitch + channel].
+using WinogradInputFunction = void (*)(const float* const* pixels, int64_t channels, float* output,
+                                       int64_t output_pitch);
+
+// The output transform: A^T m A for 4 x 4 products, plus the bias, ReLU, and the store of 2 x 2
+// pixels, of which null pointers are left out.
+using WinogradOutputFunction = void (*)(const float* products, int64_t product_pitch,
+                                        const float* bias, int64_t channels, bool relu,
+                                        float* const* outputs);
+
 struct UkernelTable {
   const char* name;
-  int64_t lanes;                               // floats in a vector
-  int64_t tile_pixels[kMaxTileVectors + 1];    // MR by number of vectors; entry 0 unused
+  int64_t lanes;                             // floats in a vector
+  int64_t tile_pixels[kMaxTileVectors + 1];  // MR by number of vectors; entry 0 unused
   const ConvTileFunction (*conv_tile)[kMaxTilePixels + 1];  // [vectors][pixels]
   BnReluFunction bn_relu;
   PoolFunction max_pool;
   PoolFunction average_pool;
+  WinogradInputFunction winograd_input;
+  WinogradOutputFunction winograd_output;
 };
 
 extern const UkernelTable kScalarTable;

@@ -28,7 +28,11 @@ __all__ = [
 ISA_VARIABLE = "THRESHNET_FAST_CPU_ISA"
 """Environment variable that caps the instruction set."""
 
+EXACT_VARIABLE = "THRESHNET_FAST_EXACT"
+"""Environment variable that keeps to direct convolution."""
+
 _ISAS = ("scalar", "avx2", "avx512")
+_ALGORITHMS = ("direct", "packed", "winograd")
 
 # Of a batch, as many images are worked on at once as fit in this much memory: it keeps the memory
 # of a large batch, and the traffic beyond the last level cache, that of a small one.
@@ -85,23 +89,36 @@ class CompiledPlan:
         plan: The plan, with or without the values of its weights.
         isa: As :func:`isa_code` returns it.
         threads: How many threads to split the work for.
+        exact: Keep to direct convolution.
 
     Attributes:
         batch: Images that are worked on at once.
         flat_output: Whether the result is ``[N, channels]``.
         arena_bytes: Memory for features.
+        layout: Number that is the same for plans that can share packed weights.
     """
 
-    def __init__(self, plan: Plan, isa: int, threads: int) -> None:
+    def __init__(self, plan: Plan, isa: int, threads: int, exact: bool) -> None:
         arena = plan_memory(plan)
         operators = torch.ops.threshnet_fast_cpu
         self.batch = plan.input_shape[0]
         self.flat_output = plan.flat_output
         self.arena_bytes = arena.bytes
-        self.program: Tensor = operators.compile_plan(serialize(plan, arena), isa, threads)
+        self.program: Tensor = operators.compile_plan(serialize(plan, arena), isa, threads, exact)
+        self.layout: int = operators.program_layout(self.program)
         self._threads = threads
         self._run = operators.run_plan.default
         self._workspaces: deque[Tensor] = deque()
+
+    @property
+    def algorithms(self) -> list[str]:
+        """How each step is computed; a head with a classifier counts as two.
+
+        ``"direct"``, ``"packed"`` (direct, on a gathered and normalised input) or ``"winograd"``
+        (F(2x2, 3x3)).
+        """
+        codes = torch.ops.threshnet_fast_cpu.program_algorithms(self.program)
+        return [_ALGORITHMS[code] for code in codes.tolist()]
 
     def __call__(self, x: Tensor, packed: Tensor) -> Tensor:
         """Runs the plan.
@@ -123,7 +140,13 @@ class CompiledPlan:
 
 
 def compile_network(
-    module: ThreshNet, input_shape: Sequence[int], *, head: bool, isa: int, threads: int
+    module: ThreshNet,
+    input_shape: Sequence[int],
+    *,
+    head: bool,
+    isa: int,
+    threads: int,
+    exact: bool,
 ) -> CompiledPlan:
     """Lowers and compiles a network for one input shape, without the values of its weights.
 
@@ -135,6 +158,7 @@ def compile_network(
         head: Whether to end with the logits rather than with the last features.
         isa: As :func:`isa_code` returns it.
         threads: How many threads to split the work for.
+        exact: Keep to direct convolution.
 
     Raises:
         UnsupportedModule: The network cannot be lowered.
@@ -144,24 +168,28 @@ def compile_network(
     at_once = max(1, _ARENA_BYTES // plan_memory(one).bytes)
     parts = -(-batch // at_once)
     plan = lower(module, (-(-batch // parts), *image), head=head, fold=False)
-    return CompiledPlan(plan, isa, threads)
+    return CompiledPlan(plan, isa, threads, exact)
 
 
-def pack_network(module: ThreshNet, isa: int) -> Tensor:
+def pack_network(module: ThreshNet, compiled: CompiledPlan) -> Tensor:
     """Folds a network's BatchNorms into its weights and packs them for the micro-kernels.
 
-    The layout depends on the instruction set and on the weights' shapes only: one packing serves
-    every input shape, and its beginning the network without its head.
+    One packing serves every compiled plan of the same instruction set and ``layout``, whatever its
+    input shape, and its beginning the network without its head.
 
     Args:
-        module: The network, a :class:`threshnet_fast.ThreshNet`.
-        isa: As :func:`isa_code` returns it.
+        module: The network.
+        compiled: A plan of it, with its head.
 
     Raises:
         UnsupportedModule: The network cannot be lowered.
     """
     size = module.min_size
-    plan = lower(module, (1, module.in_chans, size, size))
-    program = CompiledPlan(plan, isa, 1).program
-    packed: Tensor = torch.ops.threshnet_fast_cpu.pack_weights(program, plan.weights())
+    weights = lower(module, (1, module.in_chans, size, size)).weights()
+    packed: Tensor = torch.ops.threshnet_fast_cpu.pack_weights(compiled.program, weights)
     return packed
+
+
+def exact_by_default() -> bool:
+    """Returns whether ``THRESHNET_FAST_EXACT`` keeps to direct convolution."""
+    return os.environ.get(EXACT_VARIABLE, "0") not in ("", "0")

@@ -74,7 +74,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     if requested == "reference":
         return Explanation("reference", "asked for by use_backend", nothing, plan)
     try:
-        model._fused.prepare(model, x, head=True)
+        compiled, _ = model._fused.prepare(model, x, head=True)
     except Objection as objection:
         if requested != "auto":
             raise RuntimeError(f"backend {requested!r} cannot run this call: {objection}") from None
@@ -84,16 +84,17 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         f"float32 on the CPU, {cpu.isa()} kernels, {torch.get_num_threads()} threads, "
         f"{plan_memory(plan).bytes / _MEGA:.1f} MB of features"
     )
-    return Explanation("cpu", reason, tuple(map(_algorithm, plan.steps)), plan)
+    return Explanation("cpu", reason, tuple(map(_algorithm, plan.steps, compiled.algorithms)), plan)
 
 
-def _algorithm(step: Step) -> str:
+def _algorithm(step: Step, name: str) -> str:
     if not isinstance(step, FusedConv):
         return "direct"
-    if step.prologue is not None:
-        return "direct, input packed with its prologue"
-    if step.inputs[0].buffer == 0:
-        return "direct, input packed"
+    if name == "winograd":
+        return "winograd F(2x2, 3x3)"
+    if name == "packed":
+        prologue = step.prologue is not None
+        return "direct, input packed" + (" with its prologue" if prologue else "")
     skipped = 1 - step.valid_macs / step.macs
     return f"direct, {skipped:.0%} of the taps skipped" if skipped >= 0.005 else "direct"
 

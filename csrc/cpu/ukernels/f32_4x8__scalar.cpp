@@ -31,6 +31,7 @@ struct Vector {
     value = ((other.value > value) | (other.value != other.value)) ? other.value : value;
   }
   inline void add(Vector other) { value += other.value; }
+  inline void subtract(Vector other) { value -= other.value; }
   inline void scale(float factor) { value *= factor; }
 };
 
@@ -47,7 +48,8 @@ static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels 
     {THRESHNET_FAST_ROW_4(3)},
 };
 
-const UkernelTable kScalarTable = {"scalar", Vector::kLanes, {0, 9, 6, 4}, kConvTile,
-                                   bn_relu,  max_pool,       average_pool};
+const UkernelTable kScalarTable = {"scalar",     Vector::kLanes, {0, 9, 6, 4},
+                                   kConvTile,    bn_relu,        max_pool,
+                                   average_pool, winograd_input, winograd_output};
 
 }  // namespace threshnet_fast::cpu

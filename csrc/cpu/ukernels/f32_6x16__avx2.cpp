@@ -37,6 +37,7 @@ struct Vector {
     value = _mm256_blendv_ps(value, other.value, take);
   }
   inline void add(Vector other) { value = _mm256_add_ps(value, other.value); }
+  inline void subtract(Vector other) { value = _mm256_sub_ps(value, other.value); }
   inline void scale(float factor) { value = _mm256_mul_ps(value, _mm256_set1_ps(factor)); }
 };
 
@@ -54,8 +55,8 @@ static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels 
 };
 
 // 16 registers: 9 x 1, 6 x 2 or 4 x 3 accumulators, the weights and a broadcast.
-const UkernelTable kAvx2Table = {"avx2",  Vector::kLanes, {0, 9, 6, 4}, kConvTile,
-                                 bn_relu, max_pool,       average_pool};
+const UkernelTable kAvx2Table = {"avx2",   Vector::kLanes, {0, 9, 6, 4},   kConvTile,      bn_relu,
+                                 max_pool, average_pool,   winograd_input, winograd_output};
 
 }  // namespace threshnet_fast::cpu
 

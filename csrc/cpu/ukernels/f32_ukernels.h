@@ -1,6 +1,6 @@
-// The fp32 micro-kernels, written once over `Vector`, a type that each instruction set's source file
-// defines before it includes this header. Everything lives in an unnamed namespace: each source file
-// gets its own copies, compiled for its own instruction set.
+// The fp32 micro-kernels, written once over `Vector`, a type that each instruction set's source
+// file defines before it includes this header. Everything lives in an unnamed namespace: each
+// source file gets its own copies, compiled for its own instruction set.
 #pragma once
 
 #include "../ukernels.h"
@@ -10,10 +10,13 @@ namespace {
 
 constexpr int32_t kOrder[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
 
-// How many products a chain of additions takes before it is added to the sum of the chains before it:
-// the rounding error then grows with the square root of 256 plus the number of chains, not of all
-// products.
-constexpr int64_t kChainChannels = 256;
+// How many products a chain of additions takes before it is added to the sum of the chains before
+// it: the rounding error then grows with the square root of 384 plus the number of chains, not of
+// all products.
+constexpr int64_t kChainChannels = 384;
+
+constexpr int kPrefetchPixels = 14;
+constexpr int64_t kPrefetchFloats = 4096;
 
 // Broadcast a pixel's channel, multiply it by vectors of output channels: with kPixels * kVectors
 // accumulators in registers, every weight vector loaded serves kPixels multiply-adds.
@@ -63,6 +66,12 @@ void conv_tile(const ConvTile& tile) {
         Vector weight[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) weight[j] = Vector::load(weights + j * kLanes);
+        // Few pixels leave no time to wait for weights from memory.
+        if constexpr (kPixels <= kPrefetchPixels) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j)
+            __builtin_prefetch(weights + kPrefetchFloats + j * kLanes, 0, 2);
+        }
         weights += kVectors * kLanes;
 #pragma GCC unroll 16
         for (int i = 0; i < kPixels; ++i) {
@@ -145,12 +154,102 @@ void average_pool(const float* input, const int64_t* offsets, int64_t count, int
   }
 }
 
+// One direction of the input transform, in place: rows of B^T.
+inline __attribute__((always_inline)) void winograd_input_line(Vector& a, Vector& b, Vector& c,
+                                                               Vector& d) {
+  Vector first = a, second = b, third = c, fourth = b;
+  first.subtract(c);
+  second.add(c);
+  third.subtract(b);
+  fourth.subtract(d);
+  a = first;
+  b = second;
+  c = third;
+  d = fourth;
+}
+
+void winograd_input(const float* const* pixels, int64_t channels, float* output,
+                    int64_t output_pitch) {
+  constexpr int64_t kLanes = Vector::kLanes;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t left = channels - c < kLanes ? channels - c : kLanes;
+    const bool whole = left == kLanes;
+    Vector d[4][4];
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) {
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x)
+        d[y][x] =
+            whole ? Vector::load(pixels[4 * y + x] + c) : Vector::load(pixels[4 * y + x] + c, left);
+    }
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) winograd_input_line(d[0][x], d[1][x], d[2][x], d[3][x]);
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) {
+      winograd_input_line(d[y][0], d[y][1], d[y][2], d[y][3]);
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x) {
+        float* to = output + (4 * y + x) * output_pitch + c;
+        if (whole) {
+          d[y][x].store(to);
+        } else {
+          d[y][x].store(to, left);
+        }
+      }
+    }
+  }
+}
+
+void winograd_output(const float* products, int64_t product_pitch, const float* bias,
+                     int64_t channels, bool relu, float* const* outputs) {
+  constexpr int64_t kLanes = Vector::kLanes;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t left = channels - c < kLanes ? channels - c : kLanes;
+    // Products and bias are padded to whole vectors.
+    Vector rows[2][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      const float* column = products + x * product_pitch + c;
+      Vector m[4];
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) m[y] = Vector::load(column + 4 * y * product_pitch);
+      rows[0][x] = m[0];
+      rows[0][x].add(m[1]);
+      rows[0][x].add(m[2]);
+      rows[1][x] = m[1];
+      rows[1][x].subtract(m[2]);
+      rows[1][x].subtract(m[3]);
+    }
+    const Vector offset = Vector::load(bias + c);
+#pragma GCC unroll 2
+    for (int y = 0; y < 2; ++y) {
+      Vector result[2] = {rows[y][0], rows[y][1]};
+      result[0].add(rows[y][1]);
+      result[0].add(rows[y][2]);
+      result[1].subtract(rows[y][2]);
+      result[1].subtract(rows[y][3]);
+#pragma GCC unroll 2
+      for (int x = 0; x < 2; ++x) {
+        if (outputs[2 * y + x] == nullptr) continue;
+        result[x].add(offset);
+        if (relu) result[x].relu();
+        if (left == kLanes) {
+          result[x].store(outputs[2 * y + x] + c);
+        } else {
+          result[x].store(outputs[2 * y + x] + c, left);
+        }
+      }
+    }
+  }
+}
+
 // [vectors][pixels]; a tile wider than the registers allow is left out.
-#define THRESHNET_FAST_ROW_4(V) nullptr, conv_tile<1, V>, conv_tile<2, V>, conv_tile<3, V>, conv_tile<4, V>
+#define THRESHNET_FAST_ROW_4(V) \
+  nullptr, conv_tile<1, V>, conv_tile<2, V>, conv_tile<3, V>, conv_tile<4, V>
 #define THRESHNET_FAST_ROW_6(V) THRESHNET_FAST_ROW_4(V), conv_tile<5, V>, conv_tile<6, V>
 #define THRESHNET_FAST_ROW_9(V) \
   THRESHNET_FAST_ROW_6(V), conv_tile<7, V>, conv_tile<8, V>, conv_tile<9, V>
-#define THRESHNET_FAST_ROW_14(V)                                                           \
+#define THRESHNET_FAST_ROW_14(V)                                                                   \
   THRESHNET_FAST_ROW_9(V), conv_tile<10, V>, conv_tile<11, V>, conv_tile<12, V>, conv_tile<13, V>, \
       conv_tile<14, V>
 
