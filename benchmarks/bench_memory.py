@@ -40,18 +40,24 @@ def live_tensors(job: Job, provider: str) -> int:
 
     Args:
         job: What to run.
-        provider: One of this package's or of PyTorch's.
+        provider: One of this package's or of PyTorch's; for this package's, ``job`` has a batch of
+            two images or more.
     """
-    if provider == "fused":
-        # Packed for a small input; the large one then allocates all of its buffers in the call.
-        frozen = tf.optimize(job.model, torch.zeros(1, 3, 32, 32))
+    if PROVIDERS[provider].ours:
+        # Half of the batch packs the weights; the whole one is a new shape, whose buffers are
+        # allocated in the call.
+        torch.set_num_threads(job.threads)
+        half = job.x[: len(job.x) // 2]
+        engine = tf.optimize(job.model, half) if provider == "fused" else job.model
 
-        def call() -> object:
-            return frozen(job.x)
+        def call(x: torch.Tensor = job.x) -> object:
+            with torch.no_grad():
+                return engine(x)
 
+        call(half)
     else:
-        build(provider, Job(job.model, torch.zeros(1, 3, 32, 32), job.threads)).run()
         call = build(provider, job).run
+        call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
         call()
     results = recorder.profiler.kineto_results
@@ -79,6 +85,8 @@ def main() -> int:
     )
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.batch < 2:
+        parser.error("--batch must be 2 or more")
     model = random_model(arguments.model, classes=10, seed=0)
     x = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
     job = Job(model, x, arguments.threads)
