@@ -11,9 +11,9 @@ namespace {
 constexpr int32_t kOrder[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
 
 // How many products a chain of additions takes before it is added to the sum of the chains before
-// it: the rounding error then grows with the square root of 384 plus the number of chains, not of
+// it: the rounding error then grows with the square root of 128 plus the number of chains, not of
 // all products.
-constexpr int64_t kChainChannels = 384;
+constexpr int64_t kChainChannels = 128;
 
 constexpr int kPrefetchPixels = 14;
 constexpr int64_t kPrefetchFloats = 4096;
