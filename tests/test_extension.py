@@ -13,14 +13,7 @@ import torch
 
 from threshnet_fast import extension
 
-NAMES = {
-    "best_isa",
-    "cat_bn_relu_conv",
-    "cat_conv_bn_relu",
-    "compile_plan",
-    "pack_weights",
-    "run_plan",
-}
+NAMES = set(extension._OPERATORS)
 SCHEMAS = {
     "best_isa": "() -> int",
     "cat_bn_relu_conv": "(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "

@@ -18,8 +18,12 @@ _OPERATORS = (
     "best_isa",
     "cat_bn_relu_conv",
     "cat_conv_bn_relu",
+    "checksum_floats",
     "compile_plan",
+    "create_workspace",
     "pack_weights",
+    "program_algorithms",
+    "program_layout",
     "run_plan",
 )
 
