@@ -4,8 +4,10 @@ import csv
 import io
 import itertools
 import math
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +19,11 @@ from threshnet_fast.backends import cpu
 from threshnet_fast.cli import (
     CommandError,
     build_parser,
+    machine,
     main,
     pictures,
     providers,
+    report,
     results,
     timing,
 )
@@ -432,6 +436,46 @@ class TestResults:
             results.read_rows(tmp_path / "a.csv")
 
 
+class TestDisturbance:
+    def row(self, load: str, processors: str = "2", threads: str = "2") -> dict[str, str]:
+        return {"other_load": load, "processors": processors, "threads": threads}
+
+    def test_limits(self):
+        assert report.disturbance([self.row(""), self.row("0.05")]) is None
+        assert report.disturbance([self.row("0.05"), self.row("0.7")]) == 0.7
+        assert report.disturbance([self.row("0.7", threads="1")]) is None, "one is idle"
+        assert report.disturbance([self.row("1.7", threads="1")]) == 1.7
+        assert report.disturbance([self.row("0.5", threads="4")]) == 0.5, "more than there are"
+
+    def test_own_work_does_not_count_and_that_of_others_does(self, monkeypatch):
+        if machine._processor_seconds() is None:
+            pytest.skip("this system does not tell")
+        monkeypatch.setattr(machine, "usable_processors", os.cpu_count)
+        seen = iter([10.0, 13.0])
+        monkeypatch.setattr(machine, "_processor_seconds", lambda: next(seen))
+        clock = iter([100.0, 102.0])
+        monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+        assert machine.OtherLoad().stop() == 1.5
+
+    def test_own_work_is_left_out(self):
+        def everybody() -> float:
+            fields = list(map(int, Path("/proc/stat").read_text().split()[1:9]))
+            return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+        if machine._processor_seconds() is None:
+            pytest.skip("this system does not tell")
+        total, others, own = everybody(), machine._processor_seconds(), time.process_time()
+        while time.process_time() < own + 0.5:
+            pass
+        others = machine._processor_seconds() - others
+        total, own = everybody() - total, time.process_time() - own
+        assert others == pytest.approx(total - own, abs=0.2)
+
+    def test_unknown_on_a_part_of_the_processors(self, monkeypatch):
+        monkeypatch.setattr(machine, "usable_processors", lambda: (os.cpu_count() or 1) + 1)
+        assert machine.OtherLoad().stop() is None
+
+
 class TestInfo:
     def test_totals(self, capsys):
         assert main(["info"]) == 0
@@ -518,8 +562,6 @@ class TestDoctor:
         assert "left out: there is no fused engine here" in captured.out
 
     def test_too_many_threads(self, monkeypatch, capsys):
-        from threshnet_fast.cli import machine
-
         torch.set_num_threads(2)
         monkeypatch.setattr(machine, "usable_processors", lambda: 1)
         main(["doctor"])

@@ -263,6 +263,7 @@ def _bench_cell(
 
     # Building a provider may have changed the number of threads.
     torch.set_num_threads(setting.threads)
+    others = machine.OtherLoad()
     with tqdm(
         total=100, desc=title, disable=None, bar_format="{desc}: {percentage:3.0f}%|{bar}|"
     ) as bar:
@@ -272,9 +273,11 @@ def _bench_cell(
             rounds=arguments.repeats,
             progress=lambda part: _advance(bar, 100 * part),
         )
+    load = others.stop()
     for provider, sample in samples.items():
         rows[provider].update(
             {
+                "other_load": "" if load is None else f"{load:.3f}",
                 "calls": len(sample.nanoseconds),
                 **{
                     key: f"{sample.milliseconds(fraction):.4f}"

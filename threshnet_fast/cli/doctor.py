@@ -36,8 +36,8 @@ fused engine computes what PyTorch does. The exit status is not 0 if something i
 
 _OLDEST_TORCH = (2, 10)
 _OLDEST_PYTHON = (3, 10)
-# How far the fused engine may be off, in units of PyTorch's own float32 error. Rounding differs from
-# processor to processor; something broken is off by orders of magnitude.
+# How far the fused engine may be off, in units of PyTorch's own float32 error. Rounding differs
+# from processor to processor; something broken is off by orders of magnitude.
 _FACTOR = 8.0
 _OPTIONAL = {
     "onnxruntime": "a peer of bench",

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["commit", "distribution_version", "instruction_sets", "processor", "usable_processors"]
+__all__ = [
+    "OtherLoad",
+    "commit",
+    "distribution_version",
+    "instruction_sets",
+    "processor",
+    "usable_processors",
+]
 
 _CPUINFO = Path("/proc/cpuinfo")
+_STAT = Path("/proc/stat")
 _RELEVANT = ("amx", "avx", "asimd", "bf16", "f16c", "fma", "fphp", "sse4", "sve")
 
 
@@ -43,6 +52,39 @@ def usable_processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class OtherLoad:
+    """What other processes take of the processors between its creation and a call of ``stop``."""
+
+    def __init__(self) -> None:
+        self._before = _processor_seconds()
+        self._start = time.perf_counter()
+
+    def stop(self) -> float | None:
+        """Processors that others kept busy on average; None where that cannot be known.
+
+        The system counts all processors together: nothing can be said of a part of them.
+        """
+        if usable_processors() != os.cpu_count():
+            return None
+        now = _processor_seconds()
+        seconds = time.perf_counter() - self._start
+        if now is None or self._before is None or seconds <= 0:
+            return None
+        return max(0.0, (now - self._before) / seconds)
+
+
+def _processor_seconds() -> float | None:
+    """Seconds that all processors have been busy, less those of this process."""
+    try:
+        line = _STAT.read_text(encoding="ascii", errors="replace").splitlines()[0]
+        user, nice, system, _, _, irq, softirq, steal = map(int, line.split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
+    own = os.times()
+    return busy - own.user - own.system
 
 
 def commit() -> str:

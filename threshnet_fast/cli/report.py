@@ -12,6 +12,9 @@ __all__ = ["cells", "format_table", "markdown_table", "plot", "text_table"]
 
 Row = Mapping[str, str]
 
+# Processors' worth of other processes that no measurement is free of.
+_NEGLIGIBLE = 0.1
+
 
 def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
     """Aligns columns, the first ``left`` of them to the left, with two spaces in between."""
@@ -77,8 +80,23 @@ def text_table(rows: Sequence[Row]) -> str:
             line.append(f"{int(row['peak_bytes']) / 1e6:.0f}" if row["peak_bytes"] else "-")
         lines.append(line)
     text = format_table(header, lines, left=2)
-    failures = [f"{row['provider']}: {row['status']}" for row in rows if row["status"] != "ok"]
-    return "\n".join([cell_title(rows[0]), text, *failures])
+    notes = [f"{row['provider']}: {row['status']}" for row in rows if row["status"] != "ok"]
+    load = disturbance(rows)
+    if load is not None:
+        notes.append(
+            f"Other processes kept {load:.1f} processors busy meanwhile: do not trust these times."
+        )
+    return "\n".join([cell_title(rows[0]), text, *notes])
+
+
+def disturbance(rows: Sequence[Row]) -> float | None:
+    """The processors that other processes took away from the engines; None if too few to matter.
+
+    A process elsewhere on a large machine takes nothing away while enough processors are idle.
+    """
+    load = max((float(row["other_load"]) for row in rows if row["other_load"]), default=0.0)
+    spare = int(rows[0]["processors"] or 0) - int(rows[0]["threads"]) if rows else 0
+    return load if load > max(spare, 0) + _NEGLIGIBLE else None
 
 
 def markdown_table(rows: Sequence[Row], details: bool = False) -> str:
@@ -142,6 +160,9 @@ def conditions(rows: Sequence[Row]) -> str:
                 f"{row['time'][:10]}" + (f", commit {row['commit']}" if row["commit"] else ""),
             ]
         )
+        load = disturbance([r for r in rows if r["run"] == row["run"]])
+        if load is not None:
+            text += f"; other processes kept up to {load:.1f} processors busy meanwhile"
         seen[text] = None
     return "\n".join(f"{text}." for text in seen)
 

@@ -39,6 +39,7 @@ COLUMNS: dict[str, str] = {
     "error": "largest difference from the float64 reference",
     "error_limit": "the largest that would have passed",
     "peak_bytes": "memory added by the provider at the peak of a call; empty where not measured",
+    "other_load": "processors that other processes kept busy during the timing; empty if unknown",
     "processor": "processor",
     "processors": "processors that the process could use",
     "flags": "instruction sets of the processor",
