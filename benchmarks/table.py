@@ -1,4 +1,4 @@
-"""Writes the performance tables of the documentation from benchmarks/results/models.csv.
+"""Writes the performance tables of the documentation from the files of benchmarks/results.
 
     python benchmarks/table.py           # rewrites README.md and docs/performance.md
     python benchmarks/table.py --check   # fails unless they are up to date
@@ -9,17 +9,20 @@ A table stands between ``<!-- performance:NAME:begin -->`` and ``<!-- performanc
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from threshnet_fast.cli.errors import CommandError
+from threshnet_fast.cli.providers import PROVIDERS
 from threshnet_fast.cli.report import conditions, markdown_table
 from threshnet_fast.cli.results import COLUMNS, latest_rows, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "models.csv"
+MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 
 Rows = Sequence[dict[str, str]]
@@ -45,7 +48,30 @@ def columns(rows: Rows) -> str:
     return "\n".join([*lines, *(f"| `{name}` | {text} |" for name, text in COLUMNS.items())])
 
 
-TABLES = {"summary": summary, "full": full, "columns": columns}
+def memory(rows: Rows) -> str:
+    """Megabytes of every provider, from the last rows of memory.csv for each input."""
+    del rows
+    try:
+        with MEMORY.open(encoding="utf-8", newline="") as file:
+            found = list(csv.DictReader(file))
+    except OSError as error:
+        raise CommandError(f"cannot read {MEMORY}: {error.strerror}") from error
+    last = {(r["model"], r["size"], r["batch"], r["provider"]): r for r in found}
+    lines = [
+        "| model | input | provider | tensors of a call | resident, peak | resident, kept |",
+        "| :-- | :-- | :-- | --: | --: | --: |",
+    ]
+    for (model, size, batch, provider), row in last.items():
+        numbers = [
+            f"{int(row[name]) / 1e6:.0f}" if row[name] else ""
+            for name in ("live_bytes", "peak_bytes", "kept_bytes")
+        ]
+        line = [model, f"{size}x{size}, batch {batch}", PROVIDERS[provider].title, *numbers]
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"summary": summary, "full": full, "columns": columns, "memory": memory}
 
 
 def render(text: str, rows: Rows) -> str:
