@@ -104,10 +104,12 @@ def markdown_table(rows: Sequence[Row], details: bool = False) -> str:
 
     Args:
         rows: Rows of the file; of cells that ran more than once, the last run only.
-        details: Show the median after the minimum, and the peer that was best.
+        details: Show the median after the minimum, and ``model(x)`` beside the frozen network.
     """
     names = [
-        name for name in PROVIDERS if name != "drop-in" and any(r["provider"] == name for r in rows)
+        name
+        for name in PROVIDERS
+        if (details or name != "drop-in") and any(row["provider"] == name for row in rows)
     ]
     header = ["model", "input", "threads", *(PROVIDERS[name].title for name in names)]
     header += ["over the best peer"]
