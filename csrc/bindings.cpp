@@ -319,7 +319,10 @@ Tensor cat_conv_bn_relu(const std::vector<Tensor>& xs, const Tensor& weight, con
   const int64_t row = weight.size(0) > 0 ? dense.numel() / weight.size(0) : 0;
   const float* from = static_cast<const float*>(dense.data_ptr());
   const float* factor = static_cast<const float*>(dense_scale.data_ptr());
-  for (int64_t i = 0; i < dense.numel(); ++i) folded[i] = from[i] * factor[i / row];
+  for (int64_t channel = 0; channel < weight.size(0); ++channel) {
+    for (int64_t i = channel * row; i < (channel + 1) * row; ++i)
+      folded[i] = from[i] * factor[channel];
+  }
   return run_convolution(xs, weight, {{folded.data(), dense.numel()}, weight_of(dense_shift)},
                          false, relu, {stride, padding}, isa);
 }

@@ -35,6 +35,7 @@ class FrozenNetwork:
         self.reason = reason
         self._exact = exact
         self._module = module
+        self._weight = module.get_parameter("base.0.conv.weight")
         self._lock = threading.Lock()
         self._compiled: dict[tuple[torch.Size, int], CompiledPlan] = {}
         self._packed: dict[int, Tensor] = {}
@@ -57,7 +58,7 @@ class FrozenNetwork:
                 cannot give.
         """
         module = self._module
-        check_input(x, module.in_chans, module.min_size, module.get_parameter("base.0.conv.weight"))
+        check_input(x, module.in_chans, module.min_size, self._weight)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "x requires a gradient: expected an input without, as a frozen network has no "

@@ -302,7 +302,8 @@ class Compiler {
       const int64_t lanes = panel.vectors * table_->lanes;
       widest = std::max(widest, lanes);
       panel.weights = header_.packed_floats;
-      header_.packed_floats += round_up((positions * step.input_channels + 1) * lanes, 16);
+      panel.pitch = round_up(panel.channels, 4);
+      header_.packed_floats += round_up(positions * step.input_channels * panel.pitch + lanes, 16);
     }
     step.panels = writer_.append(panels);
     step.panel_count = static_cast<int64_t>(panels.size());

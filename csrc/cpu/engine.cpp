@@ -130,8 +130,8 @@ class Engine {
         for (int64_t t = 0; t < tiles.tiles; ++t) {
           const int64_t row = position * count + tiles.begin(t);
           const ChannelRun run{inputs + row * channels,
-                               packed_ + panel.weights + position * channels * lanes, channels,
-                               channels};
+                               packed_ + panel.weights + position * channels * panel.pitch,
+                               channels, channels};
           tile.runs = &run;
           tile.output = products + row * lanes;
           table_.conv_tile[panel.vectors][tiles.begin(t + 1) - tiles.begin(t)](tile);
@@ -255,10 +255,10 @@ class Engine {
 
   ConvTile output_tile(const Step& step, const Panel& panel) const {
     ConvTile tile{};
-    const int64_t lanes = panel.vectors * table_.lanes;
-    tile.initial = packed_ + panel.weights +
-                   (step.winograd ? kWinogradPositions : step.kernel_height * step.kernel_width) *
-                       step.input_channels * lanes;
+    const int64_t positions =
+        step.winograd ? kWinogradPositions : step.kernel_height * step.kernel_width;
+    tile.initial = packed_ + panel.weights + positions * step.input_channels * panel.pitch;
+    tile.weight_pitch = panel.pitch;
     tile.initial_rows = kZeros;
     tile.output = output_of(step) + panel.channel;
     tile.output_pitch = program_.buffer(step.output_buffer).pitch;
@@ -291,8 +291,7 @@ class Engine {
   ChannelRun* append_runs(const Step& step, const Panel& panel, int64_t tap, const Chunk& chunk,
                           const ChannelRun* first, ChannelRun* run) const {
     const Segment* segments = program_.at<Segment>(step.segments);
-    const int64_t lanes = panel.vectors * table_.lanes;
-    const float* weights = packed_ + panel.weights + tap * step.input_channels * lanes;
+    const float* weights = packed_ + panel.weights + tap * step.input_channels * panel.pitch;
     int64_t position = 0;
     for (int64_t s = 0; s < step.segment_count && position < chunk.last_channel; ++s) {
       const int64_t skipped = std::max<int64_t>(chunk.first_channel - position, 0);
@@ -303,11 +302,11 @@ class Engine {
       const Buffer& buffer = program_.buffer(segments[s].buffer);
       const int64_t shift = tap / step.kernel_width * buffer.width + tap % step.kernel_width;
       const ChannelRun next{input_of(segments[s]) + shift * buffer.pitch + skipped,
-                            weights + (position - segments[s].channels + skipped) * lanes,
+                            weights + (position - segments[s].channels + skipped) * panel.pitch,
                             buffer.pitch, channels};
       ChannelRun& last = run[-1];
       if (run > first && next.input == last.input + last.channels && next.pitch == last.pitch &&
-          next.weights == last.weights + last.channels * lanes) {
+          next.weights == last.weights + last.channels * panel.pitch) {
         last.channels += channels;
       } else {
         *run++ = next;
@@ -373,6 +372,7 @@ class Engine {
     // others, in registers, and the epilogue.
     ConvTile sums{};
     sums.runs = part.runs;
+    sums.weight_pitch = panel.pitch;
     sums.initial = part.sums;
     sums.initial_pitch = lanes;
     sums.output = part.sums;

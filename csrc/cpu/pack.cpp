@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -5,6 +6,8 @@
 
 namespace threshnet_fast::cpu {
 namespace {
+
+constexpr int64_t kPackChannels = 16;
 
 void require_count(const Weight& weight, int64_t expected, const char* what, int64_t step) {
   if (weight.count == expected) return;
@@ -32,29 +35,38 @@ void transform_kernel(const float* kernel, float* transformed) {
   }
 }
 
-// From [output channel][input channel][tap] to [tap][input channel][NR], padded with zeros.
-void pack_panel(const Step& step, const Panel& panel, int64_t lanes, const float* weight,
-                const float* bias, float* packed) {
+// From [output channel][input channel][tap] to [tap][input channel][pitch]. What is padding is
+// zero already.
+void pack_panel(const Step& step, const Panel& panel, const float* weight, const float* bias,
+                float* packed) {
   const int64_t taps = step.kernel_height * step.kernel_width;
   const int64_t positions = step.winograd ? kWinogradPositions : taps;
-  const int64_t width = panel.vectors * lanes;
-  for (int64_t lane = 0; lane < width; ++lane) {
-    const bool valid = lane < panel.channels;
-    const float* row =
-        valid ? weight + (panel.channel + lane) * step.input_channels * taps : nullptr;
-    for (int64_t channel = 0; channel < step.input_channels; ++channel) {
-      float transformed[kWinogradPositions];
-      const float* values = valid ? row + channel * taps : nullptr;
-      if (valid && step.winograd) {
-        transform_kernel(values, transformed);
-        values = transformed;
+  const int64_t channels = step.input_channels;
+  const float* rows = weight + panel.channel * channels * taps;
+  // Some channels at a time, so that what is read of them stays in L1 while it is written by
+  // position.
+  for (int64_t first = 0; first < channels; first += kPackChannels) {
+    const int64_t last = std::min(first + kPackChannels, channels);
+    for (int64_t i = 0; i < taps && !step.winograd; ++i) {
+      for (int64_t channel = first; channel < last; ++channel) {
+        float* to = packed + (i * channels + channel) * panel.pitch;
+        for (int64_t lane = 0; lane < panel.channels; ++lane)
+          to[lane] = rows[(lane * channels + channel) * taps + i];
       }
-      for (int64_t i = 0; i < positions; ++i)
-        packed[(i * step.input_channels + channel) * width + lane] = valid ? values[i] : 0.0f;
     }
-    packed[positions * step.input_channels * width + lane] =
-        valid && bias != nullptr ? bias[panel.channel + lane] : 0.0f;
+    for (int64_t channel = first; channel < last && step.winograd; ++channel) {
+      float* to = packed + channel * panel.pitch;
+      for (int64_t lane = 0; lane < panel.channels; ++lane) {
+        float transformed[kWinogradPositions];
+        transform_kernel(rows + (lane * channels + channel) * taps, transformed);
+        for (int64_t i = 0; i < kWinogradPositions; ++i)
+          to[i * channels * panel.pitch + lane] = transformed[i];
+      }
+    }
   }
+  if (bias == nullptr) return;
+  float* to = packed + positions * channels * panel.pitch;
+  std::memcpy(to, bias + panel.channel, panel.channels * sizeof(float));
 }
 
 }  // namespace
@@ -97,9 +109,8 @@ void pack(const Program& program, const std::vector<Weight>& weights, float* pac
   struct Context {
     const std::vector<Job>& jobs;
     const std::vector<Weight>& weights;
-    int64_t lanes;
     float* packed;
-  } context{jobs, weights, ukernel_table(header.isa)->lanes, packed};
+  } context{jobs, weights, packed};
   parallel_for(
       static_cast<int64_t>(jobs.size()),
       [](void* opaque, int64_t begin, int64_t end) {
@@ -109,7 +120,7 @@ void pack(const Program& program, const std::vector<Weight>& weights, float* pac
           const Panel& panel = *context.jobs[i].panel;
           const float* bias =
               step.bias_index >= 0 ? context.weights[step.bias_index].data : nullptr;
-          pack_panel(step, panel, context.lanes, context.weights[step.weight_index].data, bias,
+          pack_panel(step, panel, context.weights[step.weight_index].data, bias,
                      context.packed + panel.weights);
         }
       },

@@ -32,10 +32,11 @@ struct Segment {
   int64_t buffer, channel, channels;
 };
 
-// A panel: the output channels that one micro-kernel call computes, packed as [tap][channel][NR],
-// then NR biases.
+// A panel: the output channels that one micro-kernel call computes, packed as
+// [tap][channel][pitch], then NR biases. The pitch leaves out most of what a last, partly used
+// vector has no weights for: the kernel loads the next channel's there and stores none of it.
 struct Panel {
-  int64_t vectors, channel, channels, weights;
+  int64_t vectors, channel, channels, weights, pitch;
 };
 
 struct Chunk {

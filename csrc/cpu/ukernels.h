@@ -19,7 +19,7 @@ constexpr int kWinogradPositions = 16;
 // input[input_pixels[i] * pitch + 0 .. channels).
 struct ChannelRun {
   const float* input;
-  const float* weights;  // [channels][NR]
+  const float* weights;  // [channels][weight_pitch], readable for NR floats from each start
   int64_t pitch;
   int64_t channels;
 };
@@ -31,6 +31,7 @@ struct ChannelRun {
 struct ConvTile {
   const ChannelRun* runs;
   int64_t run_count;
+  int64_t weight_pitch;
   const int32_t* input_pixels;
   const float* initial;
   const int32_t* initial_rows;

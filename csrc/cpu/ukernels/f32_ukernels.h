@@ -72,7 +72,7 @@ void conv_tile(const ConvTile& tile) {
           for (int j = 0; j < kVectors; ++j)
             __builtin_prefetch(weights + kPrefetchFloats + j * kLanes, 0, 2);
         }
-        weights += kVectors * kLanes;
+        weights += tile.weight_pitch;
 #pragma GCC unroll 16
         for (int i = 0; i < kPixels; ++i) {
           const Vector value = Vector::broadcast(pixel[i] + c);
