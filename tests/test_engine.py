@@ -95,10 +95,13 @@ def double_step(step, x):
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 3, 45, 33), (3, 3, 64, 96)])
-def test_every_step(randomised, isa, exact, threads, shape):
+@pytest.mark.parametrize(
+    ("shape", "growth"),
+    [((1, 3, 32, 32), 10), ((2, 3, 45, 33), 10), ((3, 3, 64, 96), 10), ((2, 3, 69, 118), 40)],
+)
+def test_every_step(randomised, isa, exact, threads, shape, growth):
     """Each step is given what the engine's own earlier steps wrote, so errors do not add up."""
-    plan = lower(randomised(small()), shape)
+    plan = lower(randomised(small(growth_rates=(8, 8, growth, 14))), shape)
     arena = separate_arena(plan)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -110,9 +110,10 @@ def optimize(
         module: A :class:`threshnet_fast.ThreshNet`.
         example_input: An input, ``[N, C, H, W]``; its size is compiled now.
         dtype: What to compute in: None or ``torch.float32``.
-        exact: Keep to direct convolution, with an error below that of PyTorch's own; otherwise
-            Winograd's F(2x2, 3x3) serves where it is faster, with about twice the error of direct
-            convolution. ``THRESHNET_FAST_EXACT=1`` has the same effect.
+        exact: Keep to direct convolution. Otherwise Winograd's F(2x2, 3x3) serves where it is
+            faster, with an error that is still about that of PyTorch's own convolutions, but not
+            the same everywhere: an infinity spreads over a tile of 2x2 outputs.
+            ``THRESHNET_FAST_EXACT=1`` has the same effect.
 
     Returns:
         A callable that takes images and returns what ``module`` would. Where the C++ extension is

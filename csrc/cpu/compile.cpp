@@ -26,6 +26,11 @@ constexpr int64_t kMaxTaps = 64;
 constexpr int64_t kWinogradPixels = 64;
 // What a block's transformed inputs and products may hold of L2, beside the weights.
 constexpr int64_t kWinogradBytes = 320 * 1024;
+constexpr int64_t kWinogradTiles = 56;
+// From how many pixels on the inputs are transformed for all panels together, and how much of the
+// last level of cache they may take.
+constexpr int64_t kWinogradStepPixels = 100;
+constexpr int64_t kTransformBytes = 16 * 1024 * 1024;
 
 [[noreturn]] void fail(const std::string& what) {
   throw std::invalid_argument("threshnet_fast: invalid plan: " + what);
@@ -217,6 +222,7 @@ class Compiler {
 
   void read_step() {
     const int64_t start = reader_.position();
+    ++number_;
     Step step{};
     step.kind = reader_.next();
     const int64_t length = reader_.next();
@@ -245,6 +251,7 @@ class Compiler {
     require(reader_.position() - start == length, "a step has the wrong length");
     step.segments = writer_.append(segments);
     step.segment_count = static_cast<int64_t>(segments.size());
+    if (step.winograd == kWinogradInSteps) steps_.push_back(transform_step(step));
     steps_.push_back(step);
     if (step.split_count > 1) {
       step.kind = kReduction;
@@ -294,9 +301,13 @@ class Compiler {
 
     const int64_t taps = step.kernel_height * step.kernel_width;
     std::vector<Panel> panels = split_panels(step.output_channels);
-    step.winograd = pays_winograd(step, to, panels);
+    step.winograd = choose_winograd(step, to, panels.size());
     const int64_t positions = step.winograd ? kWinogradPositions : taps;
-    if (step.winograd) header_.layout |= int64_t{1} << (steps_.size() % 63);
+    if (step.winograd) {
+      // FNV-1a over the numbers of the steps.
+      const uint64_t hash = static_cast<uint64_t>(header_.layout) ^ static_cast<uint64_t>(number_);
+      header_.layout = static_cast<int64_t>(hash * 0x100000001b3u);
+    }
     int64_t widest = 0;
     for (Panel& panel : panels) {
       const int64_t lanes = panel.vectors * table_->lanes;
@@ -393,31 +404,65 @@ class Compiler {
   }
 
   // Winograd multiplies 16 numbers where direct convolution multiplies 36, but transforms every
-  // input and reads 16/9 of the weights: it pays where many tiles share the weights and the
-  // transforms of the inputs fit in L2 beside them.
-  bool pays_winograd(const Step& step, const Buffer& to, const std::vector<Panel>& panels) const {
-    return !exact_ && !step.packs && step.kernel_height == 3 && step.kernel_width == 3 &&
-           step.stride == 1 && step.padding == 1 && to.height * to.width >= kWinogradPixels &&
-           step.input_channels >= 16 && step.input_channels <= 256 && panels.size() <= 2;
+  // input and reads 16/9 of the weights: it pays where enough tiles share the weights. With few
+  // channels all of it is done in one task, in L2; with many, the transformed inputs are shared by
+  // all panels.
+  WinogradMode choose_winograd(const Step& step, const Buffer& to, size_t panels) const {
+    if (exact_ || step.packs || step.kernel_height != 3 || step.kernel_width != 3 ||
+        step.stride != 1 || step.padding != 1 || step.input_channels < 16)
+      return kNoWinograd;
+    const int64_t pixels = to.height * to.width;
+    if (pixels >= kWinogradPixels && step.input_channels <= 256 && panels <= 2)
+      return kWinogradInTask;
+    const int64_t bytes =
+        4 * kWinogradPositions * winograd_tiles(to) * round_up(step.input_channels, 16);
+    return pixels >= kWinogradStepPixels && bytes <= kTransformBytes ? kWinogradInSteps
+                                                                     : kNoWinograd;
+  }
+
+  int64_t winograd_tiles(const Buffer& to) const {
+    return header_.batch * divide_up(to.height, 2) * divide_up(to.width, 2);
   }
 
   void split_winograd(Step& step, const Buffer& to, int64_t widest) {
-    const int64_t rows = divide_up(to.height, 2);
-    step.pixel_count = header_.batch * rows * divide_up(to.width, 2);
+    step.pixel_count = winograd_tiles(to);
+    step.split_count = step.chunk_count = 1;
+    const int64_t wanted = threads_ > 1 ? threads_ * kTasksPerThread : 1;
+    if (step.winograd == kWinogradInSteps) {
+      const int64_t channels = round_up(step.input_channels, 16);
+      header_.partial_floats =
+          std::max(header_.partial_floats, kWinogradPositions * step.pixel_count * channels);
+      step.group_panels = 1;
+      step.group_count = step.panel_count;
+      step.block_count = std::max(divide_up(wanted, step.group_count),
+                                  divide_up(step.pixel_count, kWinogradTiles));
+      step.block_count = std::min(step.block_count, divide_up(step.pixel_count, kMaxTilePixels));
+      reserve(kWinogradPositions * block_pixels(step) * widest);
+      return;
+    }
     const int64_t tile_floats = kWinogradPositions * (step.input_channels + widest);
-    const int64_t fit = std::clamp<int64_t>(kWinogradBytes / 4 / tile_floats, 8, 56);
+    const int64_t fit = std::clamp<int64_t>(kWinogradBytes / 4 / tile_floats, 8, kWinogradTiles);
     step.block_count = divide_up(step.pixel_count, fit);
     if (threads_ > 1) {
       // As many blocks for each thread, and some to spare for the one that is ahead.
-      const int64_t wanted = std::min(4 * threads_, divide_up(step.pixel_count, 8));
-      step.block_count = round_up(std::max(step.block_count, wanted), threads_);
+      const int64_t spare = std::min(4 * threads_, divide_up(step.pixel_count, 8));
+      step.block_count = round_up(std::max(step.block_count, spare), threads_);
       step.block_count = std::min(step.block_count, step.pixel_count);
     }
     step.group_count = 1;
     step.group_panels = step.panel_count;
-    step.split_count = step.chunk_count = 1;
     reserve(kWinogradPositions * block_pixels(step) * (step.input_channels + widest) +
             round_up(step.input_channels, 16));
+  }
+
+  // The step before a convolution that finds its inputs transformed.
+  Step transform_step(const Step& convolution) {
+    Step step = convolution;
+    step.kind = kTransform;
+    step.group_count = 1;
+    step.block_count = std::min(step.pixel_count, threads_ > 1 ? threads_ * kTasksPerThread : 1);
+    reserve(round_up(step.input_channels, 16));
+    return step;
   }
 
   // Small maps with many weights are split by output channels, so that each core streams its own
@@ -513,6 +558,7 @@ class Compiler {
   Reader reader_;
   Writer writer_;
   int64_t threads_;
+  int64_t number_ = 0;  // of the description's step that is being read, from 1
   bool exact_;
   const UkernelTable* table_;
   ProgramHeader header_{};

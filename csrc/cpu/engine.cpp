@@ -37,6 +37,8 @@ class Engine {
         return pool(step, task, scratch);
       case kReduction:
         return reduce(step, task);
+      case kTransform:
+        return transform(step, task, scratch);
       default:
         return convolve(step, task, scratch);
     }
@@ -64,8 +66,13 @@ class Engine {
     const int64_t pixels = step.pixel_count * (block + 1) / step.block_count - first_pixel;
     const int64_t first_panel = group * step.group_panels;
     const int64_t last_panel = std::min(first_panel + step.group_panels, step.panel_count);
-    if (step.winograd) {
+    if (step.winograd == kWinogradInTask) {
       convolve_winograd(step, first_pixel, pixels, scratch);
+    } else if (step.winograd == kWinogradInSteps) {
+      for (int64_t p = first_panel; p < last_panel; ++p)
+        multiply_transformed(step, panels[p], first_pixel, pixels,
+                             partials_ + first_pixel * step.input_channels, step.pixel_count,
+                             scratch);
     } else if (step.packs) {
       gather(step, first_pixel, pixels, scratch);
       for (int64_t p = first_panel; p < last_panel; ++p)
@@ -76,19 +83,27 @@ class Engine {
     }
   }
 
-  // F(2x2, 3x3) for some tiles: all inputs are transformed, multiplied position by position, and
-  // the products transformed back, while everything stays in L2.
+  // F(2x2, 3x3) for some tiles in one task: all inputs are transformed, multiplied position by
+  // position, and the products transformed back, while everything stays in L2.
   void convolve_winograd(const Step& step, int64_t first_tile, int64_t count,
                          float* scratch) const {
+    const int64_t channels = step.input_channels;
+    float* const inputs = scratch + (channels + 15) / 16 * 16;
+    transform_inputs(step, first_tile, count, scratch, inputs, count);
+    float* const products = inputs + kWinogradPositions * count * channels;
+    for (int64_t p = 0; p < step.panel_count; ++p)
+      multiply_transformed(step, program_.at<Panel>(step.panels)[p], first_tile, count, inputs,
+                           count, products);
+  }
+
+  // Fills inputs[position * pitch + tile][channel]. `zeros` is room for a pixel of padding.
+  void transform_inputs(const Step& step, int64_t first_tile, int64_t count, float* zeros,
+                        float* inputs, int64_t pitch) const {
     const Buffer& to = program_.buffer(step.output_buffer);
     const int64_t channels = step.input_channels;
     const int64_t tile_rows = (to.height + 1) / 2;
     const int64_t tile_columns = (to.width + 1) / 2;
-    float* const zeros = scratch;
-    float* const inputs = zeros + (channels + 15) / 16 * 16;  // [position][tile][channel]
-    float* const products = inputs + kWinogradPositions * count * channels;
     std::memset(zeros, 0, channels * sizeof(float));
-
     const Segment* segments = program_.at<Segment>(step.segments);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t tile = first_tile + i;
@@ -108,50 +123,63 @@ class Engine {
             pixels[4 * y + x] = valid ? base + (row + x) * from.pitch : zeros;
           }
         }
-        table_.winograd_input(pixels, segments[s].channels, output, count * channels);
+        table_.winograd_input(pixels, segments[s].channels, output, pitch * channels);
         output += segments[s].channels;
       }
     }
+  }
 
-    for (int64_t p = 0; p < step.panel_count; ++p) {
-      const Panel& panel = program_.at<Panel>(step.panels)[p];
-      const int64_t lanes = panel.vectors * table_.lanes;
-      const Tiles tiles(count, table_.tile_pixels[panel.vectors]);
-      ConvTile tile = output_tile(step, panel);
-      const float* bias = tile.initial;
-      tile.initial = kNoBias;
-      tile.run_count = 1;
-      tile.input_pixels = kIota;
-      tile.output_rows = kIota;
-      tile.output_pitch = lanes;
-      tile.channels = lanes;
-      tile.relu = false;
-      for (int64_t position = 0; position < kWinogradPositions; ++position) {
-        for (int64_t t = 0; t < tiles.tiles; ++t) {
-          const int64_t row = position * count + tiles.begin(t);
-          const ChannelRun run{inputs + row * channels,
-                               packed_ + panel.weights + position * channels * panel.pitch,
-                               channels, channels};
-          tile.runs = &run;
-          tile.output = products + row * lanes;
-          table_.conv_tile[panel.vectors][tiles.begin(t + 1) - tiles.begin(t)](tile);
-        }
-      }
-      float* const output = output_of(step) + panel.channel;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t index = first_tile + i;
-        const int64_t x = index % tile_columns * 2;
-        const int64_t y = index / tile_columns % tile_rows * 2;
-        const int64_t image = index / tile_columns / tile_rows;
-        float* const corner = output + ((image * to.height + y) * to.width + x) * to.pitch;
-        float* const outputs[4] = {
-            corner, x + 1 < to.width ? corner + to.pitch : nullptr,
-            y + 1 < to.height ? corner + to.width * to.pitch : nullptr,
-            x + 1 < to.width && y + 1 < to.height ? corner + (to.width + 1) * to.pitch : nullptr};
-        table_.winograd_output(products + i * lanes, count * lanes, bias, panel.channels,
-                               step.relu != 0, outputs);
+  // The products of some tiles with one panel, [position][tile][NR], and from them the outputs.
+  void multiply_transformed(const Step& step, const Panel& panel, int64_t first_tile, int64_t count,
+                            const float* inputs, int64_t pitch, float* products) const {
+    const int64_t channels = step.input_channels;
+    const int64_t lanes = panel.vectors * table_.lanes;
+    const Tiles tiles(count, table_.tile_pixels[panel.vectors]);
+    ConvTile tile = output_tile(step, panel);
+    const float* bias = tile.initial;
+    tile.initial = kNoBias;
+    tile.run_count = 1;
+    tile.input_pixels = kIota;
+    tile.output_rows = kIota;
+    tile.output_pitch = lanes;
+    tile.channels = lanes;
+    tile.relu = false;
+    for (int64_t position = 0; position < kWinogradPositions; ++position) {
+      for (int64_t t = 0; t < tiles.tiles; ++t) {
+        const ChannelRun run{inputs + (position * pitch + tiles.begin(t)) * channels,
+                             packed_ + panel.weights + position * channels * panel.pitch, channels,
+                             channels};
+        tile.runs = &run;
+        tile.output = products + (position * count + tiles.begin(t)) * lanes;
+        table_.conv_tile[panel.vectors][tiles.begin(t + 1) - tiles.begin(t)](tile);
       }
     }
+
+    const Buffer& to = program_.buffer(step.output_buffer);
+    const int64_t tile_rows = (to.height + 1) / 2;
+    const int64_t tile_columns = (to.width + 1) / 2;
+    float* const output = output_of(step) + panel.channel;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t index = first_tile + i;
+      const int64_t x = index % tile_columns * 2;
+      const int64_t y = index / tile_columns % tile_rows * 2;
+      const int64_t image = index / tile_columns / tile_rows;
+      float* const corner = output + ((image * to.height + y) * to.width + x) * to.pitch;
+      float* const outputs[4] = {
+          corner, x + 1 < to.width ? corner + to.pitch : nullptr,
+          y + 1 < to.height ? corner + to.width * to.pitch : nullptr,
+          x + 1 < to.width && y + 1 < to.height ? corner + (to.width + 1) * to.pitch : nullptr};
+      table_.winograd_output(products + i * lanes, count * lanes, bias, panel.channels,
+                             step.relu != 0, outputs);
+    }
+  }
+
+  // Transforms the inputs of some tiles for the step that follows.
+  void transform(const Step& step, int64_t block, float* scratch) const {
+    const int64_t first = step.pixel_count * block / step.block_count;
+    const int64_t count = step.pixel_count * (block + 1) / step.block_count - first;
+    transform_inputs(step, first, count, scratch, partials_ + first * step.input_channels,
+                     step.pixel_count);
   }
 
   // Where a part of a convolution with split taps leaves its sums: [pixel][NR].

@@ -22,7 +22,11 @@ constexpr int64_t kNetworkInput = -1;   // any strides; only convolutions that p
 constexpr int64_t kNetworkOutput = -2;  // dense NHWC
 constexpr int64_t kFirstExternal = -3;  // NHWC with the buffer's pitch; -3 - i is external input i
 
-enum StepKind : int64_t { kConvolution = 0, kPool = 1, kReduction = 2 };
+enum StepKind : int64_t { kConvolution = 0, kPool = 1, kReduction = 2, kTransform = 3 };
+
+// Whether a task of a Winograd convolution transforms its own inputs, or a step before did so for
+// all.
+enum WinogradMode : int64_t { kNoWinograd = 0, kWinogradInTask = 1, kWinogradInSteps = 2 };
 
 struct Buffer {
   int64_t height, width, pitch, offset;
@@ -55,7 +59,7 @@ struct Step {
   int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
   int64_t scale, shift;  // float offsets into the packed weights
   int64_t panels, panel_count;
-  int64_t winograd;  // F(2x2, 3x3): tiles of 2 x 2 outputs take the place of pixels
+  int64_t winograd;  // WinogradMode of F(2x2, 3x3): tiles of 2 x 2 outputs take the place of pixels
   int64_t packs;     // gather the tile's inputs into a panel first: a prologue, or strided input
   // Output pixels in the order in which they are computed: byte offsets of int32 input pixel (the
   // top left tap's, possibly outside of the map), int32 output pixel and uint64 mask of valid taps.
