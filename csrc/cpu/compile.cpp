@@ -130,7 +130,8 @@ class Compiler {
     header_.buffer_count = reader_.next();
     header_.step_count = reader_.next();
     require(header_.external_count >= 0 && header_.external_count < 1 << 20, "external inputs");
-    require(header_.arena_floats >= 0, "the arena has a negative size");
+    require(header_.arena_floats >= 0 && header_.arena_floats < int64_t{1} << 48,
+            "the arena's size is not between 0 and 2^48 floats");
     require(header_.arena_floats % 16 == 0, "the arena is not a multiple of 16 floats");
     require(header_.buffer_count > 0 && header_.buffer_count < 1 << 20, "number of buffers");
     require(header_.step_count > 0 && header_.step_count < 1 << 20, "number of steps");
@@ -140,11 +141,16 @@ class Compiler {
       buffer.width = dimension();
       buffer.pitch = dimension();
       buffer.offset = reader_.next();
+      // In floating point, as the product of three dimensions need not fit in 64 bits.
+      if (static_cast<double>(header_.batch) * static_cast<double>(buffer.height) *
+              static_cast<double>(buffer.width) >
+          std::numeric_limits<int32_t>::max())
+        fail("a buffer has over 2^31 pixels");
       const int64_t pixels = header_.batch * buffer.height * buffer.width;
-      if (pixels > std::numeric_limits<int32_t>::max()) fail("a buffer has over 2^31 pixels");
       if (buffer.offset >= 0) {
         require(buffer.offset % 16 == 0, "a buffer does not start at a multiple of 16 floats");
-        if (buffer.offset + pixels * buffer.pitch > header_.arena_floats)
+        if (buffer.offset > header_.arena_floats ||
+            pixels * buffer.pitch > header_.arena_floats - buffer.offset)
           fail("a buffer does not fit in the arena");
       } else {
         require(buffer.offset > kFirstExternal - header_.external_count,
