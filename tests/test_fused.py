@@ -176,7 +176,7 @@ def test_many_shapes_keep_a_bounded_number_of_plans(model):
     for size in range(32, 56):
         x = torch.randn(1, 3, size, 32)
         assert_same(fused(model, x), plain(model, x))
-    assert len(model._fused._snapshot._compiled) <= 16
+    assert len(model._fused._snapshot._plans) <= 16
 
 
 def test_large_batches_run_in_parts(randomised):
@@ -331,6 +331,19 @@ def test_never_stale_where_the_change_cannot_run_fused(model, x):
         output = model(x)
     assert not torch.allclose(output, before)
     assert output.equal(plain(model, x))
+
+
+def test_parametrised_first_convolution(model, x):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    before = fused(model, x)
+    nn.utils.parametrize.register_parametrization(model.base[0].conv, "weight", Doubled())
+    model.eval()
+    assert_follows(model, x, before)
+    assert_same(tf.optimize(model, x)(x), plain(model, x))
+    assert model(x).requires_grad
 
 
 def test_untouched_weights_are_packed_once(model, x, monkeypatch):

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from .backends import cpu, select
-from .backends.cpu import CompiledPlan
+from .backends.cpu import CompiledPlan, PlanCache
 from .nn import ConvBNReLU, DenseLayer, HarmonicBlock
 from .plan.lower import UnsupportedModule
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from .models.threshnet import ThreshNet
 
 __all__ = ["FusedForward", "Objection"]
-
-# Compiled plans kept for a model, one for each input shape, number of threads, instruction set.
-_MAX_PLANS = 16
 
 # Modules that run the same in training mode. Anything else, a parametrisation say, may not.
 _MODELESS = {
@@ -42,6 +39,9 @@ _MODELESS = {
     DenseLayer,
     HarmonicBlock,
 }
+
+_TRAINING = "the model, or a part of it, is in training mode"
+_GRADIENTS = "gradients are wanted: use torch.no_grad() or torch.inference_mode()"
 
 _version = operator.attrgetter("_version")
 _data_ptr = Tensor.data_ptr
@@ -111,8 +111,13 @@ class FusedForward:
         reason = cpu.unavailable_reason()
         if reason is not None:
             raise Objection(reason)
+        # Before any snapshot, which every step of a training would make anew.
+        if model.training:
+            raise Objection(_TRAINING)
+        if torch.is_grad_enabled() and (x.requires_grad or model._first_weight.requires_grad):
+            raise Objection(_GRADIENTS)
         snapshot = self._current(model)
-        snapshot.check(x)
+        snapshot.check()
         return snapshot.compiled(model, x.shape, head)
 
     def _current(self, model: ThreshNet) -> _Snapshot:
@@ -166,9 +171,7 @@ class _Snapshot:
         )
         self._probe = _Probe(self._tensors)
 
-        self._lock = threading.Lock()
-        self._packed: dict[tuple[int, int], Tensor] = {}
-        self._compiled: dict[tuple[Any, ...], CompiledPlan] = {}
+        self._plans = PlanCache()
         self._unsupported: str | None = None
 
     def matches(self) -> bool:
@@ -187,15 +190,13 @@ class _Snapshot:
             and self._probe.matches()
         )
 
-    def check(self, x: Tensor) -> None:
+    def check(self) -> None:
         """Raises an Objection for what may differ from call to call."""
         # Lists, as generators take twice the time.
         if any([module.training for module in self._with_modes]):  # noqa: C419
-            raise Objection("the model, or a part of it, is in training mode")
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any([parameter.requires_grad for parameter in self._parameters])  # noqa: C419
-        ):
-            raise Objection("gradients are wanted: use torch.no_grad() or torch.inference_mode()")
+            raise Objection(_TRAINING)
+        if torch.is_grad_enabled() and any([p.requires_grad for p in self._parameters]):  # noqa: C419
+            raise Objection(_GRADIENTS)
         if any(self._hooks):
             raise Objection("a part of the model has forward hooks")
         if self._other_dtype is not None:
@@ -207,29 +208,13 @@ class _Snapshot:
         self, model: ThreshNet, shape: torch.Size, head: bool
     ) -> tuple[CompiledPlan, Tensor]:
         """The compiled plan for an input shape, and the packed weights."""
-        isa = cpu.isa_code()
-        threads = torch.get_num_threads()
-        exact = cpu.exact_by_default()
-        key = (shape, head, isa, threads, exact)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            with self._lock:
-                try:
-                    compiled, whole = (
-                        cpu.compile_network(
-                            model, shape, head=with_head, isa=isa, threads=threads, exact=exact
-                        )
-                        for with_head in (head, True)
-                    )
-                    if (isa, whole.layout) not in self._packed:
-                        self._packed[isa, whole.layout] = cpu.pack_network(model, whole)
-                except UnsupportedModule as error:
-                    self._unsupported = str(error)
-                    raise Objection(self._unsupported) from None
-                if len(self._compiled) >= _MAX_PLANS:
-                    self._compiled.pop(next(iter(self._compiled)))
-                self._compiled[key] = compiled
-        return compiled, self._packed[isa, compiled.layout]
+        try:
+            return self._plans.get(
+                model, shape, head=head, isa=cpu.isa_code(), exact=cpu.exact_by_default()
+            )
+        except UnsupportedModule as error:
+            self._unsupported = str(error)
+            raise Objection(self._unsupported) from None
 
 
 class _Probe:

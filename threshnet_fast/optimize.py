@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import torch
 from torch import Tensor, nn
 
 from .backends import cpu
-from .backends.cpu import CompiledPlan
+from .backends.cpu import PlanCache
 from .models.threshnet import ThreshNet
 from .models.validate import check_input
 from .plan.lower import UnsupportedModule, lower
 
 __all__ = ["FrozenNetwork", "optimize"]
-
-_MAX_PLANS = 16
 
 
 class FrozenNetwork:
@@ -35,10 +32,8 @@ class FrozenNetwork:
         self.reason = reason
         self._exact = exact
         self._module = module
-        self._weight = module.get_parameter("base.0.conv.weight")
-        self._lock = threading.Lock()
-        self._compiled: dict[tuple[torch.Size, int], CompiledPlan] = {}
-        self._packed: dict[int, Tensor] = {}
+        self._weight = module._first_weight
+        self._plans = PlanCache()
         if backend == "cpu":
             self._isa = cpu.isa_code()
 
@@ -68,28 +63,10 @@ class FrozenNetwork:
             with torch.no_grad():
                 output: Tensor = module(x)
                 return output
-        key = (x.shape, torch.get_num_threads())
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compile(*key)
-        return compiled(x, self._packed[compiled.layout])
-
-    def _compile(self, shape: torch.Size, threads: int) -> CompiledPlan:
-        with self._lock:
-            compiled = cpu.compile_network(
-                self._module,
-                shape,
-                head=True,
-                isa=self._isa,
-                threads=threads,
-                exact=self._exact,
-            )
-            if compiled.layout not in self._packed:
-                self._packed[compiled.layout] = cpu.pack_network(self._module, compiled)
-            if len(self._compiled) >= _MAX_PLANS:
-                self._compiled.pop(next(iter(self._compiled)))
-            self._compiled[shape, threads] = compiled
-            return compiled
+        compiled, packed = self._plans.get(
+            module, x.shape, head=True, isa=self._isa, exact=self._exact
+        )
+        return compiled(x, packed)
 
     def __repr__(self) -> str:
         return f"FrozenNetwork({type(self._module).__name__}, {self.backend}: {self.reason})"
@@ -131,11 +108,10 @@ def optimize(
         raise ValueError(f"dtype is {dtype}: expected None or torch.float32")
     if not isinstance(exact, bool):
         raise TypeError(f"exact is {exact!r}: expected True or False")
-    weight = module.get_parameter("base.0.conv.weight")
-    check_input(example_input, module.in_chans, module.min_size, weight)
+    module._check_input(example_input)
     module = copy.deepcopy(module).eval()
     exact = exact or cpu.exact_by_default()
-    reason = _objection(module, weight)
+    reason = _objection(module)
     if reason is None:
         frozen = FrozenNetwork(module, "cpu", f"float32 on the CPU, {cpu.isa()} kernels", exact)
     else:
@@ -144,9 +120,10 @@ def optimize(
     return frozen
 
 
-def _objection(module: ThreshNet, weight: Tensor) -> str | None:
-    if weight.device.type != "cpu":
-        return f"the module is on {weight.device}, and only the CPU has a fused backend"
+def _objection(module: ThreshNet) -> str | None:
+    device = module._first_weight.device
+    if device.type != "cpu":
+        return f"the module is on {device}, and only the CPU has a fused backend"
     other = next((p.dtype for p in module.parameters() if p.dtype is not torch.float32), None)
     if other is not None:
         return f"the module has weights of dtype {other}, and the CPU backend takes torch.float32"

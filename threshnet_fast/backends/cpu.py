@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from ..plan.serialize import serialize
 
 __all__ = [
     "CompiledPlan",
+    "PlanCache",
     "compile_network",
     "isa",
     "isa_code",
@@ -30,6 +32,9 @@ ISA_VARIABLE = "THRESHNET_FAST_CPU_ISA"
 
 EXACT_VARIABLE = "THRESHNET_FAST_EXACT"
 """Environment variable that keeps to direct convolution."""
+
+# Compiled plans kept for a network: one for each input shape and number of threads.
+_MAX_PLANS = 16
 
 _ISAS = ("scalar", "avx2", "avx512")
 _ALGORITHMS = ("direct", "packed", "winograd")
@@ -164,11 +169,66 @@ def compile_network(
         UnsupportedModule: The network cannot be lowered.
     """
     batch, *image = input_shape
-    one = lower(module, (1, *image), head=head, fold=False)
-    at_once = max(1, _ARENA_BYTES // plan_memory(one).bytes)
-    parts = -(-batch // at_once)
-    plan = lower(module, (-(-batch // parts), *image), head=head, fold=False)
+    plan = lower(module, (1, *image), head=head, fold=False)
+    if batch > 1:
+        at_once = max(1, _ARENA_BYTES // plan_memory(plan).bytes)
+        parts = -(-batch // at_once)
+        plan = lower(module, (-(-batch // parts), *image), head=head, fold=False)
     return CompiledPlan(plan, isa, threads, exact)
+
+
+class PlanCache:
+    """Compiled plans and packed weights of a network that does not change.
+
+    Calls may come from several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._compiled: dict[tuple[Sequence[int], bool, int, int, bool], CompiledPlan] = {}
+        self._packed: dict[tuple[int, int], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def get(
+        self, module: ThreshNet, shape: torch.Size, *, head: bool, isa: int, exact: bool
+    ) -> tuple[CompiledPlan, Tensor]:
+        """Returns the plan for an input shape and the number of threads in use, and its weights.
+
+        Args:
+            module: The network, always the same.
+            shape: ``(N, C, H, W)`` of the input.
+            head: Whether to end with the logits rather than with the last features.
+            isa: As :func:`isa_code` returns it.
+            exact: Keep to direct convolution.
+
+        Raises:
+            UnsupportedModule: The network cannot be lowered.
+        """
+        key = (shape, head, isa, torch.get_num_threads(), exact)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            with self._lock:
+                compiled = self._compiled.get(key) or self._add(module, key)
+        return compiled, self._packed[isa, compiled.layout]
+
+    def _add(
+        self, module: ThreshNet, key: tuple[Sequence[int], bool, int, int, bool]
+    ) -> CompiledPlan:
+        shape, head, isa, threads, exact = key
+        compiled = compile_network(module, shape, head=head, isa=isa, threads=threads, exact=exact)
+        if (isa, compiled.layout) not in self._packed:
+            whole = compiled
+            if not head:
+                whole = compile_network(
+                    module, shape, head=True, isa=isa, threads=threads, exact=exact
+                )
+            self._packed[isa, whole.layout] = pack_network(module, whole)
+        if len(self._compiled) >= _MAX_PLANS:
+            self._compiled.pop(next(iter(self._compiled)))
+        self._compiled[key] = compiled
+        return compiled
 
 
 def pack_network(module: ThreshNet, compiled: CompiledPlan) -> Tensor:

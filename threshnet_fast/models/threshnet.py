@@ -240,15 +240,19 @@ class ThreshNet(nn.Module):
         if global_pool is None:
             global_pool = self.global_pool
         self.num_classes, self.global_pool = _head_arguments(num_classes, global_pool)
-        weight = cast(ConvBNReLU, self.base[0]).conv.weight
+        weight = self._first_weight
         head = self._make_head().to(weight.device, weight.dtype)
         self.base[-1] = head.train(self.training)
         self.default_cfg["num_classes"] = self.num_classes
         self._initialise_classifier()
 
+    @property
+    def _first_weight(self) -> Tensor:
+        """Stands for the device and dtype of all parameters."""
+        return cast(ConvBNReLU, self.base[0]).conv.weight
+
     def _check_input(self, x: Tensor) -> None:
-        weight = cast(ConvBNReLU, self.base[0]).conv.weight
-        check_input(x, self.in_chans, self.min_size, weight)
+        check_input(x, self.in_chans, self.min_size, self._first_weight)
 
     def _plain_features(self, x: Tensor) -> Tensor:
         for module in list(self.base)[:-1]:
