@@ -40,9 +40,6 @@ void require(bool condition, const char* what) {
   if (!condition) fail(what);
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
 class Reader {
  public:
   Reader(const int64_t* data, int64_t length) : data_(data), length_(length) {}
@@ -304,11 +301,10 @@ class Compiler {
       step.packs = 1;
     }
     if (step.scale_index >= 0) step.packs = 1;
+    step.segment_count = static_cast<int64_t>(segments.size());
 
-    const int64_t taps = step.kernel_height * step.kernel_width;
     std::vector<Panel> panels = split_panels(step.output_channels);
     step.winograd = choose_winograd(step, to, panels.size());
-    const int64_t positions = step.winograd ? kWinogradPositions : taps;
     if (step.winograd) {
       // FNV-1a over the numbers of the steps.
       const uint64_t hash = static_cast<uint64_t>(header_.layout) ^ static_cast<uint64_t>(number_);
@@ -320,7 +316,8 @@ class Compiler {
       widest = std::max(widest, lanes);
       panel.weights = header_.packed_floats;
       panel.pitch = round_up(panel.channels, 4);
-      header_.packed_floats += round_up(positions * step.input_channels * panel.pitch + lanes, 16);
+      header_.packed_floats +=
+          round_up(positions_of(step) * step.input_channels * panel.pitch + lanes, 16);
     }
     step.panels = writer_.append(panels);
     step.panel_count = static_cast<int64_t>(panels.size());
@@ -338,7 +335,7 @@ class Compiler {
     step.pixel_taps = tables.pixel_taps;
     split_tasks(step, from, panels, widest);
     split_chunks(step, tables.used_taps, widest);
-    reserve_scratch(step, widest, static_cast<int64_t>(segments.size()));
+    reserve_scratch(step, widest);
   }
 
   // Panels of two vectors, and one of three where that saves a mostly empty one.
@@ -458,7 +455,7 @@ class Compiler {
     step.group_count = 1;
     step.group_panels = step.panel_count;
     reserve(kWinogradPositions * block_pixels(step) * (step.input_channels + widest) +
-            round_up(step.input_channels, 16));
+            zero_floats(step));
   }
 
   // The step before a convolution that finds its inputs transformed.
@@ -467,7 +464,7 @@ class Compiler {
     step.kind = kTransform;
     step.group_count = 1;
     step.block_count = std::min(step.pixel_count, threads_ > 1 ? threads_ * kTasksPerThread : 1);
-    reserve(round_up(step.input_channels, 16));
+    reserve(zero_floats(step));
     return step;
   }
 
@@ -495,7 +492,7 @@ class Compiler {
       blocks = std::min(round_up(std::min(tiles, wanted), threads_), step.pixel_count);
     }
     if (step.packs) {
-      const int64_t fit = std::max(kPackBytes / 4 / pack_pitch(step) / tile * tile, tile);
+      const int64_t fit = std::max(kPackBytes / 4 / gathered_pitch(step) / tile * tile, tile);
       blocks = std::max(blocks, divide_up(step.pixel_count, fit));
     }
     step.block_count = blocks;
@@ -543,18 +540,11 @@ class Compiler {
     step.chunk_count = static_cast<int64_t>(chunks.size());
   }
 
-  static int64_t pack_pitch(const Step& step) {
-    return round_up(step.kernel_height * step.kernel_width * step.input_channels, 16) + 16;
-  }
-
-  void reserve_scratch(const Step& step, int64_t widest, int64_t segment_count) {
-    const int64_t taps = step.kernel_height * step.kernel_width;
-    const int64_t run_floats =
-        round_up(taps * segment_count * static_cast<int64_t>(sizeof(ChannelRun)) / 4, 16);
+  void reserve_scratch(const Step& step, int64_t widest) {
     // One row more for the offsets of a strided input's taps and channels, two floats each.
-    const int64_t pack_floats = step.packs ? (block_pixels(step) + 2) * pack_pitch(step) : 0;
+    const int64_t pack_floats = step.packs ? (block_pixels(step) + 2) * gathered_pitch(step) : 0;
     const int64_t rows = step.chunk_count > 1 ? block_pixels(step) : kMaxTilePixels;
-    reserve(run_floats + pack_floats + rows * widest);
+    reserve(run_floats(step) + pack_floats + rows * widest);
   }
 
   void reserve(int64_t floats) {

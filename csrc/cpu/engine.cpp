@@ -14,9 +14,26 @@ constexpr float kNoBias[kMaxTileVectors * 16] = {};
 // Splits [0, count) into the fewest tiles of at most `most` pixels, as equal as possible.
 struct Tiles {
   int64_t count, tiles;
-  Tiles(int64_t count, int64_t most) : count(count), tiles((count + most - 1) / most) {}
+  Tiles(int64_t count, int64_t most) : count(count), tiles(divide_up(count, most)) {}
   int64_t begin(int64_t tile) const { return count * tile / tiles; }
 };
+
+// Where a tile of 2 x 2 outputs lies: its image and its first row and column.
+struct WinogradTile {
+  int64_t image, y, x;
+  WinogradTile(int64_t index, const Buffer& to) {
+    const int64_t rows = divide_up(to.height, 2);
+    const int64_t columns = divide_up(to.width, 2);
+    x = index % columns * 2;
+    y = index / columns % rows * 2;
+    image = index / columns / rows;
+  }
+};
+
+// How many pixels of the input a tap lies behind the first one.
+int64_t tap_shift(const Step& step, int64_t tap, const Buffer& from) {
+  return tap / step.kernel_width * from.width + tap % step.kernel_width;
+}
 
 class Engine {
  public:
@@ -88,7 +105,7 @@ class Engine {
   void convolve_winograd(const Step& step, int64_t first_tile, int64_t count,
                          float* scratch) const {
     const int64_t channels = step.input_channels;
-    float* const inputs = scratch + (channels + 15) / 16 * 16;
+    float* const inputs = scratch + zero_floats(step);
     transform_inputs(step, first_tile, count, scratch, inputs, count);
     float* const products = inputs + kWinogradPositions * count * channels;
     for (int64_t p = 0; p < step.panel_count; ++p)
@@ -101,15 +118,12 @@ class Engine {
                         float* inputs, int64_t pitch) const {
     const Buffer& to = program_.buffer(step.output_buffer);
     const int64_t channels = step.input_channels;
-    const int64_t tile_rows = (to.height + 1) / 2;
-    const int64_t tile_columns = (to.width + 1) / 2;
     std::memset(zeros, 0, channels * sizeof(float));
     const Segment* segments = program_.at<Segment>(step.segments);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t tile = first_tile + i;
-      const int64_t left = tile % tile_columns * 2 - 1;
-      const int64_t top = tile / tile_columns % tile_rows * 2 - 1;
-      const int64_t image = tile / tile_columns / tile_rows;
+      const WinogradTile tile(first_tile + i, to);
+      const int64_t left = tile.x - 1;
+      const int64_t top = tile.y - 1;
       float* output = inputs + i * channels;
       for (int64_t s = 0; s < step.segment_count; ++s) {
         const Buffer& from = program_.buffer(segments[s].buffer);
@@ -117,7 +131,7 @@ class Engine {
         const float* pixels[kWinogradPositions];
         for (int64_t y = 0; y < 4; ++y) {
           const bool row_valid = top + y >= 0 && top + y < from.height;
-          const int64_t row = (image * from.height + top + y) * from.width + left;
+          const int64_t row = (tile.image * from.height + top + y) * from.width + left;
           for (int64_t x = 0; x < 4; ++x) {
             const bool valid = row_valid && left + x >= 0 && left + x < from.width;
             pixels[4 * y + x] = valid ? base + (row + x) * from.pitch : zeros;
@@ -156,14 +170,9 @@ class Engine {
     }
 
     const Buffer& to = program_.buffer(step.output_buffer);
-    const int64_t tile_rows = (to.height + 1) / 2;
-    const int64_t tile_columns = (to.width + 1) / 2;
     float* const output = output_of(step) + panel.channel;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t index = first_tile + i;
-      const int64_t x = index % tile_columns * 2;
-      const int64_t y = index / tile_columns % tile_rows * 2;
-      const int64_t image = index / tile_columns / tile_rows;
+      const auto [image, y, x] = WinogradTile(first_tile + i, to);
       float* const corner = output + ((image * to.height + y) * to.width + x) * to.pitch;
       float* const outputs[4] = {
           corner, x + 1 < to.width ? corner + to.pitch : nullptr,
@@ -207,11 +216,6 @@ class Engine {
     }
   }
 
-  static int64_t gathered_pitch(const Step& step) {
-    const int64_t length = step.kernel_height * step.kernel_width * step.input_channels;
-    return (length + 15) / 16 * 16 + 16;
-  }
-
   // Writes each pixel's window as one row [tap][channel], after the prologue; taps that fall on
   // padding are zero, which is why the prologue cannot come later.
   void gather(const Step& step, int64_t first_pixel, int64_t pixels, float* rows) const {
@@ -233,7 +237,7 @@ class Engine {
         int64_t channel = 0;
         for (int64_t s = 0; s < step.segment_count; ++s) {
           const Buffer& buffer = program_.buffer(segments[s].buffer);
-          const int64_t shift = tap / step.kernel_width * buffer.width + tap % step.kernel_width;
+          const int64_t shift = tap_shift(step, tap, buffer);
           table_.bn_relu(input_of(segments[s]) + (input_pixels[i] + shift) * buffer.pitch,
                          packed_ + step.scale + channel, packed_ + step.shift + channel,
                          segments[s].channels, to + channel);
@@ -283,9 +287,7 @@ class Engine {
 
   ConvTile output_tile(const Step& step, const Panel& panel) const {
     ConvTile tile{};
-    const int64_t positions =
-        step.winograd ? kWinogradPositions : step.kernel_height * step.kernel_width;
-    tile.initial = packed_ + panel.weights + positions * step.input_channels * panel.pitch;
+    tile.initial = packed_ + panel.weights + positions_of(step) * step.input_channels * panel.pitch;
     tile.weight_pitch = panel.pitch;
     tile.initial_rows = kZeros;
     tile.output = output_of(step) + panel.channel;
@@ -328,7 +330,7 @@ class Engine {
       position += segments[s].channels;
       if (channels <= 0) continue;
       const Buffer& buffer = program_.buffer(segments[s].buffer);
-      const int64_t shift = tap / step.kernel_width * buffer.width + tap % step.kernel_width;
+      const int64_t shift = tap_shift(step, tap, buffer);
       const ChannelRun next{input_of(segments[s]) + shift * buffer.pitch + skipped,
                             weights + (position - segments[s].channels + skipped) * panel.pitch,
                             buffer.pitch, channels};
@@ -347,13 +349,10 @@ class Engine {
                        int64_t pixels, float* scratch) const {
     const Panel& panel = program_.at<Panel>(step.panels)[panel_index];
     const Tiles tiles(pixels, table_.tile_pixels[panel.vectors]);
-    const int64_t taps = step.kernel_height * step.kernel_width;
     const int64_t lanes = panel.vectors * table_.lanes;
     const bool whole = step.split_count == 1;
     ChannelRun* const runs = reinterpret_cast<ChannelRun*>(scratch);
-    float* const sums =
-        whole ? scratch + (taps * step.segment_count * sizeof(ChannelRun) / 4 + 15) / 16 * 16
-              : partial_sums(step, split, panel_index);
+    float* const sums = whole ? scratch + run_floats(step) : partial_sums(step, split, panel_index);
     const int64_t first_chunk = step.chunk_count * split / step.split_count;
     const int64_t last_chunk = step.chunk_count * (split + 1) / step.split_count;
     const bool keeps_sums = !whole || step.chunk_count > 1;

@@ -40,7 +40,6 @@ void transform_kernel(const float* kernel, float* transformed) {
 void pack_panel(const Step& step, const Panel& panel, const float* weight, const float* bias,
                 float* packed) {
   const int64_t taps = step.kernel_height * step.kernel_width;
-  const int64_t positions = step.winograd ? kWinogradPositions : taps;
   const int64_t channels = step.input_channels;
   const float* rows = weight + panel.channel * channels * taps;
   // Some channels at a time, so that what is read of them stays in L1 while it is written by
@@ -65,7 +64,7 @@ void pack_panel(const Step& step, const Panel& panel, const float* weight, const
     }
   }
   if (bias == nullptr) return;
-  float* to = packed + positions * channels * panel.pitch;
+  float* to = packed + positions_of(step) * channels * panel.pitch;
   std::memcpy(to, bias + panel.channel, panel.channels * sizeof(float));
 }
 

@@ -73,6 +73,30 @@ struct Step {
   int64_t chunks, chunk_count, split_count;
 };
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// What the compiler reserves and the engine then uses lies as these say.
+
+// Weights of an output channel for each input channel.
+inline int64_t positions_of(const Step& step) {
+  return step.winograd ? kWinogradPositions : step.kernel_height * step.kernel_width;
+}
+
+// Floats between the gathered windows of neighbouring pixels.
+inline int64_t gathered_pitch(const Step& step) {
+  return round_up(step.kernel_height * step.kernel_width * step.input_channels, 16) + 16;
+}
+
+// Floats that the runs of a tile take at the beginning of the scratch memory.
+inline int64_t run_floats(const Step& step) {
+  const int64_t runs = step.kernel_height * step.kernel_width * step.segment_count;
+  return round_up(runs * static_cast<int64_t>(sizeof(ChannelRun) / sizeof(float)), 16);
+}
+
+// Floats of the pixel of zeros that stands for padding.
+inline int64_t zero_floats(const Step& step) { return round_up(step.input_channels, 16); }
+
 struct ProgramHeader {
   int64_t magic, version, bytes, isa;
   int64_t batch, input_channels, input_height, input_width;
