@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu
+from . import cpu, triton
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 """Every name that can be asked for."""
 
-_NOT_BUILT = ("triton", "cuda")
+_NOT_BUILT = ("cuda",)
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar(
     "threshnet_fast_backend", default="auto"
@@ -62,7 +62,7 @@ def check_name(name: object, argument: str = "backend") -> str:
     if name in _NOT_BUILT:
         raise RuntimeError(
             f"{argument} is {name!r}: this version of threshnet_fast has no {name} kernels; "
-            "use 'auto', 'reference' or 'cpu'"
+            "use 'auto', 'reference', 'cpu' or 'triton'"
         )
     return name
 
@@ -75,7 +75,7 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     around the call of the compiled function, not inside of it.
 
     Args:
-        name: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        name: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Returns:
         A context manager that restores the previous setting at its end.
@@ -138,11 +138,16 @@ def choose(xs: Sequence[torch.Tensor], requested: str | None = None) -> Choice:
     name = check_name(requested_backend() if requested is None else requested)
     if name == "reference":
         return Choice("reference", f"asked for by {asked_by}")
-    objection = cpu_objection(xs)
+    # An emulated or interpreted GPU has its tensors on the CPU: there, "auto" means the CPU.
+    backend = name if name != "auto" else "cpu" if xs[0].device.type == "cpu" else "triton"
+    objection = cpu_objection(xs) if backend == "cpu" else triton.objection(xs[0])
     if objection is None:
         how = "first of 'auto'" if name == "auto" else f"asked for by {asked_by}"
-        return Choice("cpu", f"{how}; float32 on the CPU, {cpu.isa()} kernels")
-    if name == "cpu":
+        what = f"float32 on the CPU, {cpu.isa()} kernels"
+        if backend == "triton":
+            what = f"{xs[0].dtype} on {xs[0].device}, {triton.architecture()} kernels"
+        return Choice(backend, f"{how}; {what}")
+    if name != "auto":
         raise objection
     return Choice("reference", str(objection))
 
