@@ -116,11 +116,16 @@ def test_name_like_no_other_lists_them_all() -> None:
     assert "did you mean" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_not_built(name: str) -> None:
-    with pytest.raises(RuntimeError, match=f"this version of threshnet_fast has no {name} kernels"):
-        use_backend(name)
+def test_not_built() -> None:
+    with pytest.raises(RuntimeError, match="this version of threshnet_fast has no cuda kernels"):
+        use_backend("cuda")
     assert requested_backend() == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_triton_without_a_device_refuses() -> None:
+    with pytest.raises(RuntimeError, match="backend 'triton' is unavailable: triton "):
+        choose([torch.ones(1)], "triton")
 
 
 @pytest.mark.parametrize("name", [None, 1, ["cpu"]])

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import operator
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from .backends import cpu, select
-from .backends.cpu import CompiledPlan, PlanCache
+from .backends import cpu, select, triton
 from .nn import ConvBNReLU, DenseLayer, HarmonicBlock
 from .plan.lower import UnsupportedModule
 
 if TYPE_CHECKING:
+    from .backends.triton_plan import PackedNetwork, TritonPlan
     from .models.threshnet import ThreshNet
 
 __all__ = ["FusedForward", "Objection"]
@@ -45,6 +45,22 @@ _GRADIENTS = "gradients are wanted: use torch.no_grad() or torch.inference_mode(
 
 _version = operator.attrgetter("_version")
 _data_ptr = Tensor.data_ptr
+
+
+class PreparedPlan(Protocol):
+    """A plan that a backend has prepared; call it with images and the weights packed for it."""
+
+    backend: str
+
+    def describe(self) -> str:
+        """One line: what runs it."""
+
+    @property
+    def algorithms(self) -> list[str]:
+        """How each step is computed."""
+
+    def __call__(self, x: Tensor, packed: Any) -> Tensor:
+        """Runs the plan."""
 
 
 class FusedForward:
@@ -78,17 +94,19 @@ class FusedForward:
         if requested == "reference":
             return None
         try:
-            compiled, packed = self.prepare(model, x, head=head)
-        except Objection as objection:
+            plan, packed = self.prepare(model, x, head=head)
+            return plan(x, packed)
+        except (Objection, triton.CompilationFailed) as objection:
             if requested != "auto":
                 raise RuntimeError(
                     f"backend {requested!r} cannot run this call: {objection}"
-                ) from None
+                ) from objection.__cause__
+            if isinstance(objection, triton.CompilationFailed) and self._snapshot is not None:
+                self._snapshot.unsupported = str(objection)
             return None
-        return compiled(x, packed)
 
-    def prepare(self, model: ThreshNet, x: Tensor, *, head: bool) -> tuple[CompiledPlan, Tensor]:
-        """Returns the compiled plan for an input and the packed weights, both up to date.
+    def prepare(self, model: ThreshNet, x: Tensor, *, head: bool) -> tuple[PreparedPlan, Any]:
+        """Returns the prepared plan for an input and the packed weights, both up to date.
 
         Args:
             model: The model that this belongs to.
@@ -98,27 +116,39 @@ class FusedForward:
         Raises:
             Objection: The plain path must run; the message says why.
         """
-        if x.device.type != "cpu":
-            raise Objection(f"x is on {x.device}, and only the CPU has a fused backend")
-        if x.dtype is not torch.float32:
-            raise Objection(f"x has dtype {x.dtype}, and the CPU backend computes in torch.float32")
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             raise Objection(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
         if _transformed():
             raise Objection("a tracer, a transform or a tensor mode is active")
-        if torch.is_autocast_enabled("cpu"):
-            raise Objection("autocast is enabled")
-        reason = cpu.unavailable_reason()
-        if reason is not None:
-            raise Objection(reason)
+        backend = select.network_backend(x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if backend == "triton":
+            error = triton.objection(x, dtype)
+            if error is not None:
+                raise Objection(str(error))
+        else:
+            if x.device.type != "cpu":
+                raise Objection(f"x is on {x.device}, and backend 'cpu' needs it on the CPU")
+            if autocast:
+                raise Objection("autocast is enabled")
+            if x.dtype is not torch.float32:
+                raise Objection(
+                    f"x has dtype {x.dtype}, and the CPU backend computes in torch.float32"
+                )
+            reason = cpu.unavailable_reason()
+            if reason is not None:
+                raise Objection(reason)
         # Before any snapshot, which every step of a training would make anew.
         if model.training:
             raise Objection(_TRAINING)
         if torch.is_grad_enabled() and (x.requires_grad or model._first_weight.requires_grad):
             raise Objection(_GRADIENTS)
         snapshot = self._current(model)
-        snapshot.check()
-        return snapshot.compiled(model, x.shape, head)
+        snapshot.check(torch.float32 if autocast else x.dtype)
+        if backend == "triton":
+            return snapshot.for_triton(model, x, head, dtype)
+        return snapshot.for_cpu(model, x.shape, head)
 
     def _current(self, model: ThreshNet) -> _Snapshot:
         snapshot = self._snapshot
@@ -166,13 +196,12 @@ class _Snapshot:
         self._versions = list(map(_version, self._tensors))
         self._pointers = list(map(_data_ptr, self._tensors))
         self._parameters = [t for t in self._tensors if isinstance(t, nn.Parameter)]
-        self._other_dtype = next(
-            (t.dtype for t in self._tensors if t.dtype is not torch.float32), None
-        )
+        self._dtypes = {tensor.dtype for tensor in self._tensors}
         self._probe = _Probe(self._tensors)
 
-        self._plans = PlanCache()
-        self._unsupported: str | None = None
+        self._cpu_plans = cpu.PlanCache()
+        self._triton_plans = triton.PlanCache()
+        self.unsupported: str | None = None
 
     def matches(self) -> bool:
         """Whether the model is still what it was."""
@@ -190,8 +219,12 @@ class _Snapshot:
             and self._probe.matches()
         )
 
-    def check(self) -> None:
-        """Raises an Objection for what may differ from call to call."""
+    def check(self, dtype: torch.dtype) -> None:
+        """Raises an Objection for what may differ from call to call.
+
+        Args:
+            dtype: Which the weights must have.
+        """
         # Lists, as generators take twice the time.
         if any([module.training for module in self._with_modes]):  # noqa: C419
             raise Objection(_TRAINING)
@@ -199,39 +232,53 @@ class _Snapshot:
             raise Objection(_GRADIENTS)
         if any(self._hooks):
             raise Objection("a part of the model has forward hooks")
-        if self._other_dtype is not None:
-            raise Objection(f"the model has weights of dtype {self._other_dtype}")
-        if self._unsupported is not None:
-            raise Objection(self._unsupported)
+        if self._dtypes != {dtype}:
+            others = ", ".join(sorted(str(other) for other in self._dtypes - {dtype}))
+            raise Objection(f"the model has weights of dtype {others}, expected {dtype}")
+        if self.unsupported is not None:
+            raise Objection(self.unsupported)
 
-    def compiled(
+    def for_cpu(
         self, model: ThreshNet, shape: torch.Size, head: bool
-    ) -> tuple[CompiledPlan, Tensor]:
+    ) -> tuple[cpu.CompiledPlan, Tensor]:
         """The compiled plan for an input shape, and the packed weights."""
         try:
-            return self._plans.get(
+            return self._cpu_plans.get(
                 model, shape, head=head, isa=cpu.isa_code(), exact=cpu.exact_by_default()
             )
         except UnsupportedModule as error:
-            self._unsupported = str(error)
-            raise Objection(self._unsupported) from None
+            self.unsupported = str(error)
+            raise Objection(self.unsupported) from None
+
+    def for_triton(
+        self, model: ThreshNet, x: Tensor, head: bool, dtype: torch.dtype
+    ) -> tuple[TritonPlan, PackedNetwork]:
+        """The prepared plan for an input, and the packed weights."""
+        try:
+            return self._triton_plans.get(model, x, head=head, dtype=dtype)
+        except UnsupportedModule as error:
+            # Of this shape, or of this device, perhaps; another may do.
+            raise Objection(str(error)) from None
 
 
 class _Probe:
     """A sample of the tensors' contents, for the edits that PyTorch's version counters miss.
 
     ``parameter.data`` has a counter of its own: what is written through it changes neither the
-    parameter's counter nor its address. Three elements of every tensor are compared, so that an
-    edit of a whole tensor shows; one of a few elements may not.
+    parameter's counter nor its address. A few elements of every tensor are compared, so that an
+    edit of a whole tensor shows; one of a few elements may not. On a GPU, reading them waits for
+    the device; a call that is being captured in a graph does not look.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
         # Aliases keep the memory alive that the addresses point to.
-        self._aliases = [
-            tensor.detach()
-            for tensor in tensors
-            if tensor.dtype is torch.float32 and _dense(tensor)
-        ]
+        self._aliases = [tensor.detach() for tensor in tensors if _dense(tensor)]
+        self._device = tensors[0].device
+        if self._device.type == "cuda":
+            self._addresses = _checksum().sample_addresses(self._aliases)
+            self._checksum = self._read()
+            return
+        self._aliases = [alias for alias in self._aliases if alias.dtype is torch.float32]
         addresses = [
             alias.data_ptr() + alias.element_size() * index
             for alias in self._aliases
@@ -241,11 +288,29 @@ class _Probe:
         self._checksum = self._read()
 
     def matches(self) -> bool:
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                if torch.cuda.is_current_stream_capturing():
+                    return True
         return self._read() == self._checksum
 
     def _read(self) -> int:
-        checksum: int = torch.ops.threshnet_fast_cpu.checksum_floats(self._addresses)
+        checksum: int
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                checksum = _checksum().checksum(self._addresses)
+        elif cpu.unavailable_reason() is None:
+            checksum = torch.ops.threshnet_fast_cpu.checksum_floats(self._addresses)
+        else:
+            checksum = 0
         return checksum
+
+
+def _checksum() -> Any:
+    """The kernel that reads a GPU's memory; importing it imports triton."""
+    from .kernels import checksum
+
+    return checksum
 
 
 def _dense(tensor: Tensor) -> bool:

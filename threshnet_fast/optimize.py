@@ -7,8 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .backends import cpu
-from .backends.cpu import PlanCache
+from .backends import cpu, select, triton
 from .models.threshnet import ThreshNet
 from .models.validate import check_input
 from .plan.lower import UnsupportedModule, lower
@@ -23,7 +22,7 @@ class FrozenNetwork:
     compiled once. Calls may come from several threads.
 
     Attributes:
-        backend: ``"cpu"``, or ``"reference"`` for plain PyTorch.
+        backend: ``"cpu"``, ``"triton"``, or ``"reference"`` for plain PyTorch.
         reason: One line that says why.
     """
 
@@ -33,7 +32,8 @@ class FrozenNetwork:
         self._exact = exact
         self._module = module
         self._weight = module._first_weight
-        self._plans = PlanCache()
+        self._cpu_plans = cpu.PlanCache()
+        self._triton_plans = triton.PlanCache()
         if backend == "cpu":
             self._isa = cpu.isa_code()
 
@@ -63,7 +63,10 @@ class FrozenNetwork:
             with torch.no_grad():
                 output: Tensor = module(x)
                 return output
-        compiled, packed = self._plans.get(
+        if self.backend == "triton":
+            plan, weights = self._triton_plans.get(module, x, head=True, dtype=x.dtype)
+            return plan(x, weights)
+        compiled, packed = self._cpu_plans.get(
             module, x.shape, head=True, isa=self._isa, exact=self._exact
         )
         return compiled(x, packed)
@@ -81,20 +84,23 @@ def optimize(
     """Freezes a network for inference.
 
     The weights are folded and packed now; later changes of ``module`` have no effect. The network
-    is taken in evaluation mode, whatever mode ``module`` is in.
+    is taken in evaluation mode, whatever mode ``module`` is in, and runs on the device that it is
+    on. On a GPU the launches of each input size are captured in a CUDA graph at its second call on
+    a stream, and replayed from then on.
 
     Args:
         module: A :class:`threshnet_fast.ThreshNet`.
         example_input: An input, ``[N, C, H, W]``; its size is compiled now.
-        dtype: What to compute in: None or ``torch.float32``.
-        exact: Keep to direct convolution. Otherwise Winograd's F(2x2, 3x3) serves where it is
-            faster, with an error that is still about that of PyTorch's own convolutions, but not
-            the same everywhere: an infinity spreads over a tile of 2x2 outputs.
-            ``THRESHNET_FAST_EXACT=1`` has the same effect.
+        dtype: What to compute in, and the dtype of inputs: None keeps the module's. On the CPU
+            float32, on a GPU also float16 and bfloat16.
+        exact: Keep to direct convolution, as a GPU always does. Otherwise Winograd's F(2x2, 3x3)
+            serves where it is faster, with an error that is still about that of PyTorch's own
+            convolutions, but not the same everywhere: an infinity spreads over a tile of 2x2
+            outputs. ``THRESHNET_FAST_EXACT=1`` has the same effect.
 
     Returns:
-        A callable that takes images and returns what ``module`` would. Where the C++ extension is
-        unavailable, or the module has parts that plans cannot express, it runs plain PyTorch and
+        A callable that takes images and returns what ``module`` would. Where no fused backend is
+        available, or the module has parts that plans cannot express, it runs plain PyTorch and
         its ``reason`` says why.
 
     Raises:
@@ -104,33 +110,53 @@ def optimize(
     """
     if not isinstance(module, ThreshNet):
         raise TypeError(f"module is a {type(module).__name__}: expected a ThreshNet")
-    if dtype not in (None, torch.float32):
-        raise ValueError(f"dtype is {dtype}: expected None or torch.float32")
     if not isinstance(exact, bool):
         raise TypeError(f"exact is {exact!r}: expected True or False")
     module._check_input(example_input)
+    weight = module._first_weight
+    backend = select.network_backend(weight)
+    if backend == "reference":
+        backend = "triton" if weight.device.type == "cuda" else "cpu"
+    allowed = (torch.float32,) if backend == "cpu" else triton.DTYPES
+    if dtype is not None and dtype not in allowed:
+        raise ValueError(f"dtype is {dtype}: expected None or {' or '.join(map(str, allowed))}")
     module = copy.deepcopy(module).eval()
+    if dtype is not None:
+        module, example_input = module.to(dtype), example_input.to(dtype)
     exact = exact or cpu.exact_by_default()
-    reason = _objection(module)
-    if reason is None:
+    objection = _objection(module, backend)
+    if objection is not None:
+        frozen = FrozenNetwork(module, "reference", objection, exact)
+    elif backend == "cpu":
         frozen = FrozenNetwork(module, "cpu", f"float32 on the CPU, {cpu.isa()} kernels", exact)
     else:
-        frozen = FrozenNetwork(module, "reference", reason, exact)
-    frozen(example_input)
+        reason = f"{module._first_weight.dtype} on {weight.device}, {triton.architecture()} kernels"
+        frozen = FrozenNetwork(module, "triton", reason, exact)
+    try:
+        frozen(example_input)
+    except (UnsupportedModule, triton.CompilationFailed) as error:
+        if frozen.backend != "triton":
+            raise
+        frozen = FrozenNetwork(module, "reference", str(error), exact)
     return frozen
 
 
-def _objection(module: ThreshNet) -> str | None:
-    device = module._first_weight.device
-    if device.type != "cpu":
-        return f"the module is on {device}, and only the CPU has a fused backend"
-    other = next((p.dtype for p in module.parameters() if p.dtype is not torch.float32), None)
+def _objection(module: ThreshNet, backend: str) -> str | None:
+    weight = module._first_weight
+    if backend == "triton":
+        error = triton.objection(weight)
+        if error is not None:
+            return str(error)
+    elif weight.device.type != "cpu":
+        return f"the module is on {weight.device}, and backend 'cpu' needs it on the CPU"
+    elif cpu.unavailable_reason() is not None:
+        return cpu.unavailable_reason()
+    dtype = torch.float32 if backend == "cpu" else weight.dtype
+    other = next((p.dtype for p in module.parameters() if p.dtype is not dtype), None)
     if other is not None:
-        return f"the module has weights of dtype {other}, and the CPU backend takes torch.float32"
+        return f"the module has weights of dtype {other}, and the backend takes {dtype}"
     if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
         return "a part of the module has forward hooks"
-    if cpu.unavailable_reason() is not None:
-        return cpu.unavailable_reason()
     try:
         lower(module, (1, module.in_chans, module.min_size, module.min_size), fold=False)
     except UnsupportedModule as error:

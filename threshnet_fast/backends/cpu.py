@@ -103,6 +103,8 @@ class CompiledPlan:
         layout: Number that is the same for plans that can share packed weights.
     """
 
+    backend = "cpu"
+
     def __init__(self, plan: Plan, isa: int, threads: int, exact: bool) -> None:
         arena = plan_memory(plan)
         operators = torch.ops.threshnet_fast_cpu
@@ -111,9 +113,15 @@ class CompiledPlan:
         self.arena_bytes = arena.bytes
         self.program: Tensor = operators.compile_plan(serialize(plan, arena), isa, threads, exact)
         self.layout: int = operators.program_layout(self.program)
+        self._isa = isa
         self._threads = threads
         self._run = operators.run_plan.default
         self._workspaces: deque[Tensor] = deque()
+
+    def describe(self) -> str:
+        """One line: kernels, threads, memory."""
+        memory = f"{self.arena_bytes / 1e6:.1f} MB of features"
+        return f"float32 on the CPU, {_ISAS[self._isa]} kernels, {self._threads} threads, {memory}"
 
     @property
     def algorithms(self) -> list[str]:

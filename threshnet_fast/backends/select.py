@@ -138,8 +138,7 @@ def choose(xs: Sequence[torch.Tensor], requested: str | None = None) -> Choice:
     name = check_name(requested_backend() if requested is None else requested)
     if name == "reference":
         return Choice("reference", f"asked for by {asked_by}")
-    # An emulated or interpreted GPU has its tensors on the CPU: there, "auto" means the CPU.
-    backend = name if name != "auto" else "cpu" if xs[0].device.type == "cpu" else "triton"
+    backend = _fused_backend(name, xs[0])
     objection = cpu_objection(xs) if backend == "cpu" else triton.objection(xs[0])
     if objection is None:
         how = "first of 'auto'" if name == "auto" else f"asked for by {asked_by}"
@@ -150,6 +149,22 @@ def choose(xs: Sequence[torch.Tensor], requested: str | None = None) -> Choice:
     if name != "auto":
         raise objection
     return Choice("reference", str(objection))
+
+
+def network_backend(x: torch.Tensor) -> str:
+    """Returns the fused backend for a network's input, ``"cpu"`` or ``"triton"``.
+
+    Args:
+        x: The input; :func:`use_backend` does not ask for ``"reference"``.
+    """
+    return _fused_backend(requested_backend(), x)
+
+
+def _fused_backend(name: str, x: torch.Tensor) -> str:
+    # An emulated or interpreted GPU has its tensors on the CPU: there, "auto" means the CPU.
+    if name == "auto":
+        return "triton" if x.device.type == "cuda" else "cpu"
+    return name
 
 
 def _names() -> str:

@@ -1,18 +1,49 @@
-"""The Triton backend: whether it can run."""
+"""The Triton backend: whether it can run, and networks prepared for it.
+
+Nothing here imports triton before a question or a call needs it.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import threading
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "architecture", "objection", "unavailable_reason"]
+from ..models.threshnet import ThreshNet
+from ..plan.lower import lower
+
+if TYPE_CHECKING:
+    from .triton_plan import PackedNetwork, Target, TritonPlan
+
+__all__ = [
+    "DTYPES",
+    "CompilationFailed",
+    "PlanCache",
+    "architecture",
+    "float32_precision",
+    "interpreting",
+    "objection",
+    "unavailable_reason",
+]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes that the kernels compute in."""
 
+GRAPHS_VARIABLE = "THRESHNET_FAST_CUDA_GRAPHS"
+"""Environment variable that, at 0, keeps to launching the kernels one by one."""
+
 _LEAST_VERSION = (3, 7)
+
+# Prepared plans kept for a network: one for each input shape, dtype and precision.
+_MAX_PLANS = 16
+
+
+class CompilationFailed(RuntimeError):
+    """Triton cannot compile a kernel for this device, or the device cannot hold it."""
 
 
 def unavailable_reason() -> str | None:
@@ -24,6 +55,8 @@ def unavailable_reason() -> str | None:
     if tuple(map(int, triton.__version__.split(".")[:2])) < _LEAST_VERSION:
         least = ".".join(map(str, _LEAST_VERSION))
         return f"triton is {triton.__version__}: expected {least} or newer"
+    if importlib.util.find_spec(f"{__package__.rpartition('.')[0]}.kernels") is None:
+        return "the Triton kernels are not installed"
     if interpreting():
         return None
     try:
@@ -57,15 +90,17 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def objection(x: Tensor) -> Exception | None:
+def objection(x: Tensor, dtype: torch.dtype | None = None) -> Exception | None:
     """Returns the error that this backend would raise for a tensor, or None.
 
     Args:
         x: A tensor that a kernel would read.
+        dtype: What to compute in; None means the dtype of ``x``.
     """
-    if x.dtype not in DTYPES:
+    dtype = x.dtype if dtype is None else dtype
+    if dtype not in DTYPES:
         names = ", ".join(map(str, DTYPES))
-        return TypeError(f"backend 'triton' needs one of {names}: these tensors are {x.dtype}")
+        return TypeError(f"backend 'triton' needs one of {names}: these tensors are {dtype}")
     reason = unavailable_reason()
     if reason is not None:
         return RuntimeError(f"backend 'triton' is unavailable: {reason}")
@@ -73,6 +108,93 @@ def objection(x: Tensor) -> Exception | None:
     if x.device.type != device:
         return ValueError(f"backend 'triton' needs tensors on {device}, these are on {x.device}")
     return None
+
+
+def float32_precision() -> str:
+    """Returns how float32 is multiplied: ``"ieee"``, or ``"tf32"`` where PyTorch may do so.
+
+    That is where ``torch.backends.cuda.matmul.fp32_precision`` allows it, under whatever name it
+    was set (``allow_tf32``, ``torch.set_float32_matmul_precision``); by default nothing does.
+    """
+    allowed = torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+    return "tf32" if allowed else "ieee"
+
+
+def target(device: torch.device, dtype: torch.dtype) -> Target:
+    """Returns what to prepare launches for on a device.
+
+    Args:
+        device: The device of the tensors.
+        dtype: What to compute in.
+    """
+    from ..kernels import configurations
+    from .triton_plan import Target
+
+    name = architecture()
+    precision = float32_precision() if dtype is torch.float32 else "ieee"
+    multiprocessors = 1
+    if name != "interpreter":
+        import triton
+
+        index = triton.runtime.driver.active.get_current_device()
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+        properties = triton.runtime.driver.active.utils.get_device_properties(index)
+        multiprocessors = properties["multiprocessor_count"]
+    precision = configurations.precision_for(name, precision)
+    return Target(device, dtype, precision, name, multiprocessors)
+
+
+class PlanCache:
+    """Prepared plans and packed weights of a network that does not change.
+
+    Calls may come from several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._plans: dict[tuple[torch.Size, bool, Target], TritonPlan] = {}
+        self._packed: dict[torch.dtype, PackedNetwork] = {}
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def get(
+        self, module: ThreshNet, x: Tensor, *, head: bool, dtype: torch.dtype
+    ) -> tuple[TritonPlan, PackedNetwork]:
+        """Returns the plan for an input and the weights, packed once for each dtype.
+
+        Args:
+            module: The network, always the same.
+            x: The input.
+            head: Whether to end with the logits rather than with the last features.
+            dtype: What to compute in.
+
+        Raises:
+            UnsupportedModule: The network cannot be lowered, or the kernels cannot execute it.
+        """
+        key = (x.shape, head, target(x.device, dtype))
+        with self._lock:
+            plan = self._plans.get(key) or self._add(module, key)
+            return plan, self._packed[dtype]
+
+    def _add(self, module: ThreshNet, key: tuple[torch.Size, bool, Target]) -> TritonPlan:
+        from .triton_plan import TritonPlan, pack_network
+
+        shape, head, goal = key
+        plan = TritonPlan(lower(module, shape, head=head, fold=False), goal, graphs=_graphs())
+        if goal.dtype not in self._packed:
+            size = module.min_size
+            whole = lower(module, (1, module.in_chans, size, size))
+            self._packed[goal.dtype] = pack_network(whole, goal.dtype)
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.pop(next(iter(self._plans)))
+        self._plans[key] = plan
+        return plan
+
+
+def _graphs() -> bool:
+    return os.environ.get(GRAPHS_VARIABLE, "1") not in ("", "0")
 
 
 def _device_type() -> str:

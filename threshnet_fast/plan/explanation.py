@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .ir import FusedConv, Plan, Step
 from .lower import UnsupportedModule, lower
-from .memory import plan_memory
 
 __all__ = ["Explanation", "explain", "table"]
 
@@ -21,7 +19,8 @@ class Explanation:
     """How a model would run on an input; prints as a table.
 
     Attributes:
-        backend: The backend that runs the whole network, ``"cpu"`` or ``"reference"``.
+        backend: The backend that runs the whole network: ``"cpu"``, ``"triton"`` or
+            ``"reference"``.
         reason: Why that one.
         algorithms: The algorithm of each step, in the plan's order; all None for the reference.
         plan: The fused steps, or None where the network has no plan.
@@ -58,7 +57,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         RuntimeError: ``x`` is on another device than the model, or a backend was asked for by name
             that cannot run this.
     """
-    from ..backends import cpu, select
+    from ..backends import select
     from ..fused import Objection
     from ..models.threshnet import ThreshNet
 
@@ -74,20 +73,19 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     if requested == "reference":
         return Explanation("reference", "asked for by use_backend", nothing, plan)
     try:
-        compiled, _ = model._fused.prepare(model, x, head=True)
+        prepared, _ = model._fused.prepare(model, x, head=True)
     except Objection as objection:
         if requested != "auto":
             raise RuntimeError(f"backend {requested!r} cannot run this call: {objection}") from None
         return Explanation("reference", str(objection), nothing, plan)
     assert plan is not None
-    reason = (
-        f"float32 on the CPU, {cpu.isa()} kernels, {torch.get_num_threads()} threads, "
-        f"{plan_memory(plan).bytes / _MEGA:.1f} MB of features"
-    )
-    return Explanation("cpu", reason, tuple(map(_algorithm, plan.steps, compiled.algorithms)), plan)
+    algorithms = tuple(prepared.algorithms)
+    if prepared.backend == "cpu":
+        algorithms = tuple(map(_cpu_algorithm, plan.steps, algorithms))
+    return Explanation(prepared.backend, prepared.describe(), algorithms, plan)
 
 
-def _algorithm(step: Step, name: str) -> str:
+def _cpu_algorithm(step: Step, name: str) -> str:
     if not isinstance(step, FusedConv):
         return "direct"
     if name == "winograd":

@@ -1,0 +1,489 @@
+"""Plans as lists of Triton launches over one preallocated arena.
+
+A segment of the arena is always whole groups of 16 channels: every step writes zeros behind its own
+channels up to the next multiple of 16, so that no step has to mask channels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from ..kernels import (
+    configurations,
+    dense_layer,
+    head,
+    implicit_gemm,
+    layout,
+    pool,
+    stem_convolution,
+)
+from ..kernels.launch import Launch
+from ..plan.ir import FusedConv, Head, Plan, Segment, Step
+from ..plan.lower import UnsupportedModule
+from ..plan.memory import plan_memory
+from .triton import CompilationFailed
+
+__all__ = ["PackedNetwork", "Target", "TritonPlan", "pack_network"]
+
+# Workspaces kept for a plan, one for each stream that it was called on.
+_MAX_WORKSPACES = 4
+
+# Indices of pixels are 32-bit in the kernels; offsets are 64-bit.
+_MAX_PIXELS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """What launches are prepared for.
+
+    Attributes:
+        device: Where the tensors are.
+        dtype: Of features and weights.
+        precision: How float32 is multiplied, ``"ieee"`` or ``"tf32"``.
+        architecture: ``"sm_90"``, ``"gfx942"``, ``"interpreter"``.
+        multiprocessors: Of the device.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    architecture: str
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class _PackedStep:
+    weight: layout.PackedWeight | Tensor
+    bias: Tensor | None
+    prologue: tuple[Tensor, Tensor] | None = None
+
+
+PackedNetwork = tuple[_PackedStep | None, ...]
+"""The weights of each step of a plan, None for a pool; the same for every input shape."""
+
+
+def pack_network(plan: Plan, dtype: torch.dtype) -> PackedNetwork:
+    """Packs the weights of a plan that was lowered with their values.
+
+    Args:
+        plan: The plan, with its head.
+        dtype: Of the packed weights; vectors over channels are float32.
+    """
+    return tuple(_pack(plan, step, dtype) for step in plan.steps)
+
+
+def _pack(plan: Plan, step: Step, dtype: torch.dtype) -> _PackedStep | None:
+    if isinstance(step, FusedConv):
+        channels = [segment.channels for segment in step.inputs]
+        bias = None if step.bias is None else layout.pack_vector(step.bias, [len(step.bias)])
+        if _reads_input(step):
+            return _PackedStep(stem_convolution.pack_stem(step.weight, dtype), bias)
+        prologue = None
+        if step.prologue is not None:
+            scale, shift = step.prologue.scale, step.prologue.shift
+            prologue = layout.pack_vector(scale, channels), layout.pack_vector(shift, channels)
+        return _PackedStep(layout.pack_weight(step.weight, channels, dtype), bias, prologue)
+    if isinstance(step, Head) and step.weight is not None:
+        return _PackedStep(head.pack_head(step.weight, dtype), step.bias)
+    return None
+
+
+def _reads_input(step: Step) -> bool:
+    return any(segment.buffer == 0 for segment in step.inputs)
+
+
+class TritonPlan:
+    """A plan prepared for one device.
+
+    Calls may come from several threads and on any stream: each stream has an arena of its own, and
+    a lock keeps the launches of two threads on one stream apart.
+
+    Args:
+        plan: The plan, with or without the values of its weights.
+        target: What to prepare for.
+        graphs: Whether to capture the launches in a CUDA graph at the second call on a stream, and
+            to replay it from then on.
+
+    Raises:
+        UnsupportedModule: The kernels cannot execute the plan.
+    """
+
+    backend = "triton"
+
+    def __init__(self, plan: Plan, target: Target, *, graphs: bool = True) -> None:
+        _check(plan)
+        self.plan = plan
+        self.target = target
+        self.flat_output = plan.flat_output
+        self._arena = plan_memory(plan)
+        self._steps = _group(plan, target)
+        self._graphs = graphs and target.device.type == "cuda"
+        self._lock = threading.Lock()
+        self._workspaces: OrderedDict[int, _Workspace] = OrderedDict()
+
+    def describe(self) -> str:
+        """One line: dtype, device, kernels, memory."""
+        target = self.target
+        precision = " in TF32" if target.precision == "tf32" else ""
+        return (
+            f"{target.dtype}{precision} on {target.device}, {target.architecture} kernels, "
+            f"{self.arena_bytes / 1e6:.1f} MB of features"
+        )
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory for features."""
+        return self._arena.size * self.target.dtype.itemsize
+
+    @property
+    def algorithms(self) -> list[str]:
+        """How each of the plan's steps is computed."""
+        return [name for prepared in self._steps for name in prepared.algorithms]
+
+    def __call__(self, x: Tensor, packed: PackedNetwork) -> Tensor:
+        """Runs the plan on the current stream.
+
+        Args:
+            x: ``[N, C, H, W]`` of the plan's shape, on the target's device, in any strides and any
+                floating dtype.
+            packed: The plan's packed weights, see :func:`pack_network`.
+
+        Returns:
+            ``[N, channels]``, or ``[N, C, H, W]`` in channels_last format, in the target's dtype.
+        """
+        if self.target.device.type != "cuda":
+            return self._workspace(0, packed).run(x)
+        with torch.cuda.device(self.target.device):
+            if torch.cuda.is_current_stream_capturing():
+                # Memory of the capturing graph's own pool: a replay may overlap with other calls.
+                return _Workspace(self, packed, graphs=False).run(x)
+            stream = torch.cuda.current_stream().cuda_stream
+            return self._workspace(stream, packed).run(x)
+
+    def _workspace(self, stream: int, packed: PackedNetwork) -> _Workspace:
+        with self._lock:
+            workspace = self._workspaces.get(stream)
+            if workspace is None or workspace.packed is not packed:
+                workspace = _Workspace(self, packed, graphs=self._graphs)
+                self._workspaces[stream] = workspace
+            self._workspaces.move_to_end(stream)
+            if len(self._workspaces) > _MAX_WORKSPACES:
+                self._workspaces.popitem(last=False)
+            return workspace
+
+
+def _check(plan: Plan) -> None:
+    pixels = plan.input_shape[0] * max(buffer.pixels for buffer in plan.buffers)
+    if pixels > _MAX_PIXELS:
+        raise UnsupportedModule(f"a feature map has {pixels} pixels, more than {_MAX_PIXELS}")
+    first, *others = plan.steps
+    if not (
+        isinstance(first, FusedConv)
+        and _reads_input(first)
+        and len(first.inputs) == 1
+        and first.prologue is None
+    ):
+        raise UnsupportedModule("the network does not begin with a plain convolution")
+    if any(map(_reads_input, others)):
+        raise UnsupportedModule("the network reads its input more than once")
+    for step in others:
+        for segment in step.inputs:
+            if segment.channel % layout.GROUP:
+                raise UnsupportedModule(f"{step.name} reads from channel {segment.channel}")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """One operation on the device: a step of the plan, or two that run as one kernel."""
+
+    steps: tuple[Step, ...]
+    indices: tuple[int, ...]
+    algorithms: tuple[str, ...]
+    configuration: configurations.Configuration | None
+
+
+def _group(plan: Plan, target: Target) -> list[_Prepared]:
+    """Chooses configurations, and which layers run as one kernel."""
+    readers: dict[int, int] = {}
+    for step in plan.steps:
+        for segment in step.inputs:
+            readers[segment.buffer] = readers.get(segment.buffer, 0) + 1
+    prepared: list[_Prepared] = []
+    index = 0
+    while index < len(plan.steps):
+        step = plan.steps[index]
+        following = plan.steps[index + 1] if index + 1 < len(plan.steps) else None
+        if _is_dense_layer(step, following, readers) and dense_layer.pays(
+            *_dense_layer_sizes(plan, step), target.dtype, target.architecture
+        ):
+            assert following is not None
+            prepared.append(
+                _Prepared(
+                    (step, following),
+                    (index, index + 1),
+                    ("dense layer in one kernel", "with the one before"),
+                    None,
+                )
+            )
+            index += 2
+            continue
+        configuration = None
+        algorithm = "direct"
+        if isinstance(step, FusedConv):
+            configuration = configurations.choose(
+                _problem(plan, step, target), target.architecture, target.multiprocessors
+            )
+            algorithm = _describe(configuration)
+        prepared.append(_Prepared((step,), (index,), (algorithm,), configuration))
+        index += 1
+    return prepared
+
+
+def _is_dense_layer(first: Step, second: Step | None, readers: dict[int, int]) -> bool:
+    return (
+        isinstance(first, FusedConv)
+        and isinstance(second, FusedConv)
+        and first.kernel == (1, 1)
+        and first.prologue is not None
+        and first.relu
+        and len(first.inputs) == 1
+        and second.kernel == (3, 3)
+        and second.padding == 1
+        and second.stride == 1
+        and second.prologue is None
+        and second.bias is None
+        and not second.relu
+        and second.inputs == (first.output,)
+        and readers[first.output.buffer] == 1
+    )
+
+
+def _problem(plan: Plan, step: FusedConv, target: Target) -> configurations.Problem:
+    source = plan.buffers[step.inputs[0].buffer]
+    goal = plan.buffers[step.output.buffer]
+    taps = 1
+    for size, out_size, kernel in zip(
+        (source.height, source.width), (goal.height, goal.width), step.kernel, strict=True
+    ):
+        taps *= implicit_gemm.live_taps(size, out_size, kernel, step.stride, step.padding)[1]
+    return configurations.Problem(
+        pixels=step.batch * step.output_pixels,
+        out_channels=layout.padded(step.output.channels),
+        channels=sum(layout.padded(segment.channels) for segment in step.inputs),
+        taps=taps,
+        dtype=target.dtype,
+    )
+
+
+def _describe(configuration: configurations.Configuration) -> str:
+    tile = f"{configuration.block_m}x{configuration.block_n}x{configuration.block_k}"
+    parts = configuration.split_k
+    return f"implicit GEMM {tile}" + (f", reduction in {parts} parts" if parts > 1 else "")
+
+
+class _Workspace:
+    """The memory of one call at a time, and the launches that use it."""
+
+    def __init__(self, owner: TritonPlan, packed: PackedNetwork, *, graphs: bool) -> None:
+        self.packed = packed
+        self._plan = owner.plan
+        self._steps = owner._steps
+        self._target = owner.target
+        self._arena_plan = owner._arena
+        self._graphs = graphs
+        self._calls = 0
+        self._graph: _Graph | None = None
+        self._lock = threading.Lock()
+        # Written outside of inference mode later on, which inference tensors refuse.
+        with torch.inference_mode(False):
+            self._arena = self._empty(self._arena_plan.size, self._target.dtype)
+            self._floats = self._empty(max(map(self._floats_of, self._steps)), torch.float32)
+            self._scratch = self._empty(max(map(self._scratch_of, self._steps)), self._target.dtype)
+        self._middle = [
+            launch
+            for prepared in self._steps[1:-1]
+            for launch in self._launches(prepared, None, None)
+        ]
+
+    def run(self, x: Tensor) -> Tensor:
+        """Runs all steps; the result is a new tensor."""
+        with self._lock:
+            if not self._graphs:
+                return self._eager(x)
+            self._calls += 1
+            if self._graph is None:
+                # The first call compiles, which a capture must not.
+                if self._calls == 1:
+                    return self._eager(x)
+                self._graph = _Graph(self._eager, self._static_input())
+            return self._graph(x)
+
+    def _eager(self, x: Tensor) -> Tensor:
+        x = x.to(self._target.dtype)
+        y = self._output()
+        launches = self._launches(self._steps[0], x, y) + self._middle
+        if len(self._steps) > 1:
+            launches += self._launches(self._steps[-1], x, y)
+        for launch in launches:
+            try:
+                launch()
+            except (TritonError, RuntimeError) as error:
+                if not isinstance(error, TritonError) and "PassManager" not in str(error):
+                    raise
+                name = launch.kernel.__name__
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise CompilationFailed(
+                    f"Triton cannot compile {name} for {self._target.architecture}: {lines[-1]}"
+                ) from error
+        return y
+
+    def _empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(elements, dtype=dtype, device=self._target.device)
+
+    def _static_input(self) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(
+                self._plan.input_shape, dtype=self._target.dtype, device=self._target.device
+            )
+
+    def _output(self) -> Tensor:
+        buffer = self._plan.output
+        shape = (self._plan.input_shape[0], buffer.channels, buffer.height, buffer.width)
+        if self._plan.flat_output:
+            return torch.empty(shape[:2], dtype=self._target.dtype, device=self._target.device)
+        return torch.empty(
+            shape,
+            dtype=self._target.dtype,
+            device=self._target.device,
+            memory_format=torch.channels_last,
+        )
+
+    def _floats_of(self, prepared: _Prepared) -> int:
+        """Elements of float32 that a step needs for the parts of its reduction."""
+        if prepared.configuration is None or prepared.configuration.split_k == 1:
+            return 0
+        step = prepared.steps[0]
+        pixels = step.batch * self._plan.buffers[step.output.buffer].pixels
+        return prepared.configuration.split_k * pixels * layout.padded(step.output.channels)
+
+    def _scratch_of(self, prepared: _Prepared) -> int:
+        if len(prepared.steps) == 1:
+            return 0
+        return dense_layer.scratch_size(
+            *_dense_layer_sizes(self._plan, prepared.steps[0]),
+            self._target.dtype,
+            self._target.architecture,
+            self._target.multiprocessors,
+        )
+
+    def _view(self, segment: Segment, x: Tensor | None, y: Tensor | None) -> Tensor:
+        """A segment with all of its last group, ``[N, C, H, W]``."""
+        buffer = self._plan.buffers[segment.buffer]
+        offset = self._arena_plan.offsets[segment.buffer]
+        if offset is None:
+            view = x if segment.buffer == 0 else y
+            assert view is not None
+            return view if view.dim() == 4 else view[:, :, None, None]
+        end = layout.padded(segment.channel + segment.channels)
+        pitch = self._arena_plan.pitches[segment.buffer]
+        row = buffer.width * pitch
+        return self._arena.as_strided(
+            (
+                self._plan.input_shape[0],
+                end - segment.channel,
+                buffer.height,
+                buffer.width,
+            ),
+            (buffer.height * row, 1, row, pitch),
+            offset + segment.channel,
+        )
+
+    def _launches(self, prepared: _Prepared, x: Tensor | None, y: Tensor | None) -> list[Launch]:
+        step = prepared.steps[0]
+        weights = self.packed[prepared.indices[0]]
+        source = self._view(step.inputs[0], x, y)
+        if len(prepared.steps) == 2:
+            return self._dense_layer(prepared, source, y)
+        target = self._view(step.output, x, y)
+        if isinstance(step, FusedConv):
+            assert weights is not None
+            assert prepared.configuration is not None
+            shared = {
+                "stride": step.stride,
+                "padding": step.padding,
+                "bias": weights.bias,
+                "relu": step.relu,
+                "precision": self._target.precision,
+                "configuration": prepared.configuration,
+            }
+            if _reads_input(step):
+                return stem_convolution.convolve_stem(source, weights.weight, target, **shared)
+            return implicit_gemm.convolve(
+                [self._view(segment, x, y) for segment in step.inputs],
+                weights.weight,
+                target,
+                prologue=weights.prologue,
+                partials=self._floats if prepared.configuration.split_k > 1 else None,
+                **shared,
+            )
+        if isinstance(step, Head):
+            if weights is not None:
+                assert y is not None
+                return head.head(
+                    source, weights.weight, weights.bias, y, precision=self._target.precision
+                )
+            size = source.shape[2:]
+            return pool.pool(source, target, kernel=size, stride=1, padding=0, average=True)
+        return pool.pool(
+            source,
+            target,
+            kernel=step.kernel,
+            stride=step.stride,
+            padding=step.padding,
+            average=step.average,
+        )
+
+    def _dense_layer(self, prepared: _Prepared, source: Tensor, y: Tensor | None) -> list[Launch]:
+        first, second = (self.packed[index] for index in prepared.indices)
+        assert first is not None
+        assert second is not None
+        return dense_layer.dense_layer(
+            source,
+            first.weight,
+            first.prologue,
+            first.bias,
+            second.weight,
+            self._view(prepared.steps[1].output, None, y),
+            scratch=self._scratch,
+            precision=self._target.precision,
+        )
+
+
+class _Graph:
+    """Launches captured once and replayed on other contents of the same memory."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self._x = x
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may go on allocating meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._y = function(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._x.copy_(x)
+        self._graph.replay()
+        return self._y.clone()
+
+
+def _dense_layer_sizes(plan: Plan, first: Step) -> Sequence[int]:
+    """Batch, height, width, input channels and bottleneck channels of a dense layer."""
+    buffer = plan.buffers[first.output.buffer]
+    channels = layout.padded(first.inputs[0].channels)
+    return plan.input_shape[0], buffer.height, buffer.width, channels, first.output.channels
