@@ -46,8 +46,9 @@ def segment_pointers(xs, pitches, starts, lengths, k, BLOCK_K: tl.constexpr, ALI
         inside = k >= starts[segment]
         channel = k - starts[segment]
         pointers = tl.where(inside, xs[segment] + channel, pointers)
-        distances = tl.where(inside, pitches[segment], distances)
         exists = tl.where(inside, channel < lengths[segment], exists)
+        if len(pitches) > 1:
+            distances = tl.where(inside, pitches[segment], distances)
     if len(xs) > 1:
         # Segments begin at multiples of the group, so a group lies within one of them.
         pointers = tl.max_contiguous(pointers, 16)
