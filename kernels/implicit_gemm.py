@@ -1,6 +1,7 @@
 """Convolution of a concatenation as one matrix product, with prologue and epilogue.
 
-``y = act(conv(prologue(cat(xs))) + bias)`` with ``prologue(x) = relu(x * scale + shift)`` or none.
+``y = act(conv(prologue(cat(xs))) * output_scale + bias)`` with
+``prologue(x) = relu(x * scale + shift)`` or none.
 A row of the product is an output pixel, a column an output channel; the reduction runs over the
 taps of the window and, within a tap, over the channels of all segments in one loop. The
 concatenation, the normalised input and the patches of the window are never stored.
@@ -68,6 +69,7 @@ def implicit_gemm_kernel(
     weight_ptr,
     scale_ptr,
     shift_ptr,
+    output_scale_ptr,
     bias_ptr,
     y_ptr,
     y_pitch,
@@ -91,6 +93,7 @@ def implicit_gemm_kernel(
     ALIGNED: tl.constexpr,
     ONE_PITCH: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    OUTPUT_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -186,6 +189,8 @@ def implicit_gemm_kernel(
             mask=m_exists[:, None] & n_exists[None, :],
         )
     else:
+        if OUTPUT_SCALE:
+            sums *= tl.load(output_scale_ptr + n, mask=n_exists, other=0.0)[None, :]
         store_tile(sums, bias_ptr, y_ptr, y_pitch, m, n, m_exists, n_exists, BIAS, RELU)
 
 
@@ -208,11 +213,13 @@ def store_tile(
 @triton.jit
 def split_k_reduction_kernel(
     partials_ptr,
+    output_scale_ptr,
     bias_ptr,
     y_ptr,
     y_pitch,
     pixels,
     out_channels,
+    OUTPUT_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     RELU: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -231,6 +238,8 @@ def split_k_reduction_kernel(
     for part in range(SPLIT_K):
         rows = (m.to(tl.int64) + part * pixels) * out_channels
         sums += tl.load(partials_ptr + rows[:, None] + n[None, :], mask=mask, other=0.0)
+    if OUTPUT_SCALE:
+        sums *= tl.load(output_scale_ptr + n, mask=n_exists, other=0.0)[None, :]
     store_tile(sums, bias_ptr, y_ptr, y_pitch, m, n, m_exists, n_exists, BIAS, RELU)
 
 
@@ -267,8 +276,9 @@ def convolve(
     precision: str,
     configuration: Configuration,
     partials: Tensor | None = None,
+    output_scale: Tensor | None = None,
 ) -> list[Launch]:
-    """Prepares ``act(conv(prologue(cat(xs))) + bias)``.
+    """Prepares ``act(conv(prologue(cat(xs))) * output_scale + bias)``.
 
     Args:
         xs: Pitched segments ``[N, C_i, H, W]`` of one dtype, see :mod:`.layout`.
@@ -283,6 +293,7 @@ def convolve(
         precision: ``"ieee"`` or ``"tf32"``, how float32 is multiplied.
         configuration: Tile sizes.
         partials: float32, at least :func:`partials_size` elements; None without ``split_k``.
+        output_scale: float32 of whole groups, multiplied with the float32 sums; None for 1.
 
     Returns:
         One launch, or two where the reduction is split.
@@ -302,11 +313,13 @@ def convolve(
         out_channels, configuration.block_n
     )
     target = {
+        "output_scale_ptr": output_scale,
         "bias_ptr": bias,
         "y_ptr": y,
         "y_pitch": pitch(y),
         "pixels": pixels,
         "out_channels": out_channels,
+        "OUTPUT_SCALE": output_scale is not None,
         "BIAS": bias is not None,
         "RELU": relu,
         "SPLIT_K": split_k,
