@@ -46,3 +46,27 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
     ratio = error / bound[finite].clamp_min(torch.finfo(torch.float64).tiny)
     # Not `ratio.max() <= 1`: a NaN where a number is expected must fail.
     assert (ratio <= 1).all(), f"error is {ratio.max().item():.3g} times the bound"
+
+
+def accumulated_bound(
+    exact: Tensor, energy: Tensor, magnitude: Tensor, length: int, *, store: float, factor: float
+) -> Tensor:
+    """Returns the largest error of sums kept in float32 of products of rounded factors.
+
+    Three errors add up: the store rounds the result, relative to it; rounded factors (a normalised
+    input in half precision, both factors in TF32) err independently of each other, so that their
+    errors add as squares do; and the float32 sum errs as in :func:`dot_bound`.
+
+    Args:
+        exact: The result, in float64.
+        energy: Sum of the squared products, in float64.
+        magnitude: Sum of the absolute products, in float64.
+        length: Number of products in each sum.
+        store: Unit roundoff of the result's dtype.
+        factor: Unit roundoff of the factors; 0 where they are exact.
+    """
+    return (
+        2 * store * exact.abs()
+        + FACTOR * factor * energy.sqrt()
+        + dot_bound(magnitude, length, torch.float32)
+    )

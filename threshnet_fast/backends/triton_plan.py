@@ -27,7 +27,7 @@ from ..kernels import (
 from ..kernels.launch import Launch
 from ..plan.ir import FusedConv, Head, Plan, Segment, Step
 from ..plan.lower import UnsupportedModule
-from ..plan.memory import plan_memory
+from ..plan.memory import Arena, plan_memory
 from .triton import CompilationFailed
 
 __all__ = ["PackedNetwork", "Target", "TritonPlan", "pack_network"]
@@ -110,6 +110,7 @@ class TritonPlan:
         target: What to prepare for.
         graphs: Whether to capture the launches in a CUDA graph at the second call on a stream, and
             to replay it from then on.
+        arena: Where the buffers lie; None plans it.
 
     Raises:
         UnsupportedModule: The kernels cannot execute the plan.
@@ -117,12 +118,14 @@ class TritonPlan:
 
     backend = "triton"
 
-    def __init__(self, plan: Plan, target: Target, *, graphs: bool = True) -> None:
+    def __init__(
+        self, plan: Plan, target: Target, *, graphs: bool = True, arena: Arena | None = None
+    ) -> None:
         _check(plan)
         self.plan = plan
         self.target = target
         self.flat_output = plan.flat_output
-        self._arena = plan_memory(plan)
+        self._arena = plan_memory(plan) if arena is None else arena
         self._steps = _group(plan, target)
         self._graphs = graphs and target.device.type == "cuda"
         self._lock = threading.Lock()
