@@ -19,6 +19,7 @@ from threshnet_fast.backends import cpu
 from threshnet_fast.cli import (
     CommandError,
     build_parser,
+    info,
     machine,
     main,
     pictures,
@@ -30,6 +31,7 @@ from threshnet_fast.cli import (
 from threshnet_fast.cli import bench as command
 from threshnet_fast.cli.memory import measure
 from threshnet_fast.models import registry
+from threshnet_fast.plan import prediction
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -516,10 +518,86 @@ class TestInfo:
             (["tiny", "--size", "1x2x3"], "expected a size", 2),
             (["tiny", "--batch", "0"], "expected a positive integer", 2),
             (["tiny", "--csv", "missing/layers.csv"], "cannot write missing/layers.csv", 1),
+            (["--device", "h200"], "expected one of rtx3050, a100, h100, b200, mi300x", 2),
+            (["--device", "h10"], "did you mean 'h100'?", 2),
+            (["--device", "h100", "--dtype", "float15"], "expected one of float32, tf32", 2),
+            (["tiny", "--dtype", "float16"], "--dtype belongs to a prediction: add --device", 2),
+            (["tiny", "--picture", "r.png"], "--picture belongs to a prediction", 2),
+            (["tiny", "--device", "h100", "--picture", "missing/r.png"], "there is no folder", 1),
+            (["tiny", "--device", "h100", "--picture", "r.txt"], "a name that ends in .png", 1),
+            (["tiny", "--device", "h100", "--csv", "missing/a.csv"], "cannot write missing", 1),
         ],
     )
     def test_errors(self, capsys, arguments, text, expected):
         assert text in error_line(capsys, main(["info", *arguments]), expected)
+
+    @pytest.mark.parametrize("dtype", ["float32", "tf32", "float16", "bfloat16"])
+    def test_prediction_is_labelled_and_its_totals_are_those_of_the_csv_file(self, capsys, dtype):
+        arguments = ["info", "tiny", "--size", "64", "--device", "A100", "--dtype", dtype]
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        first = out.splitlines()[0]
+        assert first.startswith("Prediction, not a measurement: tiny, 3x64x64, batch 1")
+        assert f"{dtype} on NVIDIA A100 SXM4 80 GB (sm_80)" in first
+        assert "All times are predictions" in out.splitlines()[-1]
+        assert main([*arguments, "--csv", "-"]) == 0
+        rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+        assert tuple(rows[0]) == info._PREDICTION_COLUMNS
+        assert {(row["device"], row["dtype"]) for row in rows} == {("a100", dtype)}
+        total = next(line for line in out.splitlines() if line.startswith("total"))
+        for column in ("unfused_eager", "unfused_graph", "fused_graph"):
+            seconds = sum(float(row[f"predicted_{column}_us"]) for row in rows)
+            assert f"{seconds:,.2f}" in total.split()
+        launches = [
+            sum(int(row[f"launches_{way}"]) for row in rows) for way in ("unfused", "fused")
+        ]
+        assert f"{launches[0]} > {launches[1]}" in total
+        for row in rows:
+            assert int(row["bytes_fused"]) <= int(row["bytes_unfused"])
+            assert {row["bound_fused"], row["bound_unfused"]} <= {
+                "compute",
+                "cache",
+                "memory",
+                "launch",
+            }
+            assert ("x" in row["tile_fused"]) == (int(row["flops"]) > 0)
+        convolution = rows[0]
+        assert int(convolution["flops"]) == 2 * 32 * 32 * 27 * 8
+        assert int(convolution["executed_flops_fused"]) > int(convolution["flops"])
+
+    def test_prediction_is_float32_unless_told_otherwise(self, capsys):
+        assert main(["info", "tiny", "--size", "32", "--device", "mi300x"]) == 0
+        assert "float32 on AMD Instinct MI300X (gfx942)" in capsys.readouterr().out
+
+    def test_prediction_files(self, capsys):
+        arguments = ["info", "tiny", "--size", "32", "--device", "rtx3050", "--dtype", "fp16"]
+        assert main([*arguments, "--csv", "a.csv", "--picture", "a.png"]) == 0
+        assert capsys.readouterr().out == "Written: a.csv\nWritten: a.png\n"
+        with Path("a.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert {row["dtype"] for row in rows} == {"float16"}
+        assert main([*arguments, "--csv", "-", "--picture", "b.svg"]) == 0
+        assert list(csv.DictReader(io.StringIO(capsys.readouterr().out))) == rows
+        assert "<svg" in Path("b.svg").read_text()
+
+    def test_roofline_is_drawn_with_something_on_it(self):
+        from matplotlib import image
+
+        assert main(["info", "tiny", "--size", "64", "--device", "b200", "--picture", "r.png"]) == 0
+        assert Path("r.png").read_bytes().startswith(PNG)
+        pixels = image.imread("r.png")[..., :3]
+        height, width, _ = pixels.shape
+        assert min(height, width) > 600
+        for color in ("#c44e52", "#8c9bb0"):
+            wanted = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+            # Below the title and above the legend: points.
+            middle = pixels[height // 8 : -height // 6]
+            assert (abs(middle - wanted).max(-1) < 0.02).sum() > 200, color
+
+    def test_list_of_devices(self, capsys):
+        assert main(["info", "--device", "list"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines[2:]] == [d.name for d in prediction.DEVICES]
 
 
 class TestDoctor:

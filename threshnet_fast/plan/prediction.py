@@ -1,0 +1,725 @@
+"""An analytic model of a plan's cost on GPUs. It predicts; it measures nothing and needs no GPU.
+
+Every step is predicted twice. *Fused*, it is one kernel, and a second one that adds partial sums
+where the reduction of a convolution is split. *Unfused*, concatenation, BatchNorm, ReLU,
+convolution, pooling and linear are kernels of their own, as in the module that was lowered; that
+includes the concatenation behind every layer of a dense block, which a plan turns into an offset.
+
+A convolution of a batch of ``M`` output pixels, ``N`` output channels and ``K`` products a sum is
+cut into tiles of ``m x n``, its reduction into ``s`` parts. With ``P`` multiprocessors, each of
+which has an equal share of the peak arithmetic ``F`` and of the cache's bandwidth ``C``, and with
+``e`` bytes an element::
+
+    waves   = ceil(ceil(M / m) * ceil(N / n) * s / P)
+    compute = waves * 2 * m * n * (K / s) / (F / P)
+    cache   = waves * (e * (m + n) * (K / s) + e' * m * n) / (C / P)    e' = e, or 4 if s > 1
+    memory  = bytes from and to device memory / its bandwidth
+    seconds = max(compute, cache, memory) + kernel_seconds
+
+``K`` has the channels of every segment rounded up to whole groups of 16 in ``compute``, not in
+``cache``, and fused only the taps that can meet a pixel. The tile and ``s`` are those of a short
+list that take the least time, the addition of the parts included. Every other kernel only moves
+bytes: ``seconds = max(bytes / C, memory) + kernel_seconds``.
+
+This leaves out the caches within a multiprocessor, the latency of dependent loads, the arithmetic
+of BatchNorm, ReLU and pooling, and whatever keeps real kernels from peak figures; see
+``docs/prediction.md``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from .ir import FusedConv, Head, Plan, Pool, Step
+
+__all__ = [
+    "DEVICES",
+    "PRECISIONS",
+    "Device",
+    "Execution",
+    "Kernel",
+    "Prediction",
+    "StepPrediction",
+    "find_device",
+    "find_precision",
+    "predict",
+]
+
+PRECISIONS = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of an element in each precision. ``float32`` multiplies as IEEE 754 says, ``tf32`` keeps
+float32 in memory and rounds what it multiplies; all of them add in float32."""
+
+_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+_GROUP = 16
+_TILE_SIZES = (16, 32, 64, 128, 256)
+_LARGEST_TILE = 128 * 256
+_SPLITS = (1, 2, 4, 8, 16)
+_PARTIAL_BYTES = 4
+_SUM_OF_PARTS = "sum of parts"
+
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the model knows of a GPU.
+
+    Arithmetic and memory bandwidth are peak figures of the vendor, without sparsity. The cache's
+    bandwidth and the three times are assumptions, the same for all devices of a vendor.
+
+    Attributes:
+        name: How it is asked for.
+        title: Product that the figures are those of.
+        architecture: What kernels are compiled for.
+        memory_bandwidth: Bytes a second from and to device memory.
+        cache_bytes: Bytes of the last level of cache that all multiprocessors share.
+        cache_bandwidth: Bytes a second that this cache sustains.
+        multiprocessors: Streaming multiprocessors, or compute units.
+        float32_flops: Operations a second in IEEE float32, two a multiply-add.
+        tf32_flops: The same in TF32.
+        float16_flops: The same in float16 on matrix units that add in float32.
+        bfloat16_flops: The same in bfloat16.
+        kernel_seconds: From the end of one kernel to the end of the next, in a stream or a graph,
+            if that one had nothing to do.
+        dispatch_seconds: Of the host, to enqueue one operation from eager PyTorch.
+        graph_seconds: Of the host, to launch a graph.
+    """
+
+    name: str
+    title: str
+    architecture: str
+    memory_bandwidth: float
+    cache_bytes: int
+    cache_bandwidth: float
+    multiprocessors: int
+    float32_flops: float
+    tf32_flops: float
+    float16_flops: float
+    bfloat16_flops: float
+    kernel_seconds: float = 1.5e-6
+    dispatch_seconds: float = 5e-6
+    graph_seconds: float = 6e-6
+
+    def peak_flops(self, precision: str) -> float:
+        """Returns operations a second in one of :data:`PRECISIONS`."""
+        peaks = {
+            "float32": self.float32_flops,
+            "tf32": self.tf32_flops,
+            "float16": self.float16_flops,
+            "bfloat16": self.bfloat16_flops,
+        }
+        return peaks[find_precision(precision)]
+
+
+DEVICES = (
+    Device(
+        name="rtx3050",
+        title="NVIDIA GeForce RTX 3050 8 GB",
+        architecture="sm_86",
+        memory_bandwidth=224e9,
+        cache_bytes=2 * 2**20,
+        cache_bandwidth=1.1e12,
+        multiprocessors=20,
+        float32_flops=9.1e12,
+        tf32_flops=9.1e12,
+        float16_flops=18.2e12,
+        bfloat16_flops=18.2e12,
+    ),
+    Device(
+        name="a100",
+        title="NVIDIA A100 SXM4 80 GB",
+        architecture="sm_80",
+        memory_bandwidth=2039e9,
+        cache_bytes=40 * 2**20,
+        cache_bandwidth=4.9e12,
+        multiprocessors=108,
+        float32_flops=19.5e12,
+        tf32_flops=156e12,
+        float16_flops=312e12,
+        bfloat16_flops=312e12,
+    ),
+    Device(
+        name="h100",
+        title="NVIDIA H100 SXM5 80 GB",
+        architecture="sm_90",
+        memory_bandwidth=3350e9,
+        cache_bytes=50 * 2**20,
+        cache_bandwidth=7.7e12,
+        multiprocessors=132,
+        float32_flops=66.9e12,
+        tf32_flops=494.7e12,
+        float16_flops=989.4e12,
+        bfloat16_flops=989.4e12,
+    ),
+    Device(
+        name="b200",
+        title="NVIDIA B200 (HGX)",
+        architecture="sm_100",
+        memory_bandwidth=8000e9,
+        cache_bytes=126 * 2**20,
+        cache_bandwidth=8.8e12,
+        multiprocessors=148,
+        float32_flops=80e12,
+        tf32_flops=1100e12,
+        float16_flops=2250e12,
+        bfloat16_flops=2250e12,
+    ),
+    Device(
+        name="mi300x",
+        title="AMD Instinct MI300X",
+        architecture="gfx942",
+        memory_bandwidth=5300e9,
+        cache_bytes=256 * 2**20,
+        cache_bandwidth=12e12,
+        multiprocessors=304,
+        float32_flops=163.4e12,
+        tf32_flops=653.7e12,
+        float16_flops=1307.4e12,
+        bfloat16_flops=1307.4e12,
+        kernel_seconds=3e-6,
+    ),
+)
+"""The devices that :func:`predict` knows by name.
+
+Published figures, dense, are from:
+
+- RTX 3050: "NVIDIA Ampere GA102 GPU Architecture" (operations a clock and multiprocessor: 256 in
+  float32, 256 in TF32, 512 in float16 and bfloat16 with sums in float32, which GeForce runs at half
+  the rate of sums in float16) at the 20 multiprocessors, 1.777 GHz and 224 GB/s of the product
+  page; 512 KB of L2 for each of four memory controllers.
+- A100: "NVIDIA A100 Tensor Core GPU" data sheet, "NVIDIA A100 Tensor Core GPU Architecture".
+- H100: "NVIDIA H100 Tensor Core GPU" data sheet, "NVIDIA H100 Tensor Core GPU Architecture".
+- B200: "NVIDIA Blackwell Architecture Technical Brief", HGX B200. The number of multiprocessors and
+  the size of the L2 are not in it; they are those that the driver reports.
+- MI300X: "AMD Instinct MI300X Accelerator" data sheet, "AMD CDNA 3 Architecture".
+
+Assumptions: the L2 of the NVIDIA devices sustains 32 bytes a clock and multiprocessor (the
+published peak of the A100, 5120 bytes a clock in all, is 47). Each of the eight dies of the MI300X
+has an L2 of its own, 4 MB, so what all share is the Infinity Cache: 256 MB, at 70% of its published
+peak of 17.2 TB/s. A kernel of an NVIDIA device takes 1.5 microseconds on top of its work, one of
+the MI300X 3; eager PyTorch enqueues an operation in 5, and a graph starts within 6.
+"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        operation: What it does.
+        flops: Operations that it executes, with those on the padding of its tiles; 0 where it only
+            moves bytes.
+        bytes: Features and weights that it must read and write, each once.
+        compute_seconds: Time of the arithmetic, whole waves of tiles.
+        cache_seconds: Time of the traffic between multiprocessors and the shared cache.
+        memory_seconds: Time of the traffic with device memory.
+        tile: Tile and split of the reduction, ``"64x32x4"``; empty where there is none.
+    """
+
+    operation: str
+    flops: int
+    bytes: int
+    compute_seconds: float
+    cache_seconds: float
+    memory_seconds: float
+    tile: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Time of its work: the longest of the three, as they overlap."""
+        return max(self.compute_seconds, self.cache_seconds, self.memory_seconds)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The kernels of one step, fused or unfused.
+
+    Attributes:
+        kernels: In order.
+        kernel_seconds: That of the device.
+    """
+
+    kernels: tuple[Kernel, ...]
+    kernel_seconds: float
+
+    @property
+    def launches(self) -> int:
+        """Number of kernels."""
+        return len(self.kernels)
+
+    @property
+    def flops(self) -> int:
+        """Operations that the kernels execute, with those on padding."""
+        return sum(kernel.flops for kernel in self.kernels)
+
+    @property
+    def bytes(self) -> int:
+        """Features and weights that the kernels must read and write."""
+        return sum(kernel.bytes for kernel in self.kernels)
+
+    @property
+    def seconds(self) -> float:
+        """Time on the device, kernels one after the other."""
+        return sum(kernel.seconds + self.kernel_seconds for kernel in self.kernels)
+
+    @property
+    def bound(self) -> str:
+        """What most of the time goes into: ``"compute"``, ``"cache"``, ``"memory"``, ``"launch"``.
+
+        ``"launch"`` is what a kernel takes on top of its work.
+        """
+        parts = dict.fromkeys(("launch", "compute", "cache", "memory"), 0.0)
+        for kernel in self.kernels:
+            parts["launch"] += self.kernel_seconds
+            for name in ("compute", "cache", "memory"):
+                if getattr(kernel, f"{name}_seconds") == kernel.seconds:
+                    parts[name] += kernel.seconds
+                    break
+        return max(parts, key=lambda name: parts[name])
+
+    @property
+    def tile(self) -> str:
+        """Tile of the convolution or linear layer, if there is one."""
+        return next((kernel.tile for kernel in self.kernels if kernel.tile), "")
+
+
+@dataclass(frozen=True)
+class StepPrediction:
+    """Prediction of one step; times are the growth of the time since the beginning of the call.
+
+    Attributes:
+        step: The step.
+        output_shape: Channels, height and width of its output.
+        fused: Its kernels on this package's executor.
+        unfused: Its kernels, one an operation.
+        fused_graph_seconds: Fused, in a graph; the first step includes the launch of the graph.
+        unfused_graph_seconds: Unfused, in a graph.
+        fused_eager_seconds: Fused, enqueued one by one; waiting for the host included.
+        unfused_eager_seconds: Unfused, enqueued one by one.
+    """
+
+    step: Step
+    output_shape: tuple[int, int, int]
+    fused: Execution
+    unfused: Execution
+    fused_graph_seconds: float
+    unfused_graph_seconds: float
+    fused_eager_seconds: float
+    unfused_eager_seconds: float
+
+    @property
+    def flops(self) -> int:
+        """Operations as usually counted: two a multiply-add, those on padding included."""
+        return 2 * self.step.macs
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Prediction of one call of a network. Not a measurement.
+
+    Attributes:
+        device: Where.
+        precision: One of :data:`PRECISIONS`.
+        input_shape: ``(N, C, H, W)``.
+        steps: In the plan's order. Every total is the sum over them.
+    """
+
+    device: Device
+    precision: str
+    input_shape: tuple[int, int, int, int]
+    steps: tuple[StepPrediction, ...]
+
+    @property
+    def flops(self) -> int:
+        """Operations as usually counted."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def fused_bytes(self) -> int:
+        """Features and weights that the fused kernels must read and write."""
+        return sum(step.fused.bytes for step in self.steps)
+
+    @property
+    def unfused_bytes(self) -> int:
+        """Features and weights that the unfused kernels must read and write."""
+        return sum(step.unfused.bytes for step in self.steps)
+
+    @property
+    def fused_launches(self) -> int:
+        """Kernels of the fused network."""
+        return sum(step.fused.launches for step in self.steps)
+
+    @property
+    def unfused_launches(self) -> int:
+        """Kernels of the unfused network."""
+        return sum(step.unfused.launches for step in self.steps)
+
+    @property
+    def fused_graph_seconds(self) -> float:
+        """Time of a call, fused, in one graph."""
+        return sum(step.fused_graph_seconds for step in self.steps)
+
+    @property
+    def unfused_graph_seconds(self) -> float:
+        """Time of a call, unfused, in one graph."""
+        return sum(step.unfused_graph_seconds for step in self.steps)
+
+    @property
+    def fused_eager_seconds(self) -> float:
+        """Time of a call, fused, enqueued kernel by kernel."""
+        return sum(step.fused_eager_seconds for step in self.steps)
+
+    @property
+    def unfused_eager_seconds(self) -> float:
+        """Time of a call, unfused, enqueued kernel by kernel."""
+        return sum(step.unfused_eager_seconds for step in self.steps)
+
+
+def find_device(name: str) -> Device:
+    """Returns one of :data:`DEVICES` by its name, in upper or lower case.
+
+    Raises:
+        ValueError: There is no such device; the message lists them and suggests the nearest.
+    """
+    return _find(name, {device.name: device for device in DEVICES}, "device")
+
+
+def find_precision(name: str | torch.dtype) -> str:
+    """Returns one of :data:`PRECISIONS`.
+
+    Args:
+        name: Its name in upper or lower case, ``"fp32"``, ``"fp16"``, ``"bf16"``, or a dtype.
+
+    Raises:
+        ValueError: There is no such precision; the message lists them and suggests the nearest.
+    """
+    precisions = {precision: precision for precision in PRECISIONS}
+    return _find(str(name).removeprefix("torch."), {**precisions, **_ALIASES}, "dtype")
+
+
+def _find(name: str, known: Mapping[str, _Found], argument: str) -> _Found:
+    found = known.get(name.lower())
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{argument} is {name!r}: expected one of {', '.join(known)}{hint}")
+    return found
+
+
+def predict(plan: Plan, device: Device | str, dtype: str | torch.dtype = "float32") -> Prediction:
+    """Predicts what every step of a plan costs on a GPU, fused and unfused.
+
+    Formulas and assumptions are those of this module's docstring and of :data:`DEVICES`.
+
+    *Features* pass through the shared cache only if everything that the step reads and writes,
+    copies of the unfused execution included, fits in it; else they are read from and written to
+    device memory. *Weights* are read from device memory once a call.
+
+    A kernel begins when the one before it has ended and it has been enqueued. In a graph all are
+    enqueued after ``graph_seconds``; eagerly, those of the ``i``-th operation after
+    ``i * dispatch_seconds``, so that long kernels hide the host's work and short ones wait for it.
+    The device is idle at the beginning.
+
+    Args:
+        plan: The plan; lowering without folding is enough.
+        device: One of :data:`DEVICES`, its name, or a device of your own.
+        dtype: One of :data:`PRECISIONS` or a dtype.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        TypeError: ``plan`` or ``device`` is something else.
+        ValueError: There is no such device or precision.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is a {type(plan).__name__}: expected a Plan")
+    if isinstance(device, str):
+        device = find_device(device)
+    if not isinstance(device, Device):
+        raise TypeError(f"device is a {type(device).__name__}: expected a Device or its name")
+    if not isinstance(dtype, str | torch.dtype):
+        raise TypeError(f"dtype is a {type(dtype).__name__}: expected a name or a torch.dtype")
+    precision = find_precision(dtype)
+    model = _Model(plan, device, precision)
+    fused = [model.fused(step) for step in plan.steps]
+    unfused = [model.unfused(index) for index in range(len(plan.steps))]
+    steps = itertools.starmap(
+        StepPrediction,
+        zip(
+            plan.steps,
+            map(model.output_shape, plan.steps),
+            fused,
+            unfused,
+            _elapsed(fused, device, graph=True),
+            _elapsed(unfused, device, graph=True),
+            _elapsed(fused, device, graph=False),
+            _elapsed(unfused, device, graph=False),
+            strict=True,
+        ),
+    )
+    return Prediction(device, precision, plan.input_shape, tuple(steps))
+
+
+def _elapsed(executions: Sequence[Execution], device: Device, *, graph: bool) -> list[float]:
+    """Time from the end of each step's predecessor to its own end, on an idle device."""
+    times = []
+    now = 0.0
+    operations = 0
+    for execution in executions:
+        begin = now
+        for kernel in execution.kernels:
+            # One call of a library enqueues a convolution and the addition of its parts.
+            operations += kernel.operation != _SUM_OF_PARTS
+            enqueued = device.graph_seconds if graph else operations * device.dispatch_seconds
+            now = max(now, enqueued) + kernel.seconds + device.kernel_seconds
+        times.append(now - begin)
+    return times
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """What a kernel must move: bytes of features and weights, and whether features stay cached."""
+
+    features: int
+    weights: int
+    cached: bool
+
+    @property
+    def memory(self) -> int:
+        return self.weights + (0 if self.cached else self.features)
+
+
+class _Model:
+    """Formulas for one plan, device and precision."""
+
+    def __init__(self, plan: Plan, device: Device, precision: str) -> None:
+        self.plan = plan
+        self.device = device
+        self.size = PRECISIONS[precision]
+        self.peak = device.peak_flops(precision)
+        self.appended = _appended(plan)
+
+    def output_shape(self, step: Step) -> tuple[int, int, int]:
+        buffer = self.plan.buffers[step.output.buffer]
+        return step.output.channels, buffer.height, buffer.width
+
+    def fused(self, step: Step) -> Execution:
+        reads, writes = self._features(step)
+        if isinstance(step, Pool):
+            return self._execution(self._stream(step.describe(), self._traffic(reads + writes, 0)))
+        if isinstance(step, Head):
+            weights = self.size * step.parameters
+            traffic = self._traffic(reads + writes, weights)
+            if step.weight is None:
+                return self._execution(self._stream(step.describe(), traffic))
+            columns, depth = step.weight.shape
+            return self._execution(
+                *self._product(
+                    step.describe(), (step.batch, columns), depth, depth, traffic, pooled=reads
+                )
+            )
+        taps, live = step.kernel[0] * step.kernel[1], self._live_taps(step)
+        # Taps that no pixel meets are neither multiplied nor are their weights read.
+        dead = step.weight.numel() // taps * (taps - live)
+        weights = self.size * (step.parameters - dead)
+        depth = live * sum(_whole_groups(segment.channels) for segment in step.inputs)
+        return self._execution(
+            *self._product(
+                step.describe(),
+                (step.batch * step.output_pixels, step.output.channels),
+                depth,
+                live * step.input_channels,
+                self._traffic(reads + writes, weights),
+            )
+        )
+
+    def unfused(self, index: int) -> Execution:
+        step = self.plan.steps[index]
+        reads, writes = self._features(step)
+        if isinstance(step, Pool):
+            return self.fused(step)
+        if isinstance(step, Head):
+            return self._unfused_head(step, reads, writes)
+        weights = self.size * step.parameters
+        concatenated = len(step.inputs) > 1
+        grown = 0
+        if index in self.appended:
+            channels = step.output.channel + step.output.channels
+            grown = self.size * step.batch * step.output_pixels * channels
+        maps = reads * (1 + concatenated + (step.prologue is not None))
+        maps += writes * (1 + (step.bias is not None))
+        maps += 2 * grown - writes if grown else 0
+        cached = maps + weights <= self.device.cache_bytes
+
+        def each(operation: str, features: int) -> Kernel:
+            return self._stream(operation, _Traffic(2 * features, 0, cached))
+
+        before, after = [], []
+        if concatenated:
+            before.append(each("cat", reads))
+        if step.prologue is not None:
+            before += [each("batchnorm", reads), each("relu", reads)]
+        if step.bias is not None:
+            after.append(each("batchnorm", writes))
+        if step.relu:
+            after.append(each("relu", writes))
+        if grown:
+            after.append(each("cat", grown))
+        taps = step.kernel[0] * step.kernel[1]
+        convolution = self._product(
+            f"conv{step.kernel[0]}x{step.kernel[1]}",
+            (step.batch * step.output_pixels, step.output.channels),
+            taps * _whole_groups(step.input_channels),
+            taps * step.input_channels,
+            _Traffic(reads + writes, weights, cached),
+        )
+        return self._execution(*before, *convolution, *after)
+
+    def _unfused_head(self, step: Head, reads: int, writes: int) -> Execution:
+        pooled = self.size * step.batch * step.input.channels
+        weights = self.size * step.parameters
+        cached = reads + pooled + writes + weights <= self.device.cache_bytes
+        pool = self._stream("global avgpool", _Traffic(reads + pooled, 0, cached))
+        if step.weight is None:
+            return self._execution(pool)
+        columns, depth = step.weight.shape
+        traffic = _Traffic(pooled + writes, weights, cached)
+        linear = self._product("linear", (step.batch, columns), depth, depth, traffic)
+        return self._execution(pool, *linear)
+
+    def _execution(self, *kernels: Kernel) -> Execution:
+        return Execution(kernels, self.device.kernel_seconds)
+
+    def _features(self, step: Step) -> tuple[int, int]:
+        """Bytes of all input and of all output features."""
+        output = self.plan.buffers[step.output.buffer].pixels * step.output.channels
+        channels = sum(segment.channels for segment in step.inputs)
+        return (
+            self.size * step.batch * step.input_pixels * channels,
+            self.size * step.batch * output,
+        )
+
+    def _traffic(self, features: int, weights: int) -> _Traffic:
+        return _Traffic(features, weights, features + weights <= self.device.cache_bytes)
+
+    def _live_taps(self, step: FusedConv) -> int:
+        source = self.plan.buffers[step.inputs[0].buffer]
+        target = self.plan.buffers[step.output.buffer]
+        rows = _live(source.height, target.height, step.kernel[0], step.stride, step.padding)
+        columns = _live(source.width, target.width, step.kernel[1], step.stride, step.padding)
+        return rows * columns
+
+    def _stream(self, operation: str, traffic: _Traffic) -> Kernel:
+        """A kernel that only moves bytes, all multiprocessors at work."""
+        moved = traffic.features + traffic.weights
+        return Kernel(
+            operation,
+            0,
+            moved,
+            0.0,
+            moved / self.device.cache_bandwidth,
+            traffic.memory / self.device.memory_bandwidth,
+        )
+
+    def _product(
+        self,
+        operation: str,
+        shape: tuple[int, int],
+        depth: int,
+        loaded_depth: int,
+        traffic: _Traffic,
+        pooled: int = 0,
+    ) -> tuple[Kernel, ...]:
+        """A matrix product in the tiles that take the least time.
+
+        Args:
+            operation: For people.
+            shape: Rows and columns of the result.
+            depth: Products a sum, with the padding to whole groups of channels.
+            loaded_depth: Products a sum without it: padding is not loaded.
+            traffic: What it must move.
+            pooled: Bytes that are averaged into its rows first; it is then one kernel.
+        """
+        rows, columns = shape
+        splits = (1,) if pooled else tuple(s for s in _SPLITS if s == 1 or depth >= 4 * _GROUP * s)
+        candidates = (
+            self._tiled(operation, shape, (m, n, split), depth, loaded_depth, traffic, pooled)
+            for m, n, split in itertools.product(_TILE_SIZES, _TILE_SIZES, splits)
+            if m * n <= _LARGEST_TILE and m < 2 * max(rows, _GROUP) and n < 2 * max(columns, _GROUP)
+        )
+        return min(candidates, key=lambda kernels: self._execution(*kernels).seconds)
+
+    def _tiled(
+        self,
+        operation: str,
+        shape: tuple[int, int],
+        tile: tuple[int, int, int],
+        depth: int,
+        loaded_depth: int,
+        traffic: _Traffic,
+        pooled: int,
+    ) -> tuple[Kernel, ...]:
+        device = self.device
+        (rows, columns), (m, n, split) = shape, tile
+        tiles = _blocks(rows, m) * _blocks(columns, n) * split
+        waves = _blocks(tiles, device.multiprocessors)
+        part = _GROUP * _blocks(depth, _GROUP * split)
+        written = m * n * (_PARTIAL_BYTES if split > 1 else self.size)
+        loaded = self.size * (m + n) * loaded_depth / split
+        share = device.multiprocessors / device.cache_bandwidth
+        kernel = Kernel(
+            operation,
+            2 * m * n * part * tiles,
+            traffic.features + traffic.weights,
+            waves * 2 * m * n * part * device.multiprocessors / self.peak,
+            waves * (loaded + written) * share + pooled / device.cache_bandwidth,
+            traffic.memory / device.memory_bandwidth,
+            f"{m}x{n}" + (f"x{split}" if split > 1 else ""),
+        )
+        if split == 1:
+            return (kernel,)
+        partials = (split * _PARTIAL_BYTES + self.size) * rows * columns
+        addition = Kernel(_SUM_OF_PARTS, 0, 0, 0.0, partials / device.cache_bandwidth, 0.0)
+        return (kernel, addition)
+
+
+def _appended(plan: Plan) -> frozenset[int]:
+    """Steps whose output a dense layer's module would concatenate with the features before it.
+
+    Their output lies behind other channels that a later step reads together with it.
+    """
+    return frozenset(
+        index
+        for index, step in enumerate(plan.steps)
+        if any(
+            segment.buffer == step.output.buffer
+            and segment.channel < step.output.channel
+            and segment.channel + segment.channels >= step.output.channel + step.output.channels
+            for later in plan.steps[index + 1 :]
+            for segment in later.inputs
+        )
+    )
+
+
+def _live(size: int, out_size: int, kernel: int, stride: int, padding: int) -> int:
+    """Taps of a window, in one direction, that meet a pixel somewhere."""
+    return sum(
+        any(0 <= position * stride + tap - padding < size for position in range(out_size))
+        for tap in range(kernel)
+    )
+
+
+def _whole_groups(channels: int) -> int:
+    return _GROUP * _blocks(channels, _GROUP)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
