@@ -100,14 +100,22 @@ class PackedWeight:
     out_channels: int
 
 
-def pack_weight(weight: Tensor, channels: Sequence[int], dtype: torch.dtype) -> PackedWeight:
-    """Packs ``[Co, sum of channels, kh, kw]`` for segments of these numbers of channels."""
+def pack_weight(
+    weight: Tensor, channels: Sequence[int], dtype: torch.dtype, columns: int = 0
+) -> PackedWeight:
+    """Packs ``[Co, sum of channels, kh, kw]`` for segments of these numbers of channels.
+
+    Args:
+        weight: The weight.
+        channels: Channels of each segment.
+        dtype: Of the packed weight.
+        columns: Channels that the output has at least, those behind ``Co`` being 0.
+    """
     out_channels, _, height, width = weight.shape
     starts = group_starts(channels)
     rows = starts[-1] + padded(channels[-1])
-    data = torch.zeros(
-        height * width, rows, padded(out_channels), dtype=dtype, device=weight.device
-    )
+    columns = padded(max(out_channels, columns))
+    data = torch.zeros(height * width, rows, columns, dtype=dtype, device=weight.device)
     taps = weight.detach().permute(2, 3, 1, 0).reshape(height * width, -1, out_channels)
     first = 0
     for start, count in zip(starts, channels, strict=True):

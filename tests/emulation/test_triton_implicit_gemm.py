@@ -95,9 +95,7 @@ def run(case: Case, dtype: torch.dtype, precision: str) -> None:
     scale, shift = torch.randn(total), torch.randn(total)
 
     views = [pitched(x) for x in xs] if case.apart else in_one_buffer(xs)
-    size = [
-        (extent + 2 * case.padding - case.kernel) // case.stride + 1 for extent in case.size
-    ]
+    size = [(extent + 2 * case.padding - case.kernel) // case.stride + 1 for extent in case.size]
     whole = case.out if case.apart else layout.padded(case.out)
     memory = poison((case.batch, whole + 48, *size), dtype)
     y = memory[:, 16 : 16 + whole]
@@ -191,7 +189,9 @@ def test_half_precision(case: Case, architecture: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "precision"), [k for k in ALL_DTYPES if k[0] != torch.float16])
 @pytest.mark.parametrize(
-    ("case", "architecture"), [(CASES[3], "sm_80"), (CASES[5], "sm_90"), (CASES[6], "sm_90")], ids=str
+    ("case", "architecture"),
+    [(CASES[3], "sm_80"), (CASES[5], "sm_90"), (CASES[6], "sm_90")],
+    ids=str,
 )
 def test_other_dtypes(case: Case, architecture: str, dtype: torch.dtype, precision: str) -> None:
     with emulated(architecture):

@@ -41,7 +41,8 @@ def exact_step(step, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         size = x.abs()
         if step.prologue is not None:
             scale, shift = (
-                vector.double()[:, None, None] for vector in (step.prologue.scale, step.prologue.shift)
+                vector.double()[:, None, None]
+                for vector in (step.prologue.scale, step.prologue.shift)
             )
             size = size * scale.abs() + shift.abs()
             x = functional.relu(x * scale + shift)
@@ -99,9 +100,7 @@ def check_step_by_step(model, x: Tensor, dtype: torch.dtype) -> list[str]:
             exact, energy, magnitude, length = exact_step(
                 first, torch.cat([read(s, s.channels) for s in first.inputs], 1)
             )
-            inner = accumulated_bound(
-                exact, energy, magnitude, length, store=factor, factor=factor
-            )
+            inner = accumulated_bound(exact, energy, magnitude, length, store=factor, factor=factor)
             inputs = [exact]
             extra = functional.conv2d(inner, step.weight.double().abs(), padding=step.padding)
             fused_before = False

@@ -76,23 +76,33 @@ def pack_network(plan: Plan, dtype: torch.dtype) -> PackedNetwork:
         plan: The plan, with its head.
         dtype: Of the packed weights; vectors over channels are float32.
     """
-    return tuple(_pack(plan, step, dtype) for step in plan.steps)
+    return tuple(_pack(step, dtype) for step in plan.steps)
 
 
-def _pack(plan: Plan, step: Step, dtype: torch.dtype) -> _PackedStep | None:
+def _pack(step: Step, dtype: torch.dtype) -> _PackedStep | None:
     if isinstance(step, FusedConv):
         channels = [segment.channels for segment in step.inputs]
-        bias = None if step.bias is None else layout.pack_vector(step.bias, [len(step.bias)])
+        columns = _stored_channels(step.output)
+        bias = None
+        if step.bias is not None:
+            bias = step.bias.new_zeros(layout.padded(columns))
+            bias[: len(step.bias)] = step.bias
         if _reads_input(step):
             return _PackedStep(stem_convolution.pack_stem(step.weight, dtype), bias)
         prologue = None
         if step.prologue is not None:
             scale, shift = step.prologue.scale, step.prologue.shift
             prologue = layout.pack_vector(scale, channels), layout.pack_vector(shift, channels)
-        return _PackedStep(layout.pack_weight(step.weight, channels, dtype), bias, prologue)
+        weight = layout.pack_weight(step.weight, channels, dtype, columns)
+        return _PackedStep(weight, bias, prologue)
     if isinstance(step, Head) and step.weight is not None:
         return _PackedStep(head.pack_head(step.weight, dtype), step.bias)
     return None
+
+
+def _stored_channels(segment: Segment) -> int:
+    """Returns a segment's channels with those behind it up to the next whole group."""
+    return layout.padded(segment.channel + segment.channels) - segment.channel
 
 
 def _reads_input(step: Step) -> bool:
@@ -374,7 +384,7 @@ class _Workspace:
             return 0
         step = prepared.steps[0]
         pixels = step.batch * self._plan.buffers[step.output.buffer].pixels
-        return prepared.configuration.split_k * pixels * layout.padded(step.output.channels)
+        return prepared.configuration.split_k * pixels * _stored_channels(step.output)
 
     def _scratch_of(self, prepared: _Prepared) -> int:
         if len(prepared.steps) == 1:
@@ -394,13 +404,12 @@ class _Workspace:
             view = x if segment.buffer == 0 else y
             assert view is not None
             return view if view.dim() == 4 else view[:, :, None, None]
-        end = layout.padded(segment.channel + segment.channels)
         pitch = self._arena_plan.pitches[segment.buffer]
         row = buffer.width * pitch
         return self._arena.as_strided(
             (
                 self._plan.input_shape[0],
-                end - segment.channel,
+                _stored_channels(segment),
                 buffer.height,
                 buffer.width,
             ),
