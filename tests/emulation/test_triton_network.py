@@ -113,8 +113,14 @@ def check_step_by_step(model, x: Tensor, dtype: torch.dtype) -> list[str]:
             assert_within(y, exact, bound)
             continue
         assert_within(read(step.output, step.output.channels), exact, bound)
-        view = workspace._view(step.output, x, y)
-        assert (view[:, step.output.channels :] == 0).all()
+        # Of a dense block's buffer the next layer overwrites what is behind a layer's channels.
+        end = step.output.channel + step.output.channels
+        if not any(
+            other.output.buffer == step.output.buffer and other.output.channel == end
+            for other in plan.steps
+        ):
+            behind = workspace._view(step.output, x, y)[:, step.output.channels :]
+            assert (behind == 0).all()
     return whole.algorithms
 
 
