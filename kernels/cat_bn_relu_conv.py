@@ -17,7 +17,7 @@ from .operands import (
     of_segments,
     pack_affine,
     scatter,
-    sum_columns,
+    sum_rows,
     unpack_vector,
     weight_gradient,
     window_of,
@@ -148,7 +148,7 @@ def _input_gradients(
     )
     results = [] if dxs is None else list(compress(scatter(dxs, xs), needs_xs))
     if sums is not None:
-        dshift, dscale = sum_columns(sums, parts, 2 * width, 2 * width).split(width)
+        dshift, dscale = sum_rows(sums).split(width)
         results += [
             unpack_vector(total, channels).to(vector.dtype)
             for total, vector, needed in zip(

@@ -18,7 +18,8 @@ from .operands import (
     gather,
     of_segments,
     scatter,
-    sum_columns,
+    sum_pixels,
+    sum_rows,
     weight_gradient,
     window_of,
 )
@@ -114,9 +115,7 @@ def backward(
             grad, xs, weight, scale, window, gate, (needs_weight, needs_scale), target
         )
     if needs_shift:
-        pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
-        sums = sum_columns(grad, pixels, out, layout.pitch(grad), gate.y)
-        results.append(sums.to(scale.dtype))
+        results.append(sum_pixels(grad, gate).to(scale.dtype))
     return results
 
 
@@ -167,5 +166,5 @@ def _parameter_gradients(
     weight_gradient(grad, segments, packed, window, target, dw=dw, gate=gate, products=products)
     results = [] if dw is None else [dw]
     if products is not None:
-        results.append(sum_columns(products, parts, out, out).to(scale.dtype))
+        results.append(sum_rows(products).to(scale.dtype))
     return results

@@ -30,7 +30,7 @@ from . import configurations
 from .configurations import Configuration
 from .implicit_gemm import live_taps, output_pixel, segment_pointers
 from .launch import Launch
-from .layout import GROUP, PackedWeight, group_starts, is_aligned, pitch
+from .layout import GROUP, PackedWeight, group_starts, pitch, vector_width
 
 __all__ = [
     "Gate",
@@ -46,10 +46,10 @@ __all__ = [
 ]
 
 COLUMN_TILE = 32, 32
-"""Rows and columns that a program of :func:`column_sums_kernel` adds at a time."""
+"""Pixels and channels that a program of :func:`column_sums_kernel` adds at a time."""
 
-ROWS_OF_A_PART = 1024
-"""Rows that one program adds up, where there are more of them."""
+PIXELS_OF_A_PART = 1024
+"""Pixels that one program adds up, where there are more of them."""
 
 REDUCTION_TILE = 32, 32
 """Input and output channels of a program that adds the parts of a weight's gradient."""
@@ -61,14 +61,30 @@ _LEAST_PIXELS_OF_A_PART = 256
 
 
 @triton.jit
-def load_gated(grad_ptr, y_ptr, grad_offsets, y_offsets, mask, GATE: tl.constexpr):
+def load_gated(
+    grad_ptr,
+    grad_pitch,
+    y_ptr,
+    y_pitch,
+    pixel,
+    inside,
+    n,
+    channels,
+    GATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """Loads a gradient, with zeros where the rectifier behind the convolution gave none.
 
     As in PyTorch's ``threshold_backward``, the gradient passes where the result is NaN.
     """
-    grad = tl.load(grad_ptr + grad_offsets, mask=mask, other=0.0)
+    exists = tl.max_constancy(n < channels, VECTOR)
+    mask = inside[:, None] & exists[None, :]
+    pixel = pixel.to(tl.int64)
+    offsets = tl.multiple_of(pixel * grad_pitch, VECTOR)[:, None] + n[None, :]
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     if GATE:
-        y = tl.load(y_ptr + y_offsets, mask=mask, other=0.0)
+        offsets = tl.multiple_of(pixel * y_pitch, VECTOR)[:, None] + n[None, :]
+        y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
         grad = tl.where(y.to(tl.float32) <= 0.0, 0.0, grad)
     return grad
 
@@ -106,7 +122,8 @@ def input_gradient_kernel(
     weight_columns,
     POINTWISE: tl.constexpr,
     RAGGED: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr,
     GATE: tl.constexpr,
     OUTPUT_SCALE: tl.constexpr,
     PROLOGUE: tl.constexpr,
@@ -158,22 +175,16 @@ def input_gradient_kernel(
             inside &= (y_out * stride == y_scaled) & (x_out * stride == x_scaled)
             pixel = (image_origin + y_out) * out_width + x_out
             weight_row = (tap_row * kernel_columns + tap_column) * in_channels + k
-        n_exists = n < out_channels
-        rows = pixel.to(tl.int64)[:, None]
+        n_is_packed = n < weight_columns
         grad = load_gated(
-            grad_ptr,
-            y_ptr,
-            rows * grad_pitch + n[None, :],
-            rows * y_pitch + n[None, :],
-            inside[:, None] & n_exists[None, :],
-            GATE,
+            grad_ptr, grad_pitch, y_ptr, y_pitch, pixel, inside, n, out_channels, GATE, GRAD_VECTOR
         )
         if OUTPUT_SCALE:
-            factor = tl.load(output_scale_ptr + n, mask=n_exists, other=0.0)
+            factor = tl.load(output_scale_ptr + n, mask=n_is_packed, other=0.0)
             grad = (grad.to(tl.float32) * factor[None, :]).to(grad.dtype)
         weight = tl.load(
             weight_ptr + weight_row[None, :] * weight_columns + n[:, None],
-            mask=n_exists[:, None] & k_exists[None, :],
+            mask=n_is_packed[:, None] & k_exists[None, :],
             other=0.0,
         )
         sums = tl.dot(grad, weight, sums, input_precision=PRECISION)
@@ -181,7 +192,7 @@ def input_gradient_kernel(
     m_offset = m.to(tl.int64)[:, None]
     if PROLOGUE:
         pointers, distances, exists = segment_pointers(
-            xs, x_pitches, starts, lengths, k, BLOCK_N, ALIGNED
+            xs, x_pitches, starts, lengths, k, BLOCK_N, VECTOR
         )
         if RAGGED:
             exists &= k_exists
@@ -204,7 +215,7 @@ def input_gradient_kernel(
         sums *= scale[None, :]
     if STORE:
         pointers, distances, exists = segment_pointers(
-            dxs, dx_pitches, starts, lengths, k, BLOCK_N, ALIGNED
+            dxs, dx_pitches, starts, lengths, k, BLOCK_N, VECTOR
         )
         if RAGGED:
             exists &= k_exists
@@ -245,7 +256,8 @@ def weight_gradient_kernel(
     out_channels,
     POINTWISE: tl.constexpr,
     RAGGED: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr,
     GATE: tl.constexpr,
     PROLOGUE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -270,9 +282,7 @@ def weight_gradient_kernel(
     tap_column = tap - tap_row * tap_columns
     n_exists = n < out_channels
     k_exists = k < in_channels
-    pointers, distances, exists = segment_pointers(
-        xs, pitches, starts, lengths, k, BLOCK_M, ALIGNED
-    )
+    pointers, distances, exists = segment_pointers(xs, pitches, starts, lengths, k, BLOCK_M, VECTOR)
     if RAGGED:
         exists &= k_exists
     else:
@@ -307,14 +317,8 @@ def weight_gradient_kernel(
             activation = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
             # After the prologue: padding is 0, not relu(shift).
             x = tl.where(mask, activation, 0.0).to(x.dtype)
-        rows = m.to(tl.int64)[:, None]
         grad = load_gated(
-            grad_ptr,
-            y_ptr,
-            rows * grad_pitch + n[None, :],
-            rows * y_pitch + n[None, :],
-            m_exists[:, None] & n_exists[None, :],
-            GATE,
+            grad_ptr, grad_pitch, y_ptr, y_pitch, m, m_exists, n, out_channels, GATE, GRAD_VECTOR
         )
         sums = tl.dot(tl.trans(x), grad, sums, input_precision=PRECISION)
 
@@ -406,40 +410,32 @@ def weight_gradient_reduction_kernel(
         tl.store(dw_ptr + offsets, sums.to(dw_ptr.dtype.element_ty), mask=mask & exists[:, None])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["pixels"])
 def column_sums_kernel(
     x_ptr,
     x_pitch,
     y_ptr,
     y_pitch,
     sums_ptr,
-    rows,
-    columns,
+    pixels,
+    channels,
     blocks_of_a_part,
     GATE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds up a part of the rows of a matrix into ``sums[part, columns]``."""
+    """Adds up a part of the pixels of a map into ``sums[part, channels]``."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
-    n_exists = n < columns
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first_block = part * blocks_of_a_part
-    last_block = tl.minimum(first_block + blocks_of_a_part, tl.cdiv(rows, BLOCK_M))
+    last_block = tl.minimum(first_block + blocks_of_a_part, tl.cdiv(pixels, BLOCK_M))
     for block in range(first_block, last_block):
         m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = m.to(tl.int64)[:, None]
-        x = load_gated(
-            x_ptr,
-            y_ptr,
-            row * x_pitch + n[None, :],
-            row * y_pitch + n[None, :],
-            (m < rows)[:, None] & n_exists[None, :],
-            GATE,
-        )
+        x = load_gated(x_ptr, x_pitch, y_ptr, y_pitch, m, m < pixels, n, channels, GATE, VECTOR)
         sums += x.to(tl.float32)
-    tl.store(sums_ptr + part.to(tl.int64) * columns + n, tl.sum(sums, 0), mask=n_exists)
+    tl.store(sums_ptr + part.to(tl.int64) * channels + n, tl.sum(sums, 0), mask=n < channels)
 
 
 @dataclass(frozen=True)
@@ -502,6 +498,10 @@ class Gate:
 
     y: Tensor | None = None
     scale: Tensor | None = None
+
+    def vector_width(self, grad: Tensor) -> int:
+        """How many channels of the result and of its gradient can be loaded at once."""
+        return vector_width([grad] if self.y is None else [grad, self.y])
 
     def arguments(self) -> dict[str, object]:
         """Arguments of the kernels."""
@@ -626,7 +626,8 @@ def input_gradient(
                 "out_channels": grad.shape[1],
                 "weight_columns": weight.data.shape[2],
                 "RAGGED": any(count % GROUP for count in channels),
-                "ALIGNED": all(map(is_aligned, touched)),
+                "VECTOR": vector_width(touched),
+                "GRAD_VECTOR": gate.vector_width(grad),
                 "OUTPUT_SCALE": gate.scale is not None,
                 "PROLOGUE": prologue is not None,
                 "STORE": dxs is not None,
@@ -724,7 +725,8 @@ def weight_gradient(
             "blocks_of_a_part": triton.cdiv(blocks, configuration.split_k),
             **window.arguments(),
             "RAGGED": any(count % GROUP for count in channels),
-            "ALIGNED": all(map(is_aligned, xs)),
+            "VECTOR": vector_width(xs),
+            "GRAD_VECTOR": gate.vector_width(grad),
             "PROLOGUE": prologue is not None,
             "PRECISION": precision,
             "BLOCK_M": rows,
@@ -780,41 +782,37 @@ def weight_gradient_products(weight: PackedWeight) -> int:
     return taps * int(triton.cdiv(in_channels, REDUCTION_TILE[0]))
 
 
-def column_sums(
-    x: Tensor, rows: int, columns: int, distance: int, y: Tensor | None = None
-) -> tuple[list[Launch], Tensor]:
-    """Prepares the sums of the columns of a matrix.
+def column_sums(x: Tensor, gate: Gate = OPEN) -> tuple[list[Launch], Tensor]:
+    """Prepares the sum over all pixels of each channel of a map.
 
     Args:
-        x: Memory of a matrix ``[rows, columns]`` whose rows are ``distance`` elements apart.
-        rows: Number of rows.
-        columns: Number of columns.
-        distance: From one row to the next.
-        y: Pitched map of as many pixels and channels: an element of ``x`` does not count where that
-            of ``y`` is 0 or less. None to count all.
+        x: Pitched ``[N, C, H, W]``.
+        gate: What follows the convolution whose result's gradient ``x`` is. Its scale is not
+            looked at.
 
     Returns:
-        The launches, and the float32 ``[columns]`` that they compute.
+        The launches, and the float32 ``[C]`` that they compute.
     """
     block_m, block_n = COLUMN_TILE
     launches = []
     while True:
-        parts = int(triton.cdiv(rows, ROWS_OF_A_PART))
-        sums = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
+        batch, channels, height, width = x.shape
+        pixels = batch * height * width
+        parts = int(triton.cdiv(pixels, PIXELS_OF_A_PART))
+        sums = torch.empty(parts, channels, dtype=torch.float32, device=x.device)
         launches.append(
             Launch(
                 column_sums_kernel,
-                (triton.cdiv(columns, block_n), parts),
+                (triton.cdiv(channels, block_n), parts),
                 {
                     "x_ptr": x,
-                    "x_pitch": distance,
-                    "y_ptr": y,
-                    "y_pitch": 0 if y is None else pitch(y),
+                    "x_pitch": pitch(x),
+                    **gate.arguments(),
                     "sums_ptr": sums,
-                    "rows": rows,
-                    "columns": columns,
-                    "blocks_of_a_part": ROWS_OF_A_PART // block_m,
-                    "GATE": y is not None,
+                    "pixels": pixels,
+                    "channels": channels,
+                    "blocks_of_a_part": PIXELS_OF_A_PART // block_m,
+                    "VECTOR": gate.vector_width(x),
                     "BLOCK_M": block_m,
                     "BLOCK_N": block_n,
                 },
@@ -822,4 +820,4 @@ def column_sums(
         )
         if parts == 1:
             return launches, sums[0]
-        x, rows, distance, y = sums, parts, columns, None
+        x, gate = sums[:, :, None, None], OPEN

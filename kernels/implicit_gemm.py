@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .configurations import Configuration
 from .launch import Launch
-from .layout import GROUP, PackedWeight, group_starts, is_aligned, pitch
+from .layout import GROUP, PackedWeight, group_starts, pitch, vector_width
 
 __all__ = ["convolve", "live_taps", "output_pixel", "partials_size", "segment_pointers"]
 
@@ -35,28 +35,33 @@ def output_pixel(pixel, height, width):
 
 
 @triton.jit
-def segment_pointers(xs, pitches, starts, lengths, k, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr):
+def segment_pointers(xs, pitches, starts, lengths, k, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr):
     """Finds, for channels ``k`` of the concatenation, their addresses at pixel 0.
 
     Returns pointers ``[BLOCK_K]``, the pitch of each one's segment, and whether it exists.
+    ``VECTOR`` is that of :func:`.layout.vector_width`.
     """
-    pointers = xs[0] + k
+    size: tl.constexpr = xs[0].dtype.element_ty.primitive_bitwidth // 8
+    # Distances from the first segment: the compiler for AMD cannot select among pointers.
+    first = xs[0].to(tl.int64)
+    offsets = k.to(tl.int64)
     distances = tl.zeros((BLOCK_K,), tl.int32) + pitches[0]
     exists = k < lengths[0]
     for segment in tl.static_range(1, len(xs)):
         inside = k >= starts[segment]
         channel = k - starts[segment]
-        pointers = tl.where(inside, xs[segment] + channel, pointers)
+        offsets = tl.where(inside, (xs[segment].to(tl.int64) - first) // size + channel, offsets)
         exists = tl.where(inside, channel < lengths[segment], exists)
         if len(pitches) > 1:
             distances = tl.where(inside, pitches[segment], distances)
+    pointers = xs[0] + offsets
     if len(xs) > 1:
         # Segments begin at multiples of the group, so a group lies within one of them.
         pointers = tl.max_contiguous(pointers, 16)
         distances = tl.max_constancy(distances, 16)
-        if ALIGNED:
-            pointers = tl.multiple_of(pointers, 16)
-            distances = tl.multiple_of(distances, 8)
+    pointers = tl.multiple_of(pointers, VECTOR * size)
+    distances = tl.multiple_of(distances, VECTOR)
+    exists = tl.max_constancy(exists, VECTOR)
     return pointers, distances, exists
 
 
@@ -90,7 +95,7 @@ def implicit_gemm_kernel(
     weight_columns,
     POINTWISE: tl.constexpr,
     RAGGED: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
     ONE_PITCH: tl.constexpr,
     PROLOGUE: tl.constexpr,
     OUTPUT_SCALE: tl.constexpr,
@@ -113,6 +118,8 @@ def implicit_gemm_kernel(
     n = tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     m_exists = m < pixels
     n_exists = n < out_channels
+    # A mask for whole groups, unlike that of the output's channels, lets vectors be loaded.
+    n_is_packed = n < weight_columns
     if POINTWISE:
         origin = m
         top = m
@@ -154,7 +161,7 @@ def implicit_gemm_kernel(
             weight_row = (tap_row * kernel_columns + tap_column) * in_channels + k
 
         pointers, distances, exists = segment_pointers(
-            xs, pitches, starts, lengths, k, BLOCK_K, ALIGNED
+            xs, pitches, starts, lengths, k, BLOCK_K, VECTOR
         )
         k_exists = k < in_channels
         if RAGGED:
@@ -176,7 +183,7 @@ def implicit_gemm_kernel(
             x = tl.where(mask, activation, 0.0).to(x.dtype)
         weight = tl.load(
             weight_ptr + weight_row[:, None] * weight_columns + n[None, :],
-            mask=k_exists[:, None] & n_exists[None, :],
+            mask=k_exists[:, None] & n_is_packed[None, :],
             other=0.0,
         )
         sums = tl.dot(x, weight, sums, input_precision=PRECISION)
@@ -352,7 +359,7 @@ def convolve(
                 "weight_columns": weight.data.shape[2],
                 "POINTWISE": pointwise,
                 "RAGGED": any(count % GROUP for count in channels),
-                "ALIGNED": all(map(is_aligned, xs)),
+                "VECTOR": vector_width(xs),
                 "ONE_PITCH": same_pitch,
                 "PROLOGUE": prologue is not None,
                 "PRECISION": precision,

@@ -18,13 +18,13 @@ __all__ = [
     "GROUP",
     "PackedWeight",
     "group_starts",
-    "is_aligned",
     "is_pitched",
     "pack_vector",
     "pack_weight",
     "padded",
     "pitch",
     "to_pitched",
+    "vector_width",
 ]
 
 GROUP = 16
@@ -68,10 +68,19 @@ def to_pitched(x: Tensor) -> Tensor:
     return x if is_pitched(x) else x.clone(memory_format=torch.channels_last)
 
 
-def is_aligned(x: Tensor) -> bool:
-    """Returns whether every pixel of a pitched tensor begins at a multiple of 16 bytes."""
-    size = x.element_size()
-    return x.data_ptr() % _VECTOR_BYTES == 0 and pitch(x) * size % _VECTOR_BYTES == 0
+def vector_width(xs: Sequence[Tensor]) -> int:
+    """Returns how many channels of pitched tensors can be loaded and stored at once.
+
+    A power of two that divides the number of channels and the pitch of each of ``xs``, and their
+    addresses; at most 16 bytes. Sixteen divide the padded number of channels.
+    """
+    size = xs[0].element_size()
+    width = _VECTOR_BYTES // size
+    while width > 1 and any(
+        x.data_ptr() % (width * size) or pitch(x) % width or x.shape[1] % width for x in xs
+    ):
+        width //= 2
+    return width
 
 
 def group_starts(channels: Sequence[int]) -> tuple[int, ...]:

@@ -26,7 +26,8 @@ __all__ = [
     "of_segments",
     "pack_affine",
     "scatter",
-    "sum_columns",
+    "sum_pixels",
+    "sum_rows",
     "unpack_vector",
     "weight_gradient",
     "window_of",
@@ -193,14 +194,17 @@ def weight_gradient(
     )
 
 
-def sum_columns(
-    x: Tensor, rows: int, columns: int, distance: int, y: Tensor | None = None
-) -> Tensor:
-    """Adds up the columns of a matrix; see :func:`.gradients.column_sums`.
+def sum_pixels(x: Tensor, gate: Gate = gradients.OPEN) -> Tensor:
+    """Adds up all pixels of a pitched map; see :func:`.gradients.column_sums`.
 
     Returns:
-        float32 ``[columns]``.
+        float32, an entry for each channel.
     """
-    launches, sums = gradients.column_sums(x, rows, columns, distance, y)
+    launches, sums = gradients.column_sums(x, gate)
     launch.run(launches)
     return sums
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """Adds up the rows of a dense float32 matrix, always in the same order."""
+    return sum_pixels(x[:, :, None, None])
