@@ -1,0 +1,1 @@
+"""GPU code executed and examined on machines without a GPU; see README.md."""

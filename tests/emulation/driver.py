@@ -1,0 +1,291 @@
+"""A stand-in for Triton's driver: kernels compile for a GPU and run, or only compile, without one.
+
+    with emulated("sm_80") as log:
+        kernel[grid](tensor_on_the_cpu, ...)
+
+Within the block, ordinary launches of ``@triton.jit`` functions compile for that architecture, down
+to its machine code; what runs, on tensors in the CPU's memory, is the PTX, in :mod:`.ptx_machine`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.compiler.compiler import CompiledKernel
+
+from .architectures import ARCHITECTURES, Architecture
+from .ptx_machine import Memory, launch
+from .ptx_parser import Program, parse
+
+__all__ = ["Entry", "compiled_for", "emulated"]
+
+if tuple(map(int, triton.__version__.split(".")[:2])) != (3, 7):
+    raise RuntimeError(
+        f"triton is {triton.__version__}: the stand-in driver is written for the internals of 3.7"
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One launch.
+
+    Attributes:
+        name: The kernel.
+        grid: Programs along each axis.
+        steps: Emulated instructions, each executed for many threads at once; 0 if nothing ran.
+        compiled: Triton's own record: ``asm``, ``metadata``.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    steps: int
+    compiled: CompiledKernel
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program."""
+        return self.compiled.metadata.num_warps
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a program."""
+        return self.compiled.metadata.shared
+
+
+@contextlib.contextmanager
+def emulated(
+    architecture: str = "sm_80",
+    *,
+    races: bool = True,
+    rewrite: Callable[[str, str], str] | None = None,
+) -> Iterator[list[Entry]]:
+    """Runs launches within the block in the PTX interpreter.
+
+    Args:
+        architecture: ``"sm_75"`` to ``"sm_90"``, or ``"sm_120"``.
+        races: Whether to look for races in shared and in global memory.
+        rewrite: Given the PTX and the name of a kernel, returns the PTX to run.
+
+    Yields:
+        A list to which every launch adds an entry.
+
+    Raises:
+        PTXError: From within the block: what the interpreter found.
+    """
+    with _active(_Driver(_find(architecture), _Emulation(races, rewrite))) as log:
+        yield log
+
+
+@contextlib.contextmanager
+def compiled_for(architecture: str) -> Iterator[list[Entry]]:
+    """Compiles the kernels that are launched within the block, for any architecture; runs none.
+
+    Yields:
+        A list to which every launch adds an entry.
+    """
+    with _active(_Driver(_find(architecture), None)) as log:
+        yield log
+
+
+def _find(name: str) -> Architecture:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture is {name!r}: expected one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+@contextlib.contextmanager
+def _active(driver: _Driver) -> Iterator[list[Entry]]:
+    config = triton.runtime.driver
+    before = config._active
+    original = CompiledKernel._init_handles
+
+    @functools.wraps(original)
+    def init_handles(kernel: CompiledKernel) -> None:
+        fresh = kernel.module is None
+        original(kernel)
+        if fresh:
+            # Launchers are given this handle: they need the PTX, which drivers do not see.
+            kernel.function = kernel
+
+    CompiledKernel._init_handles = init_handles
+    config.set_active(driver)
+    try:
+        yield driver.log
+    finally:
+        config._active = before
+        CompiledKernel._init_handles = original
+
+
+@dataclass(frozen=True)
+class _Emulation:
+    races: bool
+    rewrite: Callable[[str, str], str] | None
+
+
+class _Utilities:
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+
+    def get_device_properties(self, device: object) -> dict[str, int]:
+        return {
+            "max_shared_mem": self._architecture.shared_bytes,
+            "multiprocessor_count": self._architecture.multiprocessors,
+            "max_num_regs": 65536,
+            "warpSize": self._architecture.warp_size,
+            "sm_clock_rate": 1,
+            "mem_clock_rate": 1,
+            "mem_bus_width": 1,
+        }
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: object) -> tuple[Any, ...]:
+        return "loaded", None, 0, 0, 1024
+
+
+class _Launcher:
+    """Made once for each compiled kernel, which outlives the driver that was active then."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self._signature = list(source.signature.values())
+
+    def __call__(
+        self,
+        grid_x: int,
+        grid_y: int,
+        grid_z: int,
+        stream: int,
+        compiled: CompiledKernel,
+        packed_metadata: object,
+        launch_metadata: object,
+        enter_hook: object,
+        exit_hook: object,
+        *arguments: Any,
+    ) -> None:
+        driver = triton.runtime.driver.active
+        grid = (grid_x, grid_y, grid_z)
+        steps = 0
+        if driver.emulation is not None:
+            steps = _run(driver.emulation, compiled, grid, self._signature, arguments)
+        driver.log.append(Entry(compiled.metadata.name, grid, steps, compiled))
+
+
+class _Driver(DriverBase):
+    def __init__(self, architecture: Architecture, emulation: _Emulation | None) -> None:
+        self.architecture = architecture
+        self.emulation = emulation
+        self.log: list[Entry] = []
+        self.utils = _Utilities(architecture)
+        self.launcher_cls = _Launcher
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_device(self) -> str:
+        # Triton keeps its compiled kernels by device.
+        return f"emulated {self.architecture.name}"
+
+    def set_current_device(self, device: object) -> None:
+        pass
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.architecture.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        def run_once(function: Callable[[], object], **_: object) -> list[float]:
+            function()
+            return [1.0, 1.0, 1.0]
+
+        return run_once
+
+    def get_empty_cache_for_benchmark(self) -> torch.Tensor:
+        return torch.empty(1)
+
+    def clear_cache(self, cache: torch.Tensor) -> None:
+        cache.zero_()
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(digest: bytes, text: str, name: str) -> Program:
+    return parse(text, name)
+
+
+def _flatten(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
+    for kind, value in zip(types, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flatten(kind, value)
+        else:
+            yield kind, value
+
+
+def _run(
+    emulation: _Emulation,
+    compiled: CompiledKernel,
+    grid: tuple[int, int, int],
+    signature: list[Any],
+    arguments: tuple[Any, ...],
+) -> int:
+    """Copies all storages into the machine's memory, runs, and copies them back."""
+    name = compiled.metadata.name
+    text = compiled.asm["ptx"]
+    if emulation.rewrite is not None:
+        text = emulation.rewrite(text, name)
+    program = _parsed(hashlib.sha256(text.encode()).digest(), text, name)
+    memory = Memory()
+    places: dict[int, tuple[int, np.ndarray, torch.UntypedStorage]] = {}
+    values: list[int | float] = []
+    for kind, argument in _flatten(signature, arguments):
+        if kind == "constexpr":
+            continue
+        if isinstance(argument, torch.Tensor):
+            storage = argument.untyped_storage()
+            start = storage.data_ptr()
+            if start not in places:
+                contents = _bytes(storage)
+                places[start] = (memory.allocate(contents), contents, storage)
+            values.append(places[start][0] + argument.data_ptr() - start)
+        elif argument is None:
+            values.append(0)
+        else:
+            values.append(float(argument) if kind.startswith("f") else int(argument))
+    steps = launch(
+        program,
+        memory,
+        grid,
+        32 * compiled.metadata.num_warps,
+        values,
+        dynamic_shared=compiled.metadata.shared,
+        races=emulation.races,
+    )
+    for address, contents, _ in places.values():
+        contents[:] = memory.read(address, len(contents))
+    return steps
+
+
+def _bytes(storage: torch.UntypedStorage) -> np.ndarray:
+    if storage.nbytes() == 0:
+        return np.zeros(0, np.uint8)
+    pointer = ctypes.cast(storage.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
+    return np.ctypeslib.as_array(pointer, (storage.nbytes(),))
