@@ -19,14 +19,13 @@ gives the same bits, so ``torch.use_deterministic_algorithms`` has nothing to sw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configurations
 from .configurations import Configuration
 from .implicit_gemm import live_taps, output_pixel, segment_pointers
 from .launch import Launch
@@ -53,6 +52,9 @@ PIXELS_OF_A_PART = 1024
 
 REDUCTION_TILE = 32, 32
 """Input and output channels of a program that adds the parts of a weight's gradient."""
+
+_LARGEST_TILE = 64
+_SMALLEST_TILE = 32
 
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -517,19 +519,21 @@ OPEN = Gate()
 
 
 def choose_input_gradient(
-    window: Window, batch: int, weight: PackedWeight, architecture: str, multiprocessors: int
+    window: Window, batch: int, weight: PackedWeight, multiprocessors: int
 ) -> Configuration:
-    """Chooses tile sizes of :func:`input_gradient`, a product like that of the convolution."""
-    (_, tap_rows), (_, tap_columns) = window.live
-    _, in_channels, out_channels = weight.data.shape
-    problem = configurations.Problem(
-        pixels=batch * window.size[0] * window.size[1],
-        out_channels=in_channels,
-        channels=out_channels,
-        taps=tap_rows * tap_columns,
-        dtype=weight.data.dtype,
-    )
-    return replace(configurations.choose(problem, architecture, multiprocessors), split_k=1)
+    """Chooses tile sizes of :func:`input_gradient`: rows are pixels, columns input channels."""
+    pixels = batch * window.size[0] * window.size[1]
+    in_channels = weight.data.shape[1]
+    block_m, block_n = _LARGEST_TILE, _fit(in_channels)
+    while (
+        max(block_m, block_n) > _SMALLEST_TILE
+        and triton.cdiv(pixels, block_m) * triton.cdiv(in_channels, block_n) < multiprocessors
+    ):
+        if block_m >= block_n:
+            block_m //= 2
+        else:
+            block_n //= 2
+    return _configuration(block_m, block_n, weight.data.dtype)
 
 
 def choose_weight_gradient(
@@ -542,19 +546,26 @@ def choose_weight_gradient(
     """
     (_, tap_rows), (_, tap_columns) = window.live
     _, in_channels, out_channels = weight.data.shape
-    block_m, block_n = (
-        min(64, max(16, triton.next_power_of_2(count))) for count in (in_channels, out_channels)
-    )
-    tiles = (
-        tap_rows
-        * tap_columns
-        * triton.cdiv(in_channels, block_m)
-        * triton.cdiv(out_channels, block_n)
-    )
+    block_m, block_n = _fit(in_channels), _fit(out_channels)
+    tiles = tap_rows * tap_columns
+    tiles *= triton.cdiv(in_channels, block_m) * triton.cdiv(out_channels, block_n)
     pixels = batch * window.out_size[0] * window.out_size[1]
     wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, max(1, tiles))
     parts = max(1, min(wanted, pixels // _LEAST_PIXELS_OF_A_PART))
-    return Configuration(block_m, block_n, 32, 4, 2, split_k=parts)
+    return _configuration(block_m, block_n, weight.data.dtype, parts)
+
+
+def _fit(channels: int) -> int:
+    return min(_LARGEST_TILE, max(GROUP, int(triton.next_power_of_2(channels))))
+
+
+def _configuration(
+    block_m: int, block_n: int, dtype: torch.dtype, split_k: int = 1
+) -> Configuration:
+    # In float32 without tensor cores, more for each thread would not fit in registers.
+    full = dtype == torch.float32
+    num_warps = 8 if full and block_m * block_n > _SMALLEST_TILE * _LARGEST_TILE else 4
+    return Configuration(block_m, block_n, 16 if full else 32, num_warps, 3, split_k)
 
 
 def input_gradient(
