@@ -123,7 +123,7 @@ def _input_gradients(
     channels = [x.shape[1] for x in segments]
     packed = layout.pack_weight(weight, channels, weight.dtype)
     configuration = gradients.choose_input_gradient(
-        window, grad.shape[0], packed, target.multiprocessors
+        window, grad.shape[0], packed, target.architecture, target.multiprocessors
     )
     parts = gradients.input_gradient_parts(grad.shape[0], window, configuration)
     width = packed.data.shape[1]

@@ -126,7 +126,9 @@ def _input_gradients(
     counts = [x.shape[1] for x in xs]
     channels = counts if len(xs) <= MAX_SEGMENTS else [sum(counts)]
     packed = layout.pack_weight(weight, channels, weight.dtype)
-    configuration = gradients.choose_input_gradient(window, batch, packed, target.multiprocessors)
+    configuration = gradients.choose_input_gradient(
+        window, batch, packed, target.architecture, target.multiprocessors
+    )
     dxs = [empty_map(xs[0], (batch, count, height, width)) for count in channels]
     launch.run(
         gradients.input_gradient(

@@ -519,7 +519,7 @@ OPEN = Gate()
 
 
 def choose_input_gradient(
-    window: Window, batch: int, weight: PackedWeight, multiprocessors: int
+    window: Window, batch: int, weight: PackedWeight, architecture: str, multiprocessors: int
 ) -> Configuration:
     """Chooses tile sizes of :func:`input_gradient`: rows are pixels, columns input channels."""
     pixels = batch * window.size[0] * window.size[1]
@@ -533,11 +533,11 @@ def choose_input_gradient(
             block_m //= 2
         else:
             block_n //= 2
-    return _configuration(block_m, block_n, weight.data.dtype)
+    return _configuration(block_m, block_n, weight.data.dtype, architecture)
 
 
 def choose_weight_gradient(
-    window: Window, batch: int, weight: PackedWeight, multiprocessors: int
+    window: Window, batch: int, weight: PackedWeight, architecture: str, multiprocessors: int
 ) -> Configuration:
     """Chooses tile sizes of :func:`weight_gradient`, and the parts of its reduction.
 
@@ -552,7 +552,7 @@ def choose_weight_gradient(
     pixels = batch * window.out_size[0] * window.out_size[1]
     wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, max(1, tiles))
     parts = max(1, min(wanted, pixels // _LEAST_PIXELS_OF_A_PART))
-    return _configuration(block_m, block_n, weight.data.dtype, parts)
+    return _configuration(block_m, block_n, weight.data.dtype, architecture, parts)
 
 
 def _fit(channels: int) -> int:
@@ -560,12 +560,13 @@ def _fit(channels: int) -> int:
 
 
 def _configuration(
-    block_m: int, block_n: int, dtype: torch.dtype, split_k: int = 1
+    block_m: int, block_n: int, dtype: torch.dtype, architecture: str, split_k: int = 1
 ) -> Configuration:
     # In float32 without tensor cores, more for each thread would not fit in registers.
     full = dtype == torch.float32
     num_warps = 8 if full and block_m * block_n > _SMALLEST_TILE * _LARGEST_TILE else 4
-    return Configuration(block_m, block_n, 16 if full else 32, num_warps, 3, split_k)
+    num_stages = 2 if architecture.startswith("gfx") else 3
+    return Configuration(block_m, block_n, 16 if full else 32, num_warps, num_stages, split_k)
 
 
 def input_gradient(

@@ -174,7 +174,7 @@ def weight_gradient(
 ) -> None:
     """Computes the gradient of a weight; see :func:`.gradients.weight_gradient`."""
     configuration = gradients.choose_weight_gradient(
-        window, grad.shape[0], weight, target.multiprocessors
+        window, grad.shape[0], weight, target.architecture, target.multiprocessors
     )
     size = gradients.weight_gradient_size(weight, window, configuration)
     launch.run(
