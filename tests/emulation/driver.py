@@ -28,7 +28,7 @@ from .architectures import ARCHITECTURES, Architecture
 from .ptx_machine import Memory, launch
 from .ptx_parser import Program, parse
 
-__all__ = ["Entry", "compiled_for", "emulated"]
+__all__ = ["Entry", "Log", "compiled_for", "emulated"]
 
 if tuple(map(int, triton.__version__.split(".")[:2])) != (3, 7):
     raise RuntimeError(
@@ -63,17 +63,27 @@ class Entry:
         return self.compiled.metadata.shared
 
 
+class Log(list[Entry]):
+    """The launches of a block, in order."""
+
+    @property
+    def steps(self) -> int:
+        """Emulated instructions of all launches."""
+        return sum(entry.steps for entry in self)
+
+
 @contextlib.contextmanager
 def emulated(
     architecture: str = "sm_80",
     *,
     races: bool = True,
     rewrite: Callable[[str, str], str] | None = None,
-) -> Iterator[list[Entry]]:
+) -> Iterator[Log]:
     """Runs launches within the block in the PTX interpreter.
 
     Args:
-        architecture: ``"sm_75"`` to ``"sm_90"``, or ``"sm_120"``.
+        architecture: An NVIDIA one of :data:`.architectures.ARCHITECTURES`. Of ``"sm_100"`` the
+            instructions of the fifth-generation tensor cores are not supported.
         races: Whether to look for races in shared and in global memory.
         rewrite: Given the PTX and the name of a kernel, returns the PTX to run.
 
@@ -81,19 +91,34 @@ def emulated(
         A list to which every launch adds an entry.
 
     Raises:
+        ValueError: The architecture is unknown, or has no PTX.
         PTXError: From within the block: what the interpreter found.
     """
-    with _active(_Driver(_find(architecture), _Emulation(races, rewrite))) as log:
+    found = _find(architecture)
+    if found.target.backend != "cuda":
+        raise ValueError(f"architecture is {architecture!r}: only NVIDIA's can be emulated")
+    with _active(_Driver(found, _Emulation(races, rewrite))) as log:
         yield log
 
 
 @contextlib.contextmanager
-def compiled_for(architecture: str) -> Iterator[list[Entry]]:
-    """Compiles the kernels that are launched within the block, for any architecture; runs none.
+def compiled_for(architecture: str, *, run: bool = False) -> Iterator[Log]:
+    """Compiles the kernels that are launched within the block, down to machine code; runs none.
+
+    Args:
+        architecture: Any of :data:`.architectures.ARCHITECTURES`, AMD's too.
+        run: Whether to run them all the same, as :func:`emulated` does.
 
     Yields:
         A list to which every launch adds an entry.
+
+    Raises:
+        ValueError: The architecture is unknown.
     """
+    if run:
+        with emulated(architecture) as log:
+            yield log
+        return
     with _active(_Driver(_find(architecture), None)) as log:
         yield log
 
@@ -105,7 +130,7 @@ def _find(name: str) -> Architecture:
 
 
 @contextlib.contextmanager
-def _active(driver: _Driver) -> Iterator[list[Entry]]:
+def _active(driver: _Driver) -> Iterator[Log]:
     config = triton.runtime.driver
     before = config._active
     original = CompiledKernel._init_handles
@@ -183,7 +208,7 @@ class _Driver(DriverBase):
     def __init__(self, architecture: Architecture, emulation: _Emulation | None) -> None:
         self.architecture = architecture
         self.emulation = emulation
-        self.log: list[Entry] = []
+        self.log = Log()
         self.utils = _Utilities(architecture)
         self.launcher_cls = _Launcher
 
