@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDOFF = {
     (torch.float32, "ieee"): 0.0,
-    (torch.float32, "tf32"): 2.0**-11,
+    # Tensor cores truncate what they are given as TF32.
+    (torch.float32, "tf32"): 2.0**-10,
     (torch.float16, "ieee"): 2.0**-11,
     (torch.bfloat16, "ieee"): 2.0**-8,
 }
@@ -210,8 +211,10 @@ def test_everything(case: Case, architecture: str, dtype: torch.dtype, precision
 @pytest.mark.parametrize(("dtype", "precision"), ALL_DTYPES)
 @pytest.mark.parametrize("case", CASES + WIDE, ids=str)
 def test_interpreted(case: Case, dtype: torch.dtype, precision: str) -> None:
-    with interpreted(launch, layout, implicit_gemm):
-        run(case, dtype, precision)
+    # A program takes its time here, whatever its tile.
+    large = replace(case.configuration, block_m=64, block_n=64, block_k=64)
+    with interpreted():
+        run(replace(case, configuration=large), dtype, precision)
 
 
 @pytest.mark.parametrize(

@@ -18,21 +18,11 @@ from emulation.driver import emulated
 from emulation.interpreter import interpreted
 
 import threshnet_fast as tf
-from threshnet_fast import kernels
 from threshnet_fast.backends import triton, triton_plan
 from threshnet_fast.backends.triton_plan import TritonPlan, pack_network
 from threshnet_fast.plan import FusedConv, Head, execute_reference, lower
 
 CPU = torch.device("cpu")
-KERNELS = [
-    kernels.launch,
-    kernels.layout,
-    kernels.implicit_gemm,
-    kernels.stem_convolution,
-    kernels.pool,
-    kernels.head,
-    kernels.dense_layer,
-]
 
 
 def exact_step(step, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -151,7 +141,7 @@ def odd() -> tf.ThreshNet:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_steps_interpreted(randomised, dtype: torch.dtype) -> None:
-    with interpreted(*KERNELS):
+    with interpreted():
         check_step_by_step(randomised(odd()), torch.randn(2, 4, 40, 36), dtype)
 
 
@@ -189,7 +179,7 @@ def test_threshnet79_interpreted(randomised, dtype: torch.dtype) -> None:
         allowed = 2 * (model(x) - exact).abs().max()
     if dtype != torch.float32:
         allowed = 0.02 * exact.abs().max()
-    with torch.no_grad(), interpreted(*KERNELS), tf.use_backend("triton"):
+    with torch.no_grad(), interpreted(), tf.use_backend("triton"):
         y = model.to(dtype)(x.to(dtype))
     assert y.dtype == dtype
     assert (y.double() - exact).abs().max() <= allowed
@@ -211,7 +201,7 @@ def model(randomised):
 
 def test_calls_do_not_share_outputs(model) -> None:
     x = torch.randn(1, 3, 32, 32)
-    with torch.no_grad(), interpreted(*KERNELS), tf.use_backend("triton"):
+    with torch.no_grad(), interpreted(), tf.use_backend("triton"):
         first = model(x)
         before = first.clone()
         second = model(2 * x)
@@ -221,7 +211,7 @@ def test_calls_do_not_share_outputs(model) -> None:
 
 def test_features_have_the_format_of_channels_last(model) -> None:
     x = torch.randn(2, 3, 32, 48).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), interpreted(*KERNELS), tf.use_backend("triton"):
+    with torch.no_grad(), interpreted(), tf.use_backend("triton"):
         features = model.forward_features(x)
     assert features.is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -238,13 +228,13 @@ def test_features_have_the_format_of_channels_last(model) -> None:
 )
 def test_inputs_of_any_strides(model, view) -> None:
     x = view(torch.randn(2, 3, 64, 80))
-    with torch.no_grad(), interpreted(*KERNELS), tf.use_backend("triton"):
+    with torch.no_grad(), interpreted(), tf.use_backend("triton"):
         assert_same(model(x), plain(model, x))
 
 
 def test_changed_weights_are_packed_again(model) -> None:
     x = torch.randn(1, 3, 32, 32)
-    with torch.no_grad(), interpreted(*KERNELS), tf.use_backend("triton"):
+    with torch.no_grad(), interpreted(), tf.use_backend("triton"):
         before = model(x)
         model.base[1].conv.weight.data.mul_(2)
         after = model(x)
@@ -272,7 +262,7 @@ def test_autocast_computes_in_its_dtype(model) -> None:
     x = torch.randn(1, 3, 32, 32)
     with (
         torch.no_grad(),
-        interpreted(*KERNELS),
+        interpreted(),
         tf.use_backend("triton"),
         torch.autocast("cpu", torch.bfloat16),
     ):
@@ -284,7 +274,7 @@ def test_autocast_computes_in_its_dtype(model) -> None:
 
 def test_frozen(model) -> None:
     x = torch.randn(1, 3, 32, 32)
-    with interpreted(*KERNELS), tf.use_backend("triton"):
+    with interpreted(), tf.use_backend("triton"):
         fast = tf.optimize(model, x, dtype=torch.float16)
         y = fast(x.half())
     assert fast.backend == "triton"
@@ -299,7 +289,7 @@ def test_objections_name_the_cause(model) -> None:
         if not torch.cuda.is_available():
             with pytest.raises(RuntimeError, match="'triton' cannot run this call.*no device"):
                 model(x)
-        with interpreted(*KERNELS):
+        with interpreted():
             with pytest.raises(RuntimeError, match=r"one of .* these tensors are torch.float64"):
                 model.double()(x.double())
             with pytest.raises(RuntimeError, match="weights of dtype torch.float64"):
@@ -314,7 +304,7 @@ def test_threads_take_turns(model) -> None:
         with torch.no_grad(), tf.use_backend("triton"):
             results[index] = model(xs[index])
 
-    with interpreted(*KERNELS):
+    with interpreted():
         threads = [threading.Thread(target=call, args=(index,)) for index in range(len(xs))]
         for thread in threads:
             thread.start()
