@@ -142,9 +142,10 @@ def choose(xs: Sequence[torch.Tensor], requested: str | None = None) -> Choice:
     objection = cpu_objection(xs) if backend == "cpu" else triton.objection(xs[0])
     if objection is None:
         how = "first of 'auto'" if name == "auto" else f"asked for by {asked_by}"
-        what = f"float32 on the CPU, {cpu.isa()} kernels"
         if backend == "triton":
             what = f"{xs[0].dtype} on {xs[0].device}, {triton.architecture()} kernels"
+        else:
+            what = f"float32 on the CPU, {cpu.isa()} kernels"
         return Choice(backend, f"{how}; {what}")
     if name != "auto":
         raise objection
