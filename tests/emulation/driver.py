@@ -27,6 +27,7 @@ from triton.compiler.compiler import CompiledKernel
 from .architectures import ARCHITECTURES, Architecture
 from .ptx_machine import Memory, launch
 from .ptx_parser import Program, parse
+from .ptx_types import PTXError
 
 __all__ = ["Entry", "Log", "compiled_for", "emulated"]
 
@@ -295,15 +296,18 @@ def _run(
             values.append(0)
         else:
             values.append(float(argument) if kind.startswith("f") else int(argument))
-    steps = launch(
-        program,
-        memory,
-        grid,
-        32 * compiled.metadata.num_warps,
-        values,
-        dynamic_shared=compiled.metadata.shared,
-        races=emulation.races,
-    )
+    try:
+        steps = launch(
+            program,
+            memory,
+            grid,
+            32 * compiled.metadata.num_warps,
+            values,
+            dynamic_shared=compiled.metadata.shared,
+            races=emulation.races,
+        )
+    except PTXError as error:
+        raise PTXError(f"{name}: {error}") from error
     for address, contents, _ in places.values():
         contents[:] = memory.read(address, len(contents))
     return steps

@@ -80,12 +80,30 @@ class _Owners:
         self.reader = np.full(size, _NOBODY, np.int32)
 
     def record(
-        self, start: np.ndarray, count: int, owner: np.ndarray, epoch: np.ndarray, write: bool
+        self,
+        start: np.ndarray,
+        count: int,
+        owner: np.ndarray,
+        epoch: np.ndarray,
+        write: bool,
+        harmless: np.ndarray | None = None,
     ) -> bool:
-        """Records accesses; returns whether one of them races."""
+        """Records accesses; returns whether one of them races.
+
+        Args:
+            start: First byte of each access.
+            count: Bytes of each access.
+            owner: Who accesses.
+            epoch: Accesses of other epochs are no conflict.
+            write: Whether they write.
+            harmless: Bytes, ``[accesses, count]``, where writing again what is there already is no
+                race: programs store values that several warps hold.
+        """
         index = start[:, None] + np.arange(count)
         owner, epoch = owner[:, None], epoch[:, None]
         others_wrote = (self.write_epoch[index] == epoch) & (self.writer[index] != owner)
+        if harmless is not None:
+            others_wrote &= ~harmless
         if others_wrote.any():
             return True
         readers = self.reader[index]
@@ -95,8 +113,7 @@ class _Owners:
                 return True
             self.write_epoch[index] = epoch
             self.writer[index] = owner
-            # Two owners in this very instruction: the last one stays.
-            return bool((self.writer[index] != owner).any())
+            return False
         self.reader[index] = np.where(read & (readers != owner), _SEVERAL, owner)
         self.read_epoch[index] = epoch
         several = self.reader[index] != owner
@@ -350,17 +367,32 @@ class Run:
         return chosen + self.block_of_thread[mask] * self.shared_pitch
 
     def shared_access(
-        self, index: np.ndarray, count: int, mask: np.ndarray, text: str, *, write: bool
+        self,
+        index: np.ndarray,
+        count: int,
+        mask: np.ndarray,
+        text: str,
+        *,
+        write: bool,
+        data: np.ndarray | None = None,
     ) -> None:
-        """Looks for reads of what nothing wrote, and for races."""
+        """Looks for reads of what nothing wrote and for races; stores ``data`` if it is given."""
         every_byte = index[:, None] + np.arange(count)
+        harmless = None
+        if data is not None:
+            content = np.ascontiguousarray(data).view(np.uint8)
+            harmless = self.shared[every_byte] == content
+            self.shared[every_byte] = content
+            if (self.shared[every_byte] != content).any():
+                raise PTXError(f"threads write different values to one place: {text}")
         if write:
             self.shared_written[every_byte] = True
         elif not self.shared_written[every_byte].all():
             raise PTXError(f"shared memory is read that nothing wrote: {text}")
         if self._shared_owners is not None:
             epoch = self.epoch[self.block_of_thread[mask]]
-            if self._shared_owners.record(index, count, self.warps[mask], epoch, write):
+            owner = self.warps[mask]
+            if self._shared_owners.record(index, count, owner, epoch, write, harmless):
                 raise PTXError(f"shared-memory race between warps: {text}")
 
     def check_alignment(
@@ -393,12 +425,10 @@ class Run:
         self.check_alignment(addresses, size * count, mask, text)
         if space == "shared":
             index = self.shared_index(addresses, size * count, mask, text)
-            self.shared_access(index, size * count, mask, text, write=True)
-            target = self.shared
-        else:
-            index = self.global_index(addresses, size * count, mask, text, write=True)
-            target = self.memory.bytes
-        target.view(data.dtype)[(index // size)[:, None] + np.arange(count)] = data
+            self.shared_access(index, size * count, mask, text, write=True, data=data)
+            return
+        index = self.global_index(addresses, size * count, mask, text, write=True)
+        self.memory.bytes.view(data.dtype)[(index // size)[:, None] + np.arange(count)] = data
 
     def start_copy(
         self,
