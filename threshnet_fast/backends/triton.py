@@ -113,10 +113,13 @@ def objection(x: Tensor, dtype: torch.dtype | None = None) -> Exception | None:
 def float32_precision() -> str:
     """Returns how float32 is multiplied: ``"ieee"``, or ``"tf32"`` where PyTorch may do so.
 
-    That is where ``torch.backends.cuda.matmul.fp32_precision`` allows it, under whatever name it
-    was set (``allow_tf32``, ``torch.set_float32_matmul_precision``); by default nothing does.
+    A convolution is computed as a matrix product here, so that is where PyTorch allows it for both:
+    ``torch.backends.cuda.matmul.fp32_precision``, which does not by default, and
+    ``torch.backends.cudnn.conv.fp32_precision``, which does; under whatever name they were set
+    (``allow_tf32``, ``torch.set_float32_matmul_precision``).
     """
-    allowed = torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    allowed = all(setting.fp32_precision not in ("none", "ieee") for setting in settings)
     return "tf32" if allowed else "ieee"
 
 
