@@ -118,8 +118,9 @@ def float32_precision() -> str:
     ``torch.backends.cudnn.conv.fp32_precision``, which does; under whatever name they were set
     (``allow_tf32``, ``torch.set_float32_matmul_precision``).
     """
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    allowed = all(setting.fp32_precision not in ("none", "ieee") for setting in settings)
+    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    settings = torch.backends.cuda.matmul.fp32_precision, convolution.fp32_precision
+    allowed = all(setting not in ("none", "ieee") for setting in settings)
     return "tf32" if allowed else "ieee"
 
 
