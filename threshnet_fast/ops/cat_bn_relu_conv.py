@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu
-from ..backends.select import choose
 from . import registration, validate
 
 
@@ -44,7 +43,8 @@ def cat_bn_relu_conv(
         weight: ``[C_out, sum of C_i, K, K]``, of the dtype of ``xs``.
         stride: Step of the convolution, both ways.
         padding: Zero padding on each side.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``; None follows ``use_backend``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; None follows
+            ``use_backend``.
 
     Returns:
         ``[N, C_out, (H + 2 * padding - K) // stride + 1, ...]`` of the dtype of ``xs``:
@@ -83,11 +83,18 @@ def _forward(
     padding: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    validate.check_tensors(xs, weight, scale, shift, stride, padding, affine_of="input")
-    if choose(xs, backend).backend == "cpu":
+    shape = validate.check_tensors(xs, weight, scale, shift, stride, padding, affine_of="input")
+    chosen = registration.choose(xs, weight, shape, padding, backend)
+    if chosen == "cpu":
         y = torch.ops.threshnet_fast_cpu.cat_bn_relu_conv(
             xs, scale, shift, weight, stride, padding, cpu.isa_code()
         )
+    elif chosen == "triton":
+        from ..kernels import cat_bn_relu_conv as kernels
+
+        target = registration.triton_target(xs[0])
+        with registration.on_device(xs[0]):
+            y = kernels.forward(xs, scale, shift, weight, stride, padding, target)
     else:
         y = reference(xs, scale, shift, weight, stride, padding)
     return registration.as_output(y, xs[0])
@@ -107,26 +114,44 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    xs, scale, shift, weight, stride, padding, _ = inputs
+    xs, scale, shift, weight, stride, padding, backend = inputs
     ctx.save_for_backward(*xs, scale, shift, weight)
     ctx.stride, ctx.padding = stride, padding
+    ctx.backend = registration.backend_of_backward(backend, output)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *xs, scale, shift, weight = ctx.saved_tensors
-    needs_xs, needs_scale, needs_shift, needs_weight = ctx.needs_input_grad[:4]
+    needs_xs, *needs_others = ctx.needs_input_grad[:4]
+    needs = [*needs_xs, *needs_others]
+    args = grad, xs, scale, shift, weight, ctx.stride, ctx.padding, needs
+    if registration.takes_kernels(grad, xs, weight, ctx.padding, ctx.backend):
+        computed = iter(_gradients_operator(*args, ctx.backend))
+        grads = [next(computed) if needed else None for needed in needs]
+    else:
+        grads = _formulas(*args)
+    return grads[: len(xs)], *grads[len(xs) :]
+
+
+def _formulas(
+    grad: Tensor,
+    xs: Sequence[Tensor],
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Computes the gradients that are needed with plain PyTorch, differentiably."""
+    *needs_xs, needs_scale, needs_shift, needs_weight = needs
     needs_affine = any(needs_xs) or needs_scale or needs_shift
 
-    x = torch.cat(xs, 1)
+    x = torch.cat(list(xs), 1)
     dtype = registration.affine_dtype(x, scale)
     activation = torch.relu(registration.affine(x, scale, shift))
     grad_activation, grad_weight = registration.convolution_backward(
-        grad,
-        activation.to(x.dtype),
-        weight,
-        ctx.stride,
-        ctx.padding,
-        (needs_affine, needs_weight),
+        grad, activation.to(x.dtype), weight, stride, padding, (needs_affine, needs_weight)
     )
 
     grad_x = grad_scale = grad_shift = None
@@ -142,8 +167,52 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_scale = (grad_affine * x.to(dtype)).sum((0, 2, 3)).to(scale.dtype)
         if any(needs_xs):
             grad_x = (grad_affine * registration.per_channel(scale, dtype)).to(x.dtype)
-    return registration.split(grad_x, xs), grad_scale, grad_shift, grad_weight
+    return [*registration.split(grad_x, xs), grad_scale, grad_shift, grad_weight]
 
+
+def _gradients(
+    grad: Tensor,
+    xs: list[Tensor],
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    needs: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    if registration.choose(xs, weight, grad.shape, padding, backend) == "triton":
+        from ..kernels import cat_bn_relu_conv as kernels
+
+        target = registration.triton_target(xs[0])
+        with registration.on_device(xs[0]):
+            return kernels.backward(grad, xs, scale, shift, weight, stride, padding, needs, target)
+    # Traced where Triton was the choice, run where it is not.
+    grads = _formulas(grad, xs, scale, shift, weight, stride, padding, needs)
+    return registration.as_gradients(grads, xs, (scale, shift, weight), needs)
+
+
+def _fake_gradients(
+    grad: Tensor,
+    xs: list[Tensor],
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    needs: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    return registration.empty_gradients(xs, (scale, shift, weight), needs)
+
+
+_gradients_operator = registration.register_gradients(
+    "_cat_bn_relu_conv_gradients",
+    "(Tensor grad, Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
+    "int padding, bool[] needs, str? backend) -> Tensor[]",
+    gradients=_gradients,
+    fake=_fake_gradients,
+)
 
 _operator = registration.register(
     "cat_bn_relu_conv",

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu
-from ..backends.select import choose
 from . import registration, validate
 
 ACTIVATIONS = ("relu", "none")
@@ -48,7 +47,8 @@ def cat_conv_bn_relu(
         stride: Step of the convolution, both ways.
         padding: Zero padding on each side.
         act: ``"relu"`` or ``"none"``.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``; None follows ``use_backend``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; None follows
+            ``use_backend``.
 
     Returns:
         ``[N, C_out, (H + 2 * padding - K) // stride + 1, ...]`` of the dtype of ``xs``:
@@ -107,11 +107,18 @@ def _forward(
     act: str = "relu",
     backend: str | None = None,
 ) -> Tensor:
-    _check(xs, weight, scale, shift, stride, padding, act)
-    if choose(xs, backend).backend == "cpu":
+    shape = _check(xs, weight, scale, shift, stride, padding, act)
+    chosen = registration.choose(xs, weight, shape, padding, backend)
+    if chosen == "cpu":
         y = torch.ops.threshnet_fast_cpu.cat_conv_bn_relu(
             xs, weight, scale, shift, stride, padding, act == "relu", cpu.isa_code()
         )
+    elif chosen == "triton":
+        from ..kernels import cat_conv_bn_relu as kernels
+
+        target = registration.triton_target(xs[0])
+        with registration.on_device(xs[0]):
+            y = kernels.forward(xs, weight, scale, shift, stride, padding, act == "relu", target)
     else:
         y = reference(xs, weight, scale, shift, stride, padding, act)
     return registration.as_output(y, xs[0])
@@ -132,18 +139,42 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    xs, weight, scale, _shift, stride, padding, act, _backend_name = inputs
+    xs, weight, scale, _shift, stride, padding, act, backend = inputs
     ctx.save_for_backward(*xs, weight, scale, output)
     ctx.stride, ctx.padding, ctx.act = stride, padding, act
+    ctx.backend = registration.backend_of_backward(backend, output)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *xs, weight, scale, output = ctx.saved_tensors
-    needs_xs, needs_weight, needs_scale, needs_shift = ctx.needs_input_grad[:4]
+    needs_xs, *needs_others = ctx.needs_input_grad[:4]
+    needs = [*needs_xs, *needs_others]
+    args = grad, xs, weight, scale, output, ctx.stride, ctx.padding, ctx.act, needs
+    if registration.takes_kernels(grad, xs, weight, ctx.padding, ctx.backend):
+        computed = iter(_gradients_operator(*args, ctx.backend))
+        grads = [next(computed) if needed else None for needed in needs]
+    else:
+        grads = _formulas(*args)
+    return grads[: len(xs)], *grads[len(xs) :]
 
-    x = torch.cat(xs, 1)
+
+def _formulas(
+    grad: Tensor,
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    scale: Tensor,
+    output: Tensor,
+    stride: int,
+    padding: int,
+    act: str,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Computes the gradients that are needed with plain PyTorch, differentiably."""
+    *needs_xs, needs_weight, needs_scale, needs_shift = needs
+
+    x = torch.cat(list(xs), 1)
     dtype = registration.affine_dtype(x, scale)
-    if ctx.act == "relu":
+    if act == "relu":
         grad = torch.ops.aten.threshold_backward.default(grad, output, 0)
     grad = grad.to(dtype)
 
@@ -153,19 +184,68 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if needs_scale:
         # Recomputed, not divided out of the output: the scale may be 0, and the rectifier has
         # dropped half of it.
-        product = registration.convolution(x, weight, ctx.stride, ctx.padding)
+        product = registration.convolution(x, weight, stride, padding)
         grad_scale = (grad * product.to(dtype)).sum((0, 2, 3)).to(scale.dtype)
     if any(needs_xs) or needs_weight:
         grad_x, grad_weight = registration.convolution_backward(
             (grad * registration.per_channel(scale, dtype)).to(x.dtype),
             x,
             weight,
-            ctx.stride,
-            ctx.padding,
+            stride,
+            padding,
             (any(needs_xs), needs_weight),
         )
-    return registration.split(grad_x, xs), grad_weight, grad_scale, grad_shift
+    return [*registration.split(grad_x, xs), grad_weight, grad_scale, grad_shift]
 
+
+def _gradients(
+    grad: Tensor,
+    xs: list[Tensor],
+    weight: Tensor,
+    scale: Tensor,
+    output: Tensor,
+    stride: int,
+    padding: int,
+    act: str,
+    needs: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    if registration.choose(xs, weight, grad.shape, padding, backend) == "triton":
+        from ..kernels import cat_conv_bn_relu as kernels
+
+        relu = act == "relu"
+        target = registration.triton_target(xs[0])
+        with registration.on_device(xs[0]):
+            return kernels.backward(
+                grad, xs, weight, scale, output, stride, padding, relu, needs, target
+            )
+    # Traced where Triton was the choice, run where it is not.
+    grads = _formulas(grad, xs, weight, scale, output, stride, padding, act, needs)
+    return registration.as_gradients(grads, xs, (weight, scale, scale), needs)
+
+
+def _fake_gradients(
+    grad: Tensor,
+    xs: list[Tensor],
+    weight: Tensor,
+    scale: Tensor,
+    output: Tensor,
+    stride: int,
+    padding: int,
+    act: str,
+    needs: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    return registration.empty_gradients(xs, (weight, scale, scale), needs)
+
+
+_gradients_operator = registration.register_gradients(
+    "_cat_conv_bn_relu_gradients",
+    "(Tensor grad, Tensor[] xs, Tensor weight, Tensor scale, Tensor output, int stride, "
+    "int padding, str act, bool[] needs, str? backend) -> Tensor[]",
+    gradients=_gradients,
+    fake=_fake_gradients,
+)
 
 _operator = registration.register(
     "cat_conv_bn_relu",

@@ -2,14 +2,22 @@
 
 The operators are registered with ``torch.library.Library`` rather than ``torch.library.custom_op``:
 the first call of the latter imports the whole of TorchDynamo, about a second, into programs that
-compile nothing.
+compile nothing. ``torch.library.triton_op`` is a ``custom_op`` and costs the same. It would show
+``torch.compile`` the kernels inside of an operator, but fails to capture these: PyTorch 2.13 traces
+no kernel that is given its tensors in a tuple, as these are given their segments.
+
+The gradients that Triton computes are operators of their own, so that a traced backward holds them.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..backends import select, triton
+from . import validate
 
 LIBRARY = torch.library.Library("threshnet_fast", "FRAGMENT")
 """Owner of the registrations of ``torch.ops.threshnet_fast``."""
@@ -55,6 +63,98 @@ def register(
     for device_type, key in _AUTOCAST_DEVICES.items():
         LIBRARY.impl(name, _autocast(operator, device_type, lowered), key)
     return operator
+
+
+def register_gradients(
+    name: str,
+    schema: str,
+    *,
+    gradients: Callable[..., list[Tensor]],
+    fake: Callable[..., list[Tensor]],
+) -> Any:
+    """Registers an operator that computes gradients of another and has none itself.
+
+    Args:
+        name: The operator's name within ``threshnet_fast``.
+        schema: Arguments, and ``"-> Tensor[]"``: those gradients that are needed.
+        gradients: Computes them.
+        fake: Computes their shapes, dtypes and strides only.
+
+    Returns:
+        The operator.
+    """
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    LIBRARY.impl(name, gradients, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"threshnet_fast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.threshnet_fast, name).default
+
+
+def choose(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    shape: Sequence[int],
+    padding: int,
+    backend: str | None,
+) -> str:
+    """Chooses the backend of an operator, as :func:`..backends.select.choose` does.
+
+    Args:
+        xs: The segments.
+        weight: The convolution's weight.
+        shape: Of the result.
+        padding: The convolution's zero padding.
+        backend: What was asked for; None takes what ``use_backend`` asks for.
+
+    Returns:
+        The backend's name.
+
+    Raises:
+        ValueError: If ``"triton"`` was asked for, and the sizes are beyond its indices; others as
+            from :func:`..backends.select.choose`.
+    """
+    chosen = select.choose(xs, backend).backend
+    if chosen == "triton":
+        problem = validate.too_large_for_triton(xs, weight, shape, padding)
+        if problem is not None:
+            if (backend or select.requested_backend()) == "triton":
+                raise ValueError(problem)
+            return "reference"
+    return chosen
+
+
+def backend_of_backward(backend: str | None, output: Tensor) -> str | None:
+    """Returns what the backward of an operator has to ask for.
+
+    The setting of ``use_backend`` where the forward runs: the backward may run elsewhere, and on a
+    GPU does so in another thread. While an operator is traced, the setting is not known yet.
+    """
+    traced = type(output) is not Tensor
+    return select.requested_backend() if backend is None and not traced else backend
+
+
+def takes_kernels(
+    grad: Tensor, xs: Sequence[Tensor], weight: Tensor, padding: int, backend: str | None
+) -> bool:
+    """Returns whether Triton's kernels compute the gradients, rather than formulas in PyTorch.
+
+    Formulas are for other backends, for gradients that are to be differentiated once more, and for
+    a batch of them (``is_grads_batched``), for which operators of this library have no rule.
+    """
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        return False
+    return choose(xs, weight, grad.shape, padding, backend) == "triton"
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of ``x`` the current one, on which Triton launches."""
+    if x.device.type == "cuda":
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def triton_target(x: Tensor) -> Any:
+    """Returns what Triton's launches for ``x`` are prepared for."""
+    return triton.target(x.device, x.dtype)
 
 
 def _backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -164,6 +264,50 @@ def convolution_backward(
         [*mask, False],
     )
     return grad_x, grad_weight
+
+
+def empty_gradients(
+    xs: Sequence[Tensor], others: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    """Returns uninitialised gradients in the layout that those of Triton have.
+
+    Args:
+        xs: Segments; their gradients are channels_last.
+        others: Other arguments: vectors, and a weight, whose gradient has its strides where these
+            are dense.
+        needs: Whether each of ``xs`` and ``others`` needs its gradient.
+
+    Returns:
+        The gradients that are needed.
+    """
+    results = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for x, needed in zip(xs, needs, strict=False)
+        if needed
+    ]
+    results += [
+        torch.empty_like(other)
+        if other.dim() > 1
+        else torch.empty(other.shape, dtype=other.dtype, device=other.device)
+        for other, needed in zip(others, needs[len(xs) :], strict=True)
+        if needed
+    ]
+    return results
+
+
+def as_gradients(
+    grads: Sequence[Tensor | None],
+    xs: Sequence[Tensor],
+    others: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Returns the gradients that are needed with the strides of :func:`empty_gradients`."""
+    needed = [grad for grad, wanted in zip(grads, needs, strict=True) if wanted]
+    empty = empty_gradients(xs, others, needs)
+    return [
+        result if grad is None else result.copy_(grad)
+        for result, grad in zip(empty, needed, strict=True)
+    ]
 
 
 def split(grad: Tensor | None, xs: Sequence[Tensor]) -> list[Tensor | None]:

@@ -19,6 +19,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The C++ side counts in 32 bits; a larger number is a mistake in any case.
 _LARGEST = 2**31 - 1
 
+# Triton's kernels count pixels in 32 bits, up to the end of a tile that they do not fill.
+_LARGEST_IN_TRITON = 2**31 - 1024
+
 
 def check_arguments(
     xs: object,
@@ -150,6 +153,36 @@ def check_tensors(
             f"{first.shape[2]}x{first.shape[3]} images of xs padded by {padding}"
         )
     return [first.shape[0], weight.shape[0], *size]
+
+
+def too_large_for_triton(
+    xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
+) -> str | None:
+    """Returns what is beyond the 32-bit indices of Triton's kernels, or None.
+
+    Offsets within a feature map have 64 bits, so that a map may have any number of elements.
+
+    Args:
+        xs: The segments.
+        weight: The convolution's weight.
+        shape: Of the result.
+        padding: The convolution's zero padding.
+    """
+    batch, _, height, width = xs[0].shape
+    rows, columns = weight.shape[2:]
+    whole_groups = (weight.shape[0] + 15) * (weight.shape[1] + 15 * len(xs)) * rows * columns
+    sizes = {
+        "pixels of xs": batch * height * width,
+        "output pixels": batch * shape[2] * shape[3],
+        "padded rows": height + 2 * padding,
+        "padded columns": width + 2 * padding,
+        "pixels under a window": rows * (width + columns),
+        "elements of weight, channels in groups of 16": whole_groups,
+    }
+    for what, count in sizes.items():
+        if count > _LARGEST_IN_TRITON:
+            return f"backend 'triton' takes at most {_LARGEST_IN_TRITON} {what}, these are {count}"
+    return None
 
 
 def _check_layout(name: str, tensor: Tensor) -> None:
