@@ -12,11 +12,11 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
+from threshnet_fast.kernels import implicit_gemm, launch, layout
+from threshnet_fast.kernels.configurations import Configuration
+
 from emulation.driver import emulated
 from emulation.interpreter import interpreted
-
-from threshnet_fast.kernels import implicit_gemm, layout, launch
-from threshnet_fast.kernels.configurations import Configuration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

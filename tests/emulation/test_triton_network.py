@@ -14,10 +14,9 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
+import threshnet_fast as tf
 from emulation.driver import emulated
 from emulation.interpreter import interpreted
-
-import threshnet_fast as tf
 from threshnet_fast.backends import triton, triton_plan
 from threshnet_fast.backends.triton_plan import TritonPlan, pack_network
 from threshnet_fast.plan import FusedConv, Head, execute_reference, lower
@@ -287,13 +286,14 @@ def test_objections_name_the_cause(model) -> None:
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad(), tf.use_backend("triton"):
         if not torch.cuda.is_available():
-            with pytest.raises(RuntimeError, match="'triton' cannot run this call.*no device"):
+            with pytest.raises(RuntimeError, match=r"'triton' cannot run this call.*no device"):
                 model(x)
         with interpreted():
             with pytest.raises(RuntimeError, match=r"one of .* these tensors are torch.float64"):
                 model.double()(x.double())
-            with pytest.raises(RuntimeError, match="weights of dtype torch.float64"):
-                model(x)
+            model.half().base[0].norm.float()
+            with pytest.raises(RuntimeError, match=r"weights of dtype torch\.float32, expected"):
+                model(x.half())
 
 
 def test_threads_take_turns(model) -> None:
