@@ -84,6 +84,7 @@ def _patched() -> Iterator[None]:
         (InterpreterBuilder, "create_fma", _fused_multiply_add),
         (InterpreterBuilder, "create_masked_load", _masked_load),
         (InterpreterBuilder, "create_masked_store", _masked_store),
+        (InterpretedFunction, "__call__", _call),
         (interpreter.GridExecutor, "_init_args_hst", _arguments),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
@@ -179,6 +180,15 @@ def _fused_multiply_add(
     if not _is_bfloat16(z):
         return _original_fma(self, x, y, z)
     return _narrow(_widen(x).data * _widen(y).data + _widen(z).data)
+
+
+def _call(self: InterpretedFunction, *arguments: Any, **keywords: Any) -> Any:
+    # As it comes, what this call replaces in triton.language is never put back.
+    scope = interpreter._patch_lang(self.fn)
+    try:
+        return self.rewrite()(*arguments, **keywords)
+    finally:
+        scope.restore()
 
 
 def _arguments(self: Any, positional: Any, keywords: Any) -> Any:

@@ -217,6 +217,7 @@ class Run:
         self.shared_pitch = -(-max(1, self.shared_size) // 128) * 128
         self.shared = np.zeros(self.blocks * self.shared_pitch, np.uint8)
         self.shared_written = np.zeros(len(self.shared), np.bool_)
+        self._shared_in_flight = np.zeros(len(self.shared), np.bool_)
         self._shared_owners = _Owners(len(self.shared)) if races else None
         self.global_owners: _Owners | None = None
         self.epoch = np.zeros(self.blocks, np.int32)
@@ -386,6 +387,8 @@ class Run:
             if (self.shared[every_byte] != content).any():
                 raise PTXError(f"threads write different values to one place: {text}")
         if write:
+            if self._shared_in_flight[every_byte].any():
+                raise PTXError(f"written while an asynchronous copy to it is pending: {text}")
             self.shared_written[every_byte] = True
         elif not self.shared_written[every_byte].all():
             raise PTXError(f"shared memory is read that nothing wrote: {text}")
@@ -444,6 +447,7 @@ class Run:
         index = self.shared_index(target, count, mask, text)
         self.shared_access(index, count, mask, text, write=True)
         self.shared_written[index[:, None] + np.arange(count)] = False
+        self._shared_in_flight[index[:, None] + np.arange(count)] = True
         data = np.zeros((len(index), count), np.uint8)
         for size in np.unique(sizes[mask]):
             if size == 0:
@@ -475,7 +479,9 @@ class Run:
             if landed.any():
                 done = copies.select(landed)
                 count = done.data.shape[1]
-                self.shared[done.target[:, None] + np.arange(count)] = done.data
+                every_byte = done.target[:, None] + np.arange(count)
+                self.shared[every_byte] = done.data
+                self._shared_in_flight[every_byte] = False
                 threads = np.zeros(self.threads, np.bool_)
                 threads[done.thread] = True
                 # In the order of threads, as the mask selects them.
