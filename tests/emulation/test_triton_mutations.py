@@ -94,9 +94,10 @@ def test_wrong_divisibility() -> None:
     """A promise of alignment that does not hold makes the compiler emit wide accesses."""
     case = Case((37, 24), 1, (3, 4), 24, apart=True)
     old = '"VECTOR": vector_width('
-    with mutated(implicit_gemm, old, '"VECTOR": 8 + 0 * vector_width('), emulated("sm_80"):
-        with pytest.raises(PTXError, match="misaligned|out of bounds"):
-            run(case, torch.float16, "ieee")
+    new = '"VECTOR": 8 + 0 * vector_width('
+    error = pytest.raises(PTXError, match=r"misaligned|out of bounds")
+    with mutated(implicit_gemm, old, new), emulated("sm_80"), error:
+        run(case, torch.float16, "ieee")
 
 
 PIPELINED = Case((96,), 1, (5, 5), 24, configuration=Configuration(32, 32, 32, 4, 3))
