@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .ptx_parser import Immediate, Instruction, Parameter, Register
+from .ptx_parser import Immediate, Instruction, Register
 from .ptx_types import UNSIGNED, WIDTH, PTXError, decode, encode, is_float, truncate_to_tf32
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ def _space(it: Instruction) -> str:
 def _load(run: Run, it: Instruction, mask: np.ndarray, full: bool) -> None:
     targets, (source,) = it.operands[0], it.operands[1]
     if "param" in it.modifiers:
-        assert isinstance(source, Parameter)
-        run.set_bits(targets[0], run.parameter(source, it.kind), mask, full)
+        run.set_bits(targets[0], run.parameter(source, it.kind, mask), mask, full)
         return
     width = WIDTH[it.kind]
     loaded = run.load(_space(it), run.addresses(source), width, len(targets), mask, it.text)
@@ -419,16 +418,16 @@ def _compare(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @_handles("setp")
 def _set_predicate(run: Run, it: Instruction, mask: np.ndarray, full: bool) -> None:
-    if is_float(it.kind) and it.kind.endswith("x2"):
-        raise unsupported(it)
     a, b = (run.values(operand[0], it.kind) for operand in it.operands[1:3])
     result = _compare(it.modifiers[0], a, b)
-    opposite = ~result
+    # The second target is the opposite, or, of packed halves, the result of the upper ones.
+    is_packed = is_float(it.kind) and it.kind.endswith("x2")
+    results = (result[..., 0], result[..., 1]) if is_packed else (result, ~result)
     for name, function in _LOGIC.items():
         if name in it.modifiers[1:]:
             other = run.bits(it.operands[3][0], "pred")
-            result, opposite = function(result, other), function(opposite, other)
-    for target, value in zip(it.operands[0], (result, opposite), strict=False):
+            results = function(results[0], other), function(results[1], other)
+    for target, value in zip(it.operands[0], results, strict=False):
         run.set_bits(target, value, mask, full)
 
 

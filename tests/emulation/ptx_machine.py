@@ -121,6 +121,10 @@ class _Owners:
         return False
 
 
+# Distance of the addresses that parameters have where a program takes them.
+_PARAMETER_BYTES = 16
+
+
 @dataclass
 class _Copies:
     """Asynchronous copies that have not landed: one thread's each."""
@@ -287,6 +291,9 @@ class Run:
         if name in self.program.shared_offsets:
             offset = self.program.shared_offsets[name]
             return np.full(self.threads, offset, UNSIGNED[WIDTH[kind]])
+        if name in self._parameters:
+            place = list(self._parameters).index(name) * _PARAMETER_BYTES
+            return np.full(self.threads, place, UNSIGNED[WIDTH[kind]])
         raise PTXError(f"operand not understood: {name}")
 
     def _constant(self, operand: Operand, kind: str) -> np.ndarray:
@@ -331,8 +338,19 @@ class Run:
             return np.full(self.threads, operand.offset, np.int64)
         return self.bits(operand.base, "b64").astype(np.int64) + operand.offset
 
-    def parameter(self, operand: Operand, kind: str) -> np.ndarray:
-        """Returns the raw bits of a kernel's parameter."""
+    def parameter(self, operand: Operand, kind: str, mask: np.ndarray) -> np.ndarray:
+        """Returns the raw bits of a kernel's parameter, which may be named by its address."""
+        if isinstance(operand, Address):
+            bits = np.zeros(self.threads, UNSIGNED[WIDTH[kind]])
+            addresses = self.addresses(operand)
+            names = list(self._parameters)
+            for address in np.unique(addresses[mask]):
+                index, offset = divmod(int(address), _PARAMETER_BYTES)
+                if offset or not 0 <= index < len(names):
+                    raise PTXError(f"there is no parameter at address {address}")
+                chosen = addresses == address
+                bits[chosen] = self.parameter(Parameter(names[index], 0), kind, mask)[chosen]
+            return bits
         if not isinstance(operand, Parameter):
             raise PTXError(f"parameter not understood: {operand}")
         _, value = self._parameters[operand.name]
