@@ -361,16 +361,17 @@ def weight_gradient_reduction_kernel(
 ):
     """Adds the parts of a weight's gradient, always in the same order, and stores it unpacked.
 
-    Axis 0 of the grid runs over tiles of channels, axis 1 over all taps: those that meet no pixel
-    have no parts, their gradient is 0. ``PRODUCTS`` adds up the products of gradient and weight,
-    over the input channels of the tile, into ``products[tap, tile of input channels, output]``.
+    The grid runs over tiles of channels and over all taps: those that meet no pixel have no parts,
+    their gradient is 0. ``PRODUCTS`` adds up the products of gradient and weight, over the input
+    channels of the tile, into ``products[tap, tile of input channels, output]``.
     """
     column_tiles = tl.cdiv(out_channels, BLOCK_N)
     row_tiles = tl.cdiv(in_channels, BLOCK_M)
     tile = tl.program_id(0)
-    tap = tl.program_id(1)
-    row_tile = tile // column_tiles
     n = tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tile // column_tiles
+    row_tile = tile % row_tiles
+    tap = tile // row_tiles
     k = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n_exists = n < out_channels
     mask = (k < in_channels)[:, None] & n_exists[None, :]
@@ -428,8 +429,10 @@ def column_sums_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Adds up a part of the pixels of a map into ``sums[part, channels]``."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(1)
+    column_tiles = tl.cdiv(channels, BLOCK_N)
+    tile = tl.program_id(0)
+    n = tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tile // column_tiles
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first_block = part * blocks_of_a_part
     last_block = tl.minimum(first_block + blocks_of_a_part, tl.cdiv(pixels, BLOCK_M))
@@ -752,8 +755,10 @@ def weight_gradient(
     reduction = Launch(
         weight_gradient_reduction_kernel,
         (
-            triton.cdiv(in_channels, rows) * triton.cdiv(out_channels, columns),
-            window.kernel[0] * window.kernel[1],
+            window.kernel[0]
+            * window.kernel[1]
+            * triton.cdiv(in_channels, rows)
+            * triton.cdiv(out_channels, columns),
         ),
         {
             **channels_of_both,
@@ -815,7 +820,7 @@ def column_sums(x: Tensor, gate: Gate = OPEN) -> tuple[list[Launch], Tensor]:
         launches.append(
             Launch(
                 column_sums_kernel,
-                (triton.cdiv(channels, block_n), parts),
+                (triton.cdiv(channels, block_n) * parts,),
                 {
                     "x_ptr": x,
                     "x_pitch": pitch(x),
