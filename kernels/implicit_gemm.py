@@ -21,6 +21,21 @@ from .layout import GROUP, PackedWeight, group_starts, pitch, vector_width
 
 __all__ = ["convolve", "live_taps", "output_pixel", "partials_size", "segment_pointers"]
 
+SIZES = [
+    "pixels",
+    "in_height",
+    "in_width",
+    "out_height",
+    "out_width",
+    "stride",
+    "pad_rows",
+    "pad_columns",
+    "tap_rows",
+    "tap_columns",
+    "kernel_columns",
+]
+"""Arguments of which no value deserves a compilation of its own."""
+
 REDUCTION_TILE = 16, 64
 """Pixels and channels of a program that adds the parts of a split reduction."""
 
@@ -65,7 +80,7 @@ def segment_pointers(xs, pitches, starts, lengths, k, BLOCK_K: tl.constexpr, VEC
     return pointers, distances, exists
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def implicit_gemm_kernel(
     xs,
     pitches,
@@ -102,7 +117,7 @@ def implicit_gemm_kernel(
     BIAS: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -137,10 +152,10 @@ def implicit_gemm_kernel(
     steps = tap_rows * tap_columns * channel_blocks
     first_step = 0
     last_step = steps
-    if SPLIT_K > 1:
+    if SPLIT:
         part = tl.program_id(1)
-        first_step = part * steps // SPLIT_K
-        last_step = (part + 1) * steps // SPLIT_K
+        first_step = part * steps // tl.num_programs(1)
+        last_step = (part + 1) * steps // tl.num_programs(1)
 
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first_step, last_step):
@@ -188,7 +203,7 @@ def implicit_gemm_kernel(
         )
         sums = tl.dot(x, weight, sums, input_precision=PRECISION)
 
-    if SPLIT_K > 1:
+    if SPLIT:
         rows = (m.to(tl.int64) + part * pixels) * out_channels
         tl.store(
             partials_ptr + rows[:, None] + n[None, :],
@@ -217,7 +232,7 @@ def store_tile(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "parts"])
 def split_k_reduction_kernel(
     partials_ptr,
     output_scale_ptr,
@@ -225,11 +240,11 @@ def split_k_reduction_kernel(
     y_ptr,
     y_pitch,
     pixels,
+    parts,
     out_channels,
     OUTPUT_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     RELU: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -242,7 +257,7 @@ def split_k_reduction_kernel(
     n_exists = n < out_channels
     mask = m_exists[:, None] & n_exists[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for part in range(SPLIT_K):
+    for part in range(parts):
         rows = (m.to(tl.int64) + part * pixels) * out_channels
         sums += tl.load(partials_ptr + rows[:, None] + n[None, :], mask=mask, other=0.0)
     if OUTPUT_SCALE:
@@ -329,7 +344,6 @@ def convolve(
         "OUTPUT_SCALE": output_scale is not None,
         "BIAS": bias is not None,
         "RELU": relu,
-        "SPLIT_K": split_k,
     }
     launches = [
         Launch(
@@ -363,6 +377,7 @@ def convolve(
                 "ONE_PITCH": same_pitch,
                 "PROLOGUE": prologue is not None,
                 "PRECISION": precision,
+                "SPLIT": split_k > 1,
                 "BLOCK_M": configuration.block_m,
                 "BLOCK_N": configuration.block_n,
                 "BLOCK_K": configuration.block_k,
@@ -378,7 +393,13 @@ def convolve(
             Launch(
                 split_k_reduction_kernel,
                 (tiles,),
-                {**target, "partials_ptr": partials, "BLOCK_M": block_m, "BLOCK_N": block_n},
+                {
+                    **target,
+                    "partials_ptr": partials,
+                    "parts": split_k,
+                    "BLOCK_M": block_m,
+                    "BLOCK_N": block_n,
+                },
             )
         )
     return launches

@@ -43,13 +43,13 @@ SOURCE_BUGS = {
     ),
     "a part of the split reduction missing": (
         SPLIT,
-        "for part in range(SPLIT_K):",
-        "for part in range(SPLIT_K - 1):",
+        "for part in range(parts):",
+        "for part in range(parts - 1):",
     ),
     "parts of the split reduction overlap": (
         SPLIT,
-        "first_step = part * steps // SPLIT_K",
-        "first_step = part * (steps - 1) // SPLIT_K",
+        "first_step = part * steps // tl.num_programs(1)",
+        "first_step = part * (steps - 1) // tl.num_programs(1)",
     ),
     "bias in the wrong channel": (HARMONIC, "bias_ptr + n", "bias_ptr + n // 2"),
     "sums forgotten between steps": (
