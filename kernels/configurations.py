@@ -1,12 +1,29 @@
-"""Tile sizes, and the choice among them."""
+"""Tile sizes of the convolution kernel for each architecture, and the choice among them.
+
+The choice is a model of cost, not a measurement: see :func:`estimate`. A few tiles for each class
+of arithmetic are all there is to choose from, since every tile that a network uses is a compilation
+that its first call waits for. :mod:`.autotuning` can measure instead.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Configuration", "Problem", "choose"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Configuration",
+    "Problem",
+    "candidates",
+    "choose",
+    "estimate",
+    "find_architecture",
+    "precision_for",
+    "shared_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class Problem:
         channels: Input channels, whole groups.
         taps: Taps of the window that can meet a pixel.
         dtype: Of the feature maps.
+        precision: ``"ieee"`` or ``"tf32"``, how float32 is multiplied.
     """
 
     pixels: int
@@ -47,11 +65,213 @@ class Problem:
     channels: int
     taps: int
     dtype: torch.dtype
+    precision: str = "ieee"
 
 
-def choose(
-    problem: Problem, architecture: str = "sm_80", multiprocessors: int = 108
-) -> Configuration:
-    """Chooses a configuration by a model of its cost."""
-    block_n = 32 if problem.out_channels <= 32 else 64
-    return Configuration(64, block_n, 32, 4, 3)
+@dataclass(frozen=True)
+class Architecture:
+    """What the choice has to know of a family of GPUs.
+
+    Attributes:
+        name: ``"sm_90"``, ``"gfx942"``.
+        shared_bytes: Shared memory that one program may have, or local data share.
+        multiprocessors: Of a typical device, where the device itself is not known.
+        half: Floating-point operations a clock and multiprocessor in float16 and bfloat16.
+        tf32: The same in TF32; 0 where there is none.
+        full: The same in float32.
+        num_stages: Of the software pipeline; 2 where copies to shared memory are not asynchronous.
+    """
+
+    name: str
+    shared_bytes: int
+    multiprocessors: int
+    half: int
+    tf32: int
+    full: int
+    num_stages: int = 3
+
+
+# Rates are those of the vendors' architecture papers. Where 16-bit products are not computed by
+# tensor cores, as Triton does on sm_75, they are those of float32.
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("sm_75", 65536, 40, 128, 0, 128, num_stages=2),
+        Architecture("sm_80", 166912, 108, 2048, 1024, 128),
+        Architecture("sm_86", 101376, 20, 512, 256, 256),
+        Architecture("sm_89", 101376, 76, 512, 256, 256),
+        Architecture("sm_90", 232448, 132, 4096, 2048, 256),
+        Architecture("sm_100", 232448, 148, 8192, 4096, 256),
+        Architecture("sm_120", 101376, 84, 512, 256, 256),
+        Architecture("gfx90a", 65536, 104, 1024, 0, 256, num_stages=2),
+        Architecture("gfx942", 65536, 304, 2048, 1024, 256, num_stages=2),
+        Architecture("gfx1100", 65536, 96, 512, 0, 256, num_stages=2),
+    )
+}
+"""Families that kernels are compiled and checked for; others take the nearest older one."""
+
+_INTERPRETER = Configuration(128, 128, 128, 4, 1)
+"""A program takes its time in the interpreter, whatever its size."""
+
+# block_m, block_n, block_k, num_warps; none spills registers on any architecture of its class.
+_HALF = (
+    (128, 64, 32, 4),
+    (128, 32, 32, 4),
+    (64, 64, 64, 4),
+    (64, 32, 64, 4),
+    (32, 32, 64, 4),
+    (16, 64, 64, 4),
+    (16, 32, 64, 4),
+)
+_TF32 = (
+    (128, 64, 32, 8),
+    (64, 64, 32, 4),
+    (64, 32, 32, 4),
+    (32, 32, 32, 4),
+    (16, 64, 32, 4),
+    (16, 32, 32, 4),
+)
+_FULL = (
+    (128, 64, 16, 8),
+    (64, 64, 16, 4),
+    (64, 32, 16, 4),
+    (32, 32, 32, 4),
+    (16, 64, 32, 4),
+    (16, 32, 32, 4),
+)
+_WITHOUT_TENSOR_CORES = (
+    (64, 32, 16, 4),
+    (32, 32, 16, 4),
+    (16, 32, 16, 4),
+)
+_SPLITS = (1, 2, 4, 8, 16)
+
+# Cycles. Rounded figures of the published micro-benchmarks of the architectures: only how they
+# compare with each other and with the arithmetic matters, and only to orders of magnitude.
+_LATENCY = 600
+_PROGRAM = 2000
+_LAUNCH = 3000
+_CACHE_BYTES = 32
+_MAX_RESIDENT = 4
+
+
+def find_architecture(name: str) -> Architecture:
+    """Returns an architecture, or the nearest older one of the same vendor.
+
+    Args:
+        name: ``"sm_90"``, ``"gfx942"``; those that are not in the table get the entry before them,
+            or the first one.
+    """
+    found = ARCHITECTURES.get(name)
+    if found is not None:
+        return found
+    prefix, base = ("sm_", 10) if name.startswith("sm_") else ("gfx", 16)
+    family = [each for each in ARCHITECTURES.values() if each.name.startswith(prefix)]
+    try:
+        number = int(name.removeprefix(prefix), base)
+    except ValueError:
+        return family[0]
+    older = [each for each in family if int(each.name.removeprefix(prefix), base) <= number]
+    return max(older, default=family[0], key=lambda each: int(each.name.removeprefix(prefix), base))
+
+
+def precision_for(name: str, precision: str) -> str:
+    """Returns how float32 is multiplied where ``precision`` is allowed.
+
+    TF32 falls back to IEEE arithmetic where the hardware has no TF32: sm_75, gfx90a, gfx1100.
+    """
+    if precision == "tf32" and name != "interpreter" and not find_architecture(name).tf32:
+        return "ieee"
+    return precision
+
+
+def candidates(
+    architecture: Architecture, dtype: torch.dtype, precision: str
+) -> tuple[Configuration, ...]:
+    """Returns all configurations for a class of arithmetic, reductions not split."""
+    if architecture.half == architecture.full:
+        tiles = _WITHOUT_TENSOR_CORES
+    elif dtype != torch.float32:
+        tiles = _HALF
+    else:
+        tiles = _TF32 if precision == "tf32" else _FULL
+    return tuple(Configuration(*tile, architecture.num_stages) for tile in tiles)
+
+
+def shared_bytes(configuration: Configuration, dtype: torch.dtype) -> int:
+    """Returns the shared memory that the stages of a pipeline take, at least."""
+    tiles = configuration.block_m + configuration.block_n
+    return configuration.num_stages * tiles * configuration.block_k * dtype.itemsize
+
+
+def estimate(
+    problem: Problem, configuration: Configuration, architecture: Architecture, multiprocessors: int
+) -> float:
+    """Estimates the cycles of a convolution.
+
+    With ``s`` steps of the reduction in a program, ``c`` programs at once on a multiprocessor::
+
+        waves * (start + s * max(c * arithmetic, c * traffic, latency / (stages - 1)) + c * store)
+
+    where a step's arithmetic is its operations, padding included, at the architecture's rate, and
+    its traffic the two tiles that it loads at 32 bytes a clock. A split reduction adds a launch,
+    and writing and reading its float32 sums. Ignored: reuse of loads in L1, the device's memory
+    being slower than its cache, and clocks that change.
+
+    Args:
+        problem: What to compute.
+        configuration: How.
+        architecture: On what.
+        multiprocessors: Of the device.
+    """
+    c = configuration
+    size = problem.dtype.itemsize
+    rate = architecture.full
+    if problem.dtype != torch.float32:
+        rate = architecture.half
+    elif problem.precision == "tf32":
+        rate = architecture.tf32
+    tiles = -(-problem.pixels // c.block_m) * -(-problem.out_channels // c.block_n)
+    programs = tiles * c.split_k
+    resident = min(
+        _MAX_RESIDENT, max(1, architecture.shared_bytes // shared_bytes(c, problem.dtype))
+    )
+    at_once = min(resident, -(-programs // multiprocessors))
+    waves = -(-programs // (multiprocessors * at_once))
+    steps = -(-problem.taps * -(-problem.channels // c.block_k) // c.split_k)
+    arithmetic = 2 * c.block_m * c.block_n * c.block_k / rate
+    traffic = (c.block_m + c.block_n) * c.block_k * size / _CACHE_BYTES
+    step = max(at_once * arithmetic, at_once * traffic, _LATENCY / max(1, c.num_stages - 1))
+    stored = c.block_m * c.block_n * (4 if c.split_k > 1 else size) / _CACHE_BYTES
+    cycles = waves * (_PROGRAM + steps * step + at_once * stored)
+    if c.split_k > 1:
+        sums = 4 * c.split_k * problem.pixels * problem.out_channels
+        cycles += _LAUNCH + _PROGRAM + sums / (_CACHE_BYTES * multiprocessors)
+    return cycles
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, architecture: str, multiprocessors: int) -> Configuration:
+    """Chooses the configuration with the lowest :func:`estimate`, the first of equals.
+
+    Args:
+        problem: What to compute.
+        architecture: ``"sm_90"``, ``"gfx942"``, ``"interpreter"``.
+        multiprocessors: Of the device.
+    """
+    if architecture == "interpreter":
+        return _INTERPRETER
+    found = find_architecture(architecture)
+    steps = problem.taps * problem.channels
+    best, least = None, float("inf")
+    for tile in candidates(found, problem.dtype, problem.precision):
+        for split_k in _SPLITS:
+            # A part with fewer than two steps has nothing to pipeline.
+            if split_k > 1 and steps < 2 * split_k * tile.block_k:
+                break
+            configuration = replace(tile, split_k=split_k)
+            cycles = estimate(problem, configuration, found, multiprocessors)
+            if cycles < least:
+                best, least = configuration, cycles
+    assert best is not None
+    return best

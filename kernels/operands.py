@@ -137,6 +137,7 @@ def convolve(
         channels=weight.data.shape[1],
         taps=tap_rows * tap_columns,
         dtype=first.dtype,
+        precision=target.precision,
     )
     configuration = configurations.choose(problem, target.architecture, target.multiprocessors)
     y = empty_map(first, (first.shape[0], weight.out_channels, *window.out_size))

@@ -28,6 +28,7 @@ __all__ = [
     "interpreting",
     "objection",
     "unavailable_reason",
+    "version",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -64,6 +65,15 @@ def unavailable_reason() -> str | None:
     except Exception as error:
         return f"triton finds no device ({' '.join(str(error).split()) or type(error).__name__})"
     return None
+
+
+def version() -> str | None:
+    """Returns the version of triton, None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return str(triton.__version__)
 
 
 def interpreting() -> bool:

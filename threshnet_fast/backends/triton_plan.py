@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -253,6 +253,8 @@ def _group(plan: Plan, target: Target) -> list[_Prepared]:
             configuration = configurations.choose(
                 _problem(plan, step, target), target.architecture, target.multiprocessors
             )
+            if _reads_input(step):
+                configuration = replace(configuration, split_k=1)
             algorithm = _describe(configuration)
         prepared.append(_Prepared((step,), (index,), (algorithm,), configuration))
         index += 1
@@ -292,6 +294,7 @@ def _problem(plan: Plan, step: FusedConv, target: Target) -> configurations.Prob
         channels=sum(layout.padded(segment.channels) for segment in step.inputs),
         taps=taps,
         dtype=target.dtype,
+        precision=target.precision,
     )
 
 
