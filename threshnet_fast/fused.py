@@ -72,6 +72,7 @@ class FusedForward:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
+        self._captured: dict[int, Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         return FusedForward()
@@ -95,6 +96,9 @@ class FusedForward:
             return None
         try:
             plan, packed = self.prepare(model, x, head=head)
+            if triton.capturing(x.device):
+                # The caller's graph reads these weights whenever it is replayed.
+                self._captured[id(packed)] = packed
             return plan(x, packed)
         except (Objection, triton.CompilationFailed) as objection:
             if requested != "auto":

@@ -5,6 +5,7 @@ Nothing here imports triton before a question or a call needs it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import threading
@@ -24,6 +25,7 @@ __all__ = [
     "CompilationFailed",
     "PlanCache",
     "architecture",
+    "capturing",
     "float32_precision",
     "interpreting",
     "objection",
@@ -144,7 +146,8 @@ def target(device: torch.device, dtype: torch.dtype) -> Target:
     from ..kernels import configurations
     from .triton_plan import Target
 
-    name = architecture()
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        name = architecture()
     precision = float32_precision() if dtype is torch.float32 else "ieee"
     multiprocessors = 1
     if name != "interpreter":
@@ -157,6 +160,14 @@ def target(device: torch.device, dtype: torch.dtype) -> Target:
         multiprocessors = properties["multiprocessor_count"]
     precision = configurations.precision_for(name, precision)
     return Target(device, dtype, precision, name, multiprocessors)
+
+
+def capturing(device: torch.device) -> bool:
+    """Returns whether what is called now on a device is captured in a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())
 
 
 class PlanCache:
@@ -198,9 +209,17 @@ class PlanCache:
         shape, head, goal = key
         plan = TritonPlan(lower(module, shape, head=head, fold=False), goal, graphs=_graphs())
         if goal.dtype not in self._packed:
+            if capturing(goal.device):
+                raise RuntimeError(
+                    f"weights cannot be packed in {goal.dtype} while a CUDA graph is captured: "
+                    "call the network once before"
+                )
             size = module.min_size
             whole = lower(module, (1, module.in_chans, size, size))
             self._packed[goal.dtype] = pack_network(whole, goal.dtype)
+            if goal.device.type == "cuda":
+                # The next call may be on another stream.
+                torch.cuda.current_stream(goal.device).synchronize()
         if len(self._plans) >= _MAX_PLANS:
             self._plans.pop(next(iter(self._plans)))
         self._plans[key] = plan

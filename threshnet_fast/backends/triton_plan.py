@@ -35,6 +35,9 @@ __all__ = ["PackedNetwork", "Target", "TritonPlan", "pack_network"]
 # Workspaces kept for a plan, one for each stream that it was called on.
 _MAX_WORKSPACES = 4
 
+# PyTorch captures one graph at a time in a process.
+_capturing = threading.Lock()
+
 # Indices of pixels are 32-bit in the kernels; offsets are 64-bit.
 _MAX_PIXELS = 2**31 - 1
 
@@ -487,8 +490,15 @@ class _Graph:
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
         self._x = x
         self._graph = torch.cuda.CUDAGraph()
+        # Kernels are compiled for an input of these strides, which a capture must not do.
+        function(x)
+        # PyTorch's own stream for captures is on the device that was the first to have one.
+        stream = torch.cuda.Stream(x.device)
         # Other threads may go on allocating meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with (
+            _capturing,
+            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._y = function(x)
 
     def __call__(self, x: Tensor) -> Tensor:
