@@ -19,6 +19,7 @@ __all__ = [
     "Problem",
     "candidates",
     "choose",
+    "configurations_for",
     "estimate",
     "find_architecture",
     "precision_for",
@@ -262,16 +263,19 @@ def choose(problem: Problem, architecture: str, multiprocessors: int) -> Configu
     if architecture == "interpreter":
         return _INTERPRETER
     found = find_architecture(architecture)
-    steps = problem.taps * problem.channels
-    best, least = None, float("inf")
-    for tile in candidates(found, problem.dtype, problem.precision):
-        for split_k in _SPLITS:
-            # A part with fewer than two steps has nothing to pipeline.
-            if split_k > 1 and steps < 2 * split_k * tile.block_k:
-                break
-            configuration = replace(tile, split_k=split_k)
-            cycles = estimate(problem, configuration, found, multiprocessors)
-            if cycles < least:
-                best, least = configuration, cycles
-    assert best is not None
-    return best
+    return min(
+        configurations_for(problem, found),
+        key=lambda each: estimate(problem, each, found, multiprocessors),
+    )
+
+
+def configurations_for(problem: Problem, architecture: Architecture) -> list[Configuration]:
+    """Returns all configurations of a problem, with its reduction whole and in parts."""
+    length = problem.taps * problem.channels
+    return [
+        replace(tile, split_k=split_k)
+        for tile in candidates(architecture, problem.dtype, problem.precision)
+        for split_k in _SPLITS
+        # A part with fewer than two steps has nothing to pipeline.
+        if split_k == 1 or length >= 2 * split_k * tile.block_k
+    ]

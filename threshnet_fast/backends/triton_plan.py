@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ..kernels import (
+    autotuning,
     configurations,
     dense_layer,
     head,
@@ -253,15 +254,20 @@ def _group(plan: Plan, target: Target) -> list[_Prepared]:
         configuration = None
         algorithm = "direct"
         if isinstance(step, FusedConv):
-            configuration = configurations.choose(
-                _problem(plan, step, target), target.architecture, target.multiprocessors
-            )
+            configuration = _choose(_problem(plan, step, target), target)
             if _reads_input(step):
                 configuration = replace(configuration, split_k=1)
             algorithm = _describe(configuration)
         prepared.append(_Prepared((step,), (index,), (algorithm,), configuration))
         index += 1
     return prepared
+
+
+def _choose(problem: configurations.Problem, target: Target) -> configurations.Configuration:
+    arguments = problem, target.architecture, target.multiprocessors
+    if target.device.type == "cuda" and autotuning.enabled():
+        return autotuning.choose(*arguments, target.device)
+    return configurations.choose(*arguments)
 
 
 def _is_dense_layer(first: Step, second: Step | None, readers: dict[int, int]) -> bool:
