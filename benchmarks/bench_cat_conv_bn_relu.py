@@ -1,6 +1,7 @@
 """Measures cat_conv_bn_relu against concatenation, convolution, BatchNorm, ReLU one by one.
 
     python benchmarks/bench_cat_conv_bn_relu.py --seconds 2
+    python benchmarks/bench_cat_conv_bn_relu.py --device cuda
 
 Shapes are those of the network. The operator packs its weights on every call, as its weights are
 ordinary tensors; a compiled network packs them once, so it gains more than this shows.
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 import threshnet_fast as tf
 
 
-def build(shape: operators.Shape, batch: int) -> tuple[operators.Calls, Tensor]:
+def build(
+    shape: operators.Shape, batch: int, place: operators.Place
+) -> tuple[operators.Calls, Tensor]:
     """Makes the calls to compare, and the float64 result."""
     generator = torch.Generator().manual_seed(0)
 
@@ -26,10 +29,11 @@ def build(shape: operators.Shape, batch: int) -> tuple[operators.Calls, Tensor]:
         return low + (high - low) * torch.rand(size, generator=generator)
 
     channels, out = sum(shape.segments), shape.out_channels
-    xs = [draw(batch, c, shape.height, shape.width) for c in shape.segments]
-    weight = draw(out, channels, shape.kernel, shape.kernel)
-    mean, variance = draw(out), draw(out, low=0.5, high=1.8)
-    gamma, beta = draw(out, low=0.6, high=1.4), draw(out)
+    xs = place.put(*(draw(batch, c, shape.height, shape.width) for c in shape.segments))
+    (weight,) = place.put(draw(out, channels, shape.kernel, shape.kernel))
+    norm = draw(out), draw(out, low=0.5, high=1.8)
+    affine = draw(out, low=0.6, high=1.4), draw(out)
+    mean, variance, gamma, beta = place.put_parameters(*norm, *affine)
     padding = shape.kernel // 2
     scale = gamma * torch.rsqrt(variance + 1e-5)
     shift = beta - mean * scale
@@ -42,7 +46,7 @@ def build(shape: operators.Shape, batch: int) -> tuple[operators.Calls, Tensor]:
     last_weight = weight.contiguous(memory_format=torch.channels_last)
     calls: operators.Calls = {
         "fused": lambda: tf.ops.cat_conv_bn_relu(
-            last, weight, scale, shift, stride=shape.stride, padding=padding, backend="cpu"
+            last, weight, scale, shift, stride=shape.stride, padding=padding, backend=place.backend
         ),
         "eager": lambda: unfused(xs, weight),
         "channels-last": lambda: unfused(last, last_weight),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import sys
 import uuid
@@ -17,11 +18,14 @@ from tqdm import tqdm
 
 import threshnet_fast as tf
 from threshnet_fast.cli import machine
+from threshnet_fast.cli.arguments import check_device, device
+from threshnet_fast.cli.cuda_providers import graphed
 from threshnet_fast.cli.errors import CommandError
-from threshnet_fast.cli.providers import ERROR_LIMIT, random_model, worst_error
+from threshnet_fast.cli.precision import PRECISIONS
+from threshnet_fast.cli.providers import random_model, worst_error
 from threshnet_fast.cli.report import format_table
 from threshnet_fast.cli.results import append_rows, check_writable
-from threshnet_fast.cli.timing import interleave
+from threshnet_fast.cli.timing import CudaTimer, host_timer, interleave
 from threshnet_fast.nn import DenseLayer
 from threshnet_fast.plan import FusedConv
 
@@ -31,7 +35,8 @@ COLUMNS = (
     *("run", "time", "commit", "operator", "layer", "batch", "height", "width", "segments"),
     *("in_channels", "out_channels", "kernel", "stride", "threads", "provider", "version"),
     *("macs", "calls", "min_ms", "p20_ms", "p50_ms", "p80_ms", "gflops", "speedup_min"),
-    *("speedup_p50", "error", "processor", "flags", "python", "torch"),
+    *("speedup_p50", "error", "processor", "flags", "python", "torch", "dtype", "device"),
+    *("accelerator", "driver", "libraries", "clocks"),
 )
 
 
@@ -60,7 +65,31 @@ class Shape:
     macs: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an operator runs.
+
+    Attributes:
+        device: Device of all tensors.
+        dtype: Of feature maps and weights; batch normalization has float32 parameters.
+        backend: Backend of the fused operator.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+
+    def put(self, *tensors: Tensor) -> list[Tensor]:
+        """Feature maps and weights, rounded and moved."""
+        return [tensor.to(self.device, self.dtype) for tensor in tensors]
+
+    def put_parameters(self, *tensors: Tensor) -> list[Tensor]:
+        """Parameters of batch normalization, moved."""
+        return [tensor.to(self.device) for tensor in tensors]
+
+
 Calls = dict[str, Callable[[], Tensor]]
+Build = Callable[[Shape, int, Place], tuple[Calls, Tensor]]
 
 
 def shapes(model_name: str, size: int, batch: int, prologue: bool) -> list[Shape]:
@@ -115,25 +144,25 @@ def _layers_before(model: torch.nn.Module, step_name: str) -> int:
     return before
 
 
-def run(
-    operator: str,
-    description: str,
-    prologue: bool,
-    build: Callable[[Shape, int], tuple[Calls, Tensor]],
-) -> int:
+def run(operator: str, description: str, prologue: bool, build: Build) -> int:
     """Parses the command line, measures every shape, prints a table and appends to the CSV file.
 
     Args:
         operator: Name of the operator.
         description: Shown by ``--help``.
         prologue: Whether the operator is the one with a BatchNorm before the convolution.
-        build: Makes, for a shape and a batch size, the calls to compare and the float64 result.
+        build: Makes, for a shape, a batch size and a place, the calls to compare and the float64
+            result. On a GPU, each call is measured in a CUDA graph as well.
 
     Returns:
         The exit status.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(PRECISIONS), help="precisions, on a GPU (default all)"
     )
     parser.add_argument("--model", default="threshnet95")
     parser.add_argument("--size", type=int, default=224)
@@ -143,6 +172,14 @@ def run(
     parser.add_argument("--limit", type=int, help="only so many shapes, evenly spread")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    try:
+        place = check_device(device(arguments.device))
+    except (CommandError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
+    gpu = place.type != "cpu"
+    if arguments.dtypes and not gpu:
+        parser.error("--dtypes belongs to a GPU: add --device cuda")
+    dtypes = arguments.dtypes or (list(PRECISIONS) if gpu else ["float32"])
     torch.set_num_threads(arguments.threads)
     chosen = shapes(arguments.model, arguments.size, arguments.batch, prologue)
     if arguments.limit and arguments.limit < len(chosen):
@@ -158,18 +195,40 @@ def run(
         "flags": " ".join(machine.instruction_sets()),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "device": place.type,
     }
+    if gpu:
+        common |= {
+            "accelerator": machine.accelerator(place),
+            "driver": machine.driver(place),
+            "libraries": machine.accelerator_libraries(),
+        }
     try:
         arguments.csv.parent.mkdir(parents=True, exist_ok=True)
         check_writable(arguments.csv, COLUMNS)
-        rows = []
-        for shape in tqdm(chosen, desc=operator, unit="shape", disable=None):
-            rows += _measure(shape, arguments.batch, arguments.seconds, build, common)
-        append_rows(arguments.csv, rows, COLUMNS)
+        for dtype in dtypes:
+            precision = PRECISIONS[dtype]
+            target = Place(place, precision.dtype, "triton" if gpu else "cpu")
+            rows = []
+            with (
+                torch.cuda.device(place) if gpu else contextlib.nullcontext(),
+                precision.active() if gpu else contextlib.nullcontext(),
+            ):
+                for shape in tqdm(chosen, desc=f"{operator} {dtype}", unit="shape", disable=None):
+                    rows += _measure(
+                        shape,
+                        arguments.batch,
+                        arguments.seconds,
+                        build,
+                        target,
+                        precision.error_limit,
+                        common | {"dtype": dtype},
+                    )
+            append_rows(arguments.csv, rows, COLUMNS)
+            print(_table(rows))
     except CommandError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
-    print(_table(rows))
     return 0
 
 
@@ -177,19 +236,26 @@ def _measure(
     shape: Shape,
     batch: int,
     seconds: float,
-    build: Callable[[Shape, int], tuple[Calls, Tensor]],
+    build: Build,
+    place: Place,
+    error_limit: float,
     common: dict[str, object],
 ) -> list[dict[str, object]]:
+    gpu = place.device.type != "cpu"
     with torch.inference_mode():
-        calls, reference = build(shape, batch)
-        limit = ERROR_LIMIT * float(reference.abs().max())
+        calls, reference = build(shape, batch, place)
+        if gpu:
+            calls |= {f"{name}-graph": graphed(call) for name, call in calls.items()}
+        limit = error_limit * float(reference.abs().max())
         errors = {name: worst_error(call(), reference) for name, call in calls.items()}
         for name, error in errors.items():
             if not error <= limit:
                 raise CommandError(f"{name} is wrong for {shape}: {error:.3g} > {limit:.3g}")
-        samples = interleave(calls, seconds=seconds)
+        timer = CudaTimer(place.device) if gpu else host_timer
+        samples = interleave(calls, seconds=seconds, timer=timer)
+        clocks = machine.clocks(place.device) if gpu else ""
     rows = []
-    peers = [sample for name, sample in samples.items() if name != "fused"]
+    peers = [sample for name, sample in samples.items() if not name.startswith("fused")]
     for name, sample in samples.items():
         times = {
             key: sample.milliseconds(fraction)
@@ -208,7 +274,7 @@ def _measure(
                 "kernel": shape.kernel,
                 "stride": shape.stride,
                 "provider": name,
-                "version": tf.__version__ if name == "fused" else torch.__version__,
+                "version": tf.__version__ if name.startswith("fused") else torch.__version__,
                 "macs": shape.macs,
                 "calls": len(sample.nanoseconds),
                 **{f"{key}_ms": f"{value:.4f}" for key, value in times.items()},
@@ -216,6 +282,7 @@ def _measure(
                 "speedup_min": f"{best_min / times['min']:.4f}",
                 "speedup_p50": f"{best_p50 / times['p50']:.4f}",
                 "error": f"{errors[name]:.4g}",
+                "clocks": clocks,
             }
         )
     return rows
@@ -223,13 +290,15 @@ def _measure(
 
 def _table(rows: list[dict[str, object]]) -> str:
     names = list(dict.fromkeys(str(row["provider"]) for row in rows))
+    # In graphs all are free of the time that the host takes, where there are graphs.
+    ours = "fused-graph" if "fused-graph" in names else "fused"
     header = ["layer", "window", "in", "out", "map", *(f"{name} ms" for name in names), "speed-up"]
     by_layer: dict[str, dict[str, dict[str, object]]] = {}
     for row in rows:
         by_layer.setdefault(str(row["layer"]), {})[str(row["provider"])] = row
     lines = []
     for layer, group in by_layer.items():
-        row = group["fused"]
+        row = group[ours]
         parts = str(row["segments"]).count("+") + 1
         lines.append(
             [

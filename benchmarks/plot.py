@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from threshnet_fast.cli.errors import CommandError
-from threshnet_fast.cli.report import plot
+from threshnet_fast.cli.report import on_gpu, plot
 from threshnet_fast.cli.results import latest_rows, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +19,7 @@ FIGURE = ROOT / "docs" / "figures" / "latency.png"
 
 
 def main() -> int:
-    """Draws ThreshNet95 with the most threads that were measured, one panel an input."""
+    """Draws ThreshNet95 on a CPU with the most threads that were measured, one panel an input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,7 +28,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=FIGURE)
     arguments = parser.parse_args()
     try:
-        rows = [r for r in latest_rows(read_rows(arguments.csv)) if r["model"] == arguments.model]
+        rows = [
+            row
+            for row in latest_rows(read_rows(arguments.csv))
+            if row["model"] == arguments.model and not on_gpu(row)
+        ]
         threads = max((int(row["threads"]) for row in rows), default=0)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         plot([row for row in rows if int(row["threads"]) == threads], arguments.output)

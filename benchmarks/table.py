@@ -17,28 +17,43 @@ from pathlib import Path
 
 from threshnet_fast.cli.errors import CommandError
 from threshnet_fast.cli.providers import PROVIDERS
-from threshnet_fast.cli.report import conditions, markdown_table
+from threshnet_fast.cli.report import conditions, markdown_table, on_gpu
 from threshnet_fast.cli.results import COLUMNS, latest_rows, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "models.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu.md")
 
 Rows = Sequence[dict[str, str]]
 
 
 def summary(rows: Rows) -> str:
-    """ThreshNet95 with the most threads that were measured: minimum milliseconds."""
-    rows = [row for row in rows if row["model"] == "threshnet95"]
+    """ThreshNet95 on CPUs with the most threads that were measured: minimum milliseconds."""
+    rows = [row for row in rows if row["model"] == "threshnet95" and not on_gpu(row)]
     threads = max((int(row["threads"]) for row in rows), default=0)
     rows = [row for row in rows if int(row["threads"]) == threads]
     return f"{markdown_table(rows)}\n\n{conditions(rows)}"
 
 
 def full(rows: Rows) -> str:
-    """Everything: minimum and median milliseconds."""
+    """Everything on CPUs: minimum and median milliseconds."""
+    rows = [row for row in rows if not on_gpu(row)]
     return f"{markdown_table(rows, details=True)}\n\n{conditions(rows)}"
+
+
+def gpu(rows: Rows) -> str:
+    """Everything on GPUs, one table each: minimum and median milliseconds."""
+    by_device: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        if on_gpu(row):
+            by_device.setdefault((row["accelerator"], row["l2"]), []).append(row)
+    if not by_device:
+        return "No measurement on a GPU has been recorded."
+    return "\n\n".join(
+        f"{markdown_table(group, details=True)}\n\n{conditions(group)}"
+        for group in by_device.values()
+    )
 
 
 def columns(rows: Rows) -> str:
@@ -71,7 +86,7 @@ def memory(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"summary": summary, "full": full, "columns": columns, "memory": memory}
+TABLES = {"summary": summary, "full": full, "gpu": gpu, "columns": columns, "memory": memory}
 
 
 def render(text: str, rows: Rows) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import pytest
 import torch
 
 from threshnet_fast.backends import cpu
-from threshnet_fast.cli import providers
+from threshnet_fast.cli import providers, results
+from threshnet_fast.cli.precision import PRECISIONS
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -50,6 +54,126 @@ def test_operators(monkeypatch, tmp_path, capsys, name):
         assert float(row["error"]) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["bench_cat_bn_relu_conv", "bench_cat_conv_bn_relu"])
+def test_operators_on_a_gpu(monkeypatch, tmp_path, capsys, name):
+    """All but the GPU: kernels are interpreted, graphs are not captured, the host's clock runs."""
+    pytest.importorskip("triton")
+    from emulation.interpreter import interpreted
+
+    operators = importlib.import_module("operators")
+    place = torch.device("cuda", 0)
+    captured = []
+    monkeypatch.setattr(operators, "check_device", lambda asked: place)
+    monkeypatch.setattr(operators, "graphed", lambda call: captured.append(1) or call)
+    monkeypatch.setattr(operators, "CudaTimer", lambda device: operators.host_timer)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        operators.Place, "put", lambda self, *tensors: [t.to(self.dtype) for t in tensors]
+    )
+    monkeypatch.setattr(operators.Place, "put_parameters", lambda self, *tensors: list(tensors))
+    for function, answer in {"accelerator": "Test GPU", "driver": "1", "clocks": "2"}.items():
+        monkeypatch.setattr(operators.machine, function, lambda device, answer=answer: answer)
+    path = tmp_path / "ops.csv"
+    arguments = ["--size", "32", "--seconds", "0.01", "--limit", "1", "--csv", str(path)]
+    arguments += ["--device", "cuda", "--dtypes", "tf32", "float16"]
+    importlib.import_module("threshnet_fast.kernels.gradients")
+    with interpreted():
+        assert run(monkeypatch, name, *arguments) == 0
+    assert "fused-graph ms" in capsys.readouterr().out
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ["fused", "eager", "channels-last", *("fused-graph", "eager-graph")]
+    names.append("channels-last-graph")
+    assert [(row["dtype"], row["provider"]) for row in rows] == [
+        (dtype, name) for dtype in ("tf32", "float16") for name in names
+    ]
+    assert len(captured) == 6
+    for row in rows:
+        assert (row["device"], row["accelerator"]) == ("cuda", "Test GPU")
+        assert (row["driver"], row["clocks"]) == ("1", "2")
+
+
+def test_published_operators_are_of_a_cpu_unless_they_say_otherwise():
+    operators = importlib.import_module("operators")
+    with operators.RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == operators.COLUMNS
+    assert all(row["device"] == "cpu" or row["accelerator"] for row in rows)
+
+
+def test_measurements_on_gpus_have_a_table_of_their_own(monkeypatch, tmp_path):
+    table, plots = importlib.import_module("table"), importlib.import_module("plot")
+    common = dict.fromkeys(results.COLUMNS, "") | {
+        **{"run": "1", "model": "threshnet95", "height": "32", "width": "32", "batch": "1"},
+        **{"threads": "1", "status": "ok", "time": "2030-01-02T03:04:05+00:00", "min_ms": "8.0"},
+        **{"p20_ms": "8.5", "p50_ms": "9.0", "p80_ms": "9.5", "dtype": "float32", "device": "cpu"},
+    }
+    gpu = {"device": "cuda", "accelerator": "H100", "l2": "kept", "libraries": "CUDA 13.0"}
+    gpu |= {"driver": "580.1", "dtype": "tf32", "run": "2"}
+    rows = [
+        common | {"provider": "eager"},
+        common | gpu | {"provider": "fused", "min_ms": "0.25", "p50_ms": "0.3"},
+        common | gpu | {"provider": "compile-max", "min_ms": "0.2", "p50_ms": "0.2"},
+        common | gpu | {"provider": "eager-graph", "status": "out of memory"},
+    ]
+    rows[1] |= {"speedup_min": "0.8", "speedup_p50": "0.6667"}
+    text = table.gpu(rows)
+    assert (
+        "| threshnet95 | 32x32, batch 1 | tf32 | 0.25 / 0.30 | failed | **0.20** / 0.20 |" in text
+    )
+    assert "| 0.80x / 0.67x |" in text
+    assert "H100, CUDA 13.0, driver 580.1, " in text
+    for other in (table.summary(rows), table.full(rows)):
+        assert "H100" not in other
+        assert "| **8.00**" in other
+    assert table.gpu(rows[:1]) == "No measurement on a GPU has been recorded."
+    results.append_rows(tmp_path / "a.csv", rows)
+    drawn = []
+    monkeypatch.setattr(plots, "plot", lambda kept, path: drawn.extend(kept))
+    arguments = ["plot.py", "--csv", str(tmp_path / "a.csv"), "--output", str(tmp_path / "a.png")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert plots.main() == 0
+    assert drawn == rows[:1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_everything_for_a_gpu_stops_without_one():
+    result = subprocess.run(
+        ["bash", str(FOLDER / "gpu.sh")],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"gpu.sh: error: torch {torch.__version__} finds no CUDA device\n"
+    assert result.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", ["bench_cat_bn_relu_conv", "bench_models"])
+def test_without_a_cuda_device(monkeypatch, capsys, name):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, name, "--device", "cuda")
+    assert stop.value.code == 2
+    assert "error: --device cuda: torch " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("bench_cat_conv_bn_relu", ["--dtypes", "float16"]),
+        ("bench_models", ["--dtypes", "float16"]),
+        ("bench_models", ["--flush-l2"]),
+        ("bench_models", ["--device", "gpu"]),
+    ],
+)
+def test_wrong_arguments(monkeypatch, capsys, name, arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, name, *arguments)
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
 def test_operators_cover_every_convolution():
     operators = importlib.import_module("operators")
     dense = operators.shapes("threshnet95", 64, 1, prologue=True)
@@ -64,8 +188,8 @@ def test_operators_cover_every_convolution():
 def test_operator_that_is_wrong_is_reported(monkeypatch, tmp_path, capsys):
     module = importlib.import_module("bench_cat_conv_bn_relu")
 
-    def build(shape, batch):
-        calls, reference = module.build(shape, batch)
+    def build(shape, batch, place):
+        calls, reference = module.build(shape, batch, place)
         return calls | {"eager": lambda: reference.float() * 1.01}, reference
 
     monkeypatch.setattr(sys, "argv", ["a.py", "--size", "32", "--csv", str(tmp_path / "a.csv")])
@@ -118,3 +242,38 @@ def test_model_script(monkeypatch, tmp_path):
     assert arguments.csv == path
     assert arguments.compile
     assert arguments.memory
+    assert arguments.device == torch.device("cpu")
+    assert not any("--dtype" in command or "--device" in command for command in calls)
+
+
+def test_model_script_on_a_gpu(monkeypatch, tmp_path):
+    script = importlib.import_module("bench_models")
+    calls = []
+
+    class Result:
+        returncode = 0
+
+    monkeypatch.setattr(script.subprocess, "run", lambda command: calls.append(command) or Result)
+    monkeypatch.setattr(script, "check_device", lambda place: place)
+    path = tmp_path / "models.csv"
+    monkeypatch.setattr(
+        sys, "argv", ["a.py", "--device", "cuda:1", "--flush-l2", "--csv", str(path)]
+    )
+    assert script.main() == 0
+    from threshnet_fast.cli import bench, build_parser
+
+    parsed = [build_parser().parse_args(call[call.index("bench") :]) for call in calls]
+    assert [(a.model, a.dtype) for a in parsed] == [
+        ([model], [dtype]) for model in script.MODELS for dtype in PRECISIONS
+    ]
+    assert len({a.plot for a in parsed}) == len(parsed)
+    for arguments in parsed:
+        assert arguments.device == torch.device("cuda:1")
+        assert arguments.flush_l2
+        assert arguments.compile
+        assert arguments.memory
+        assert [cell[::2] for cell in bench._cells(arguments)] == [
+            *((224, 1), (224, 16), (224, 128)),
+            *((32, 1), (32, 32), (32, 128)),
+        ]
+        assert "compile-max" in bench._providers(arguments)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 import csv
 import io
 import itertools
@@ -15,10 +17,12 @@ import pytest
 import torch
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
+from threshnet_fast.backends import cpu, triton
 from threshnet_fast.cli import (
     CommandError,
+    arguments,
     build_parser,
+    cuda_providers,
     info,
     machine,
     main,
@@ -30,6 +34,7 @@ from threshnet_fast.cli import (
 )
 from threshnet_fast.cli import bench as command
 from threshnet_fast.cli.memory import measure
+from threshnet_fast.cli.precision import PRECISIONS
 from threshnet_fast.models import registry
 from threshnet_fast.plan import prediction
 
@@ -105,6 +110,7 @@ class TestBench:
             assert 0 <= float(row["error"]) <= float(row["error_limit"])
             assert row["input"] == "random"
             assert row["torch"] == torch.__version__
+            assert (row["device"], row["accelerator"], row["l2"]) == ("cpu", "", "")
             gflops = 2e-6 * int(row["macs"]) / float(row["min_ms"])
             assert float(row["gflops"]) == pytest.approx(gflops, rel=1e-2, abs=0.01)
         fused, eager = rows[:2]
@@ -259,6 +265,12 @@ class TestBenchErrors:
             (["--plot", "missing/all.png"], "there is no folder missing"),
             (["--plot", "all.txt"], "expected a name that ends in .png"),
             (["--no-such-option"], "unrecognized arguments"),
+            (["--device", "gpu"], "'gpu': expected cpu, cuda or cuda:N"),
+            (["--device", "cuda:x"], "expected cpu, cuda or cuda:N"),
+            (["--dtype", "float16"], "on the CPU every engine is measured in float32"),
+            (["--dtype", "float15"], "unknown dtype 'float15': did you mean 'float16'?"),
+            (["--flush-l2"], "--flush-l2 belongs to a GPU: add --device cuda"),
+            (["--providers", "eager-graph"], "--providers eager-graph: it does not run on cpu"),
         ],
     )
     def test_one_line(self, capsys, arguments, text):
@@ -292,6 +304,249 @@ class TestBenchErrors:
 
         monkeypatch.setattr(command, "check_model", interrupt)
         assert "interrupted" in error_line(capsys, main(["bench"]), 130)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A GPU as bench sees it: its tensors are on the CPU, its graphs replay nothing.
+
+    Returns what was asked of it, in order.
+    """
+    asked: list[str] = []
+
+    class Graph:
+        def replay(self):
+            asked.append("replay")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.now = time.perf_counter()
+            asked.append("record")
+
+        def synchronize(self):
+            asked.append("wait")
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.now - self.now)
+
+    class Properties:
+        L2_cache_size = 1000
+        uuid = None
+
+    @contextlib.contextmanager
+    def capture(graph):
+        assert isinstance(graph, Graph)
+        asked.append("capture")
+        yield
+
+    def job(model, x, precision, setting):
+        assert setting.device == torch.device("cuda", 0)
+        if precision.dtype is torch.float32:
+            assert torch.backends.cuda.matmul.allow_tf32 is precision.tf32
+            assert torch.backends.cudnn.allow_tf32 is precision.tf32
+        model, x = copy.deepcopy(model).to(precision.dtype), x.to(precision.dtype)
+        return providers.Job(model, x, setting.threads)
+
+    class Torch:
+        """PyTorch, but for one function."""
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def empty(self, size, *, dtype, device):
+            assert device.type == "cuda"
+            asked.append(f"memory of {size} bytes")
+            return torch.zeros(size, dtype=dtype)
+
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_name": lambda device: "Test GPU",
+        "get_device_properties": lambda device: Properties,
+        "device": lambda device: contextlib.nullcontext(),
+        "synchronize": lambda device: asked.append("wait"),
+        "empty_cache": lambda: None,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(command, "_job", job)
+    monkeypatch.setattr(command, "torch", Torch())
+    monkeypatch.setattr(command, "build", lambda name, job: registry_of_gpu[name].build(job))
+    monkeypatch.setattr(command, "_engine", lambda job: "fused by triton on cuda:0")
+    registry_of_gpu = cuda_providers.CUDA_PROVIDERS
+    # Networks run on Triton without a GPU in tests/emulation/.
+    for name in ("fused", "drop-in"):
+        spec = replace(
+            registry_of_gpu[name],
+            build=lambda job: cuda_providers._warm(lambda: job.model(job.x)),
+            objection=lambda: None,
+            version=lambda: "9 sm_90",
+        )
+        monkeypatch.setitem(registry_of_gpu, name, spec)
+    return asked
+
+
+class TestBenchOnGPU:
+    def bench(self, *arguments: str) -> list[dict[str, str]]:
+        common = ["--model", "tiny", "--repeats", "1", "--csv", "a.csv", "--device", "cuda"]
+        assert main(["bench", *common, *arguments]) == 0
+        return results.read_rows(Path("a.csv"))
+
+    def test_all_precisions(self, fake_gpu, capsys):
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+        rows = self.bench(
+            *("--random-input", "--dtype", "float32,tf32,float16,bfloat16", "--cell", "32:2")
+        )
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark) == before
+        names = ["fused", "drop-in", "eager", "channels-last", "eager-graph", "channels-last-graph"]
+        assert [(row["dtype"], row["provider"]) for row in rows] == [
+            (dtype, name) for dtype in PRECISIONS for name in names
+        ]
+        assert len({row["run"] for row in rows}) == 1
+        for row in rows:
+            assert row["status"] == "ok", row
+            assert 0 < float(row["min_ms"]) <= float(row["p80_ms"])
+            assert float(row["error"]) <= float(row["error_limit"])
+            assert (row["device"], row["accelerator"]) == ("cuda", "Test GPU")
+            assert (row["l2"], row["driver"], row["clocks"]) == ("kept", "", "")
+            assert row["threads"] == "1"
+        assert [row["version"] for row in rows[:3]] == ["9 sm_90", "9 sm_90", torch.__version__]
+        limits = [float(row["error_limit"]) for row in rows[:: len(names)]]
+        assert limits[0] < limits[1] == pytest.approx(limits[2], rel=0.1)
+        assert limits[2] < limits[3]
+        out = capsys.readouterr().out
+        assert "tiny, 32x32, batch 2, tf32, Test GPU\n" in out
+        assert "Test GPU, " in out.splitlines()[2]
+        assert Path("a.png").read_bytes().startswith(PNG)
+        assert "capture" in fake_gpu
+        assert not any(event.startswith("memory") for event in fake_gpu)
+
+    def test_every_call_is_waited_for(self, fake_gpu):
+        self.bench("--random-input", "--cell", "32:1", "--providers", "eager")
+        turns = [fake_gpu[i : i + 4] for i in range(0, len(fake_gpu), 4)]
+        assert turns
+        assert all(turn == ["wait", "record", "record", "wait"] for turn in turns)
+
+    def test_flushed_cache(self, fake_gpu, capsys):
+        rows = self.bench("--random-input", "--cell", "32:1", "--providers", "eager", "--flush-l2")
+        assert [row["l2"] for row in rows] == ["flushed"]
+        assert "memory of 4000 bytes" in fake_gpu
+        assert "tiny, 32x32, batch 1, float32, Test GPU, L2 flushed" in capsys.readouterr().out
+
+    def test_photographs(self, fake_gpu, capsys):
+        if not pictures.find_pictures():
+            pytest.skip("no photograph is installed")
+        self.bench("--cell", "32:1", "--providers", "eager")
+        out = capsys.readouterr().out
+        assert "model(x), fused by triton on cuda:0" in out
+        assert "predictions agree" in out
+
+    def test_precision_that_a_provider_misses_is_a_wrong_result(self, fake_gpu, monkeypatch):
+        def build_rounded(job):
+            assert job.model.base[0].conv.weight.dtype is torch.float16
+            module, x = copy.deepcopy(job.model).bfloat16(), job.x.bfloat16()
+            return providers.Provider(lambda: module(x))
+
+        specs = cuda_providers.CUDA_PROVIDERS
+        monkeypatch.setitem(specs, "eager", replace(specs["eager"], build=build_rounded))
+        arguments = ["--random-input", "--cell", "64:4", "--dtype", "float16", "--repeats", "1"]
+        arguments += ["--providers", "eager", "--device", "cuda", "--csv", "a.csv"]
+        assert main(["bench", "--model", "threshnet79", *arguments]) == 1
+        (row,) = results.read_rows(Path("a.csv"))
+        assert row["status"].startswith("wrong result")
+
+    def test_compilers_come_on_demand(self, fake_gpu):
+        parser = build_parser()
+        arguments = parser.parse_args(["bench", "--device", "cuda"])
+        assert not any(name.startswith("compile") for name in command._providers(arguments))
+        arguments = parser.parse_args(["bench", "--device", "cuda", "--compile"])
+        assert command._providers(arguments) == list(cuda_providers.CUDA_PROVIDERS)
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            (["--device", "cuda:1"], "--device cuda:1: there is 1 CUDA device"),
+            (["--device", "cuda", "--providers", "openvino"], "openvino: it does not run on cuda"),
+        ],
+    )
+    def test_errors(self, fake_gpu, capsys, options, text):
+        assert text in error_line(capsys, main(["bench", "--model", "tiny", *options]), 2)
+
+    def test_fused_engine_that_does_not_run_on_the_gpu_is_not_timed(self, monkeypatch):
+        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
+        for build in (cuda_providers._fused, cuda_providers._drop_in):
+            with (
+                pytest.raises(providers.Unavailable, match=r"CPU|use_backend"),
+                tf.use_backend("reference"),
+            ):
+                build(job)
+
+    @pytest.mark.parametrize("name", ["eager", "channels-last", "eager-graph"])
+    def test_providers_run_the_weights_of_the_job(self, fake_gpu, name):
+        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 40, 48), 1)
+        provider = cuda_providers.CUDA_PROVIDERS[name].build(job)
+        reference = providers.reference_output(job.model, job.x)
+        assert providers.worst_error(provider.run(), reference) <= 1e-4 * reference.abs().max()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device(capsys, monkeypatch):
+    status = main(["bench", "--device", "cuda"])
+    reason = "was built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
+    text = f"--device cuda: torch {torch.__version__} {reason}"
+    assert error_line(capsys, status, 2) == f"threshnet-fast bench: error: {text}"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(CommandError, match="finds no CUDA device"):
+        arguments.check_device(torch.device("cuda"))
+
+
+class TestMachine:
+    class Properties:
+        uuid = "8b0c-17"
+
+    def smi(self, monkeypatch, answer):
+        commands = []
+
+        def run(command, **_):
+            commands.append(command)
+            if isinstance(answer, Exception):
+                raise answer
+            return subprocess.CompletedProcess(command, 0, stdout=answer, stderr="")
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: self.Properties)
+        monkeypatch.setattr(machine.subprocess, "run", run)
+        return commands
+
+    def test_driver_and_clocks(self, monkeypatch):
+        place = torch.device("cuda", 1)
+        commands = self.smi(monkeypatch, "580.65.06\n")
+        assert machine.driver(place) == "580.65.06"
+        assert commands[0][:2] == ["nvidia-smi", "--id=GPU-8b0c-17"]
+        self.smi(monkeypatch, "1755, 1980, 2619, 2619, 700.00\n")
+        expected = "SM 1755 of 1980 MHz, memory 2619 of 2619 MHz, 700.00 W"
+        assert machine.clocks(place) == expected
+
+    @pytest.mark.parametrize(
+        "answer", [FileNotFoundError(), subprocess.CalledProcessError(9, "nvidia-smi"), "a, b\n"]
+    )
+    def test_unknown(self, monkeypatch, answer):
+        self.smi(monkeypatch, answer)
+        assert machine.driver(torch.device("cuda")) == ""
+        assert machine.clocks(torch.device("cuda")) == ""
+
+    @pytest.mark.parametrize(
+        ("number", "text"), [(91900, "cuDNN 9.19.0"), (90100, "cuDNN 9.1.0"), (8907, "cuDNN 8.9.7")]
+    )
+    def test_libraries(self, monkeypatch, number, text):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+        assert machine.accelerator_libraries().startswith(f"CUDA 13.0, {text}")
 
 
 class TestProviders:
@@ -405,6 +660,46 @@ class TestTiming:
         with pytest.raises(ValueError, match="fraction"):
             timing.percentile(values, 1.5)
 
+    def test_timer_of_a_gpu(self):
+        events = []
+
+        class Event:
+            def record(self):
+                self.at = len(events)
+                events.append("record")
+
+            def synchronize(self):
+                events.append("wait for event")
+
+            def elapsed_time(self, end):
+                assert end.at > self.at
+                return 0.0015
+
+        timer = timing.CudaTimer(
+            torch.device("cuda"), event=Event, synchronize=lambda device: events.append(str(device))
+        )
+        assert timer(lambda: events.append("call")) == 1500
+        assert events == ["cuda", "record", "call", "record", "wait for event"]
+        samples = timing.interleave({"a": lambda: None}, rounds=1, timer=timer)
+        assert samples["a"].milliseconds(0.5) == pytest.approx(0.0015)
+
+    def test_cache_is_flushed_before_the_device_is_waited_for(self):
+        memory = torch.ones(16, dtype=torch.uint8)
+        seen = []
+
+        class Event:
+            record = synchronize = lambda self: None
+            elapsed_time = lambda self, end: 1.0  # noqa: E731
+
+        timer = timing.CudaTimer(
+            torch.device("cuda"),
+            memory[:10],
+            event=Event,
+            synchronize=lambda device: seen.append(int(memory.sum())),
+        )
+        timer(lambda: None)
+        assert seen == [6], "the first ten bytes are zero by then"
+
 
 class TestResults:
     def row(self, **values: str) -> dict[str, str]:
@@ -422,6 +717,16 @@ class TestResults:
             ("2", "a", "fused"),
             ("1", "b", "fused"),
         ]
+
+    def test_devices_are_not_mixed(self):
+        gpu = {"device": "cuda", "accelerator": "H100", "l2": "kept"}
+        rows = [
+            self.row(run="1", model="a", provider="fused", device="cpu"),
+            self.row(run="2", model="a", provider="fused", **gpu),
+            self.row(run="3", model="a", provider="fused", **gpu | {"accelerator": "A100"}),
+        ]
+        assert results.latest_rows(rows) == rows
+        assert [len(group) for group in report.cells(rows)] == [1, 1, 1]
 
     def test_round_trip(self, tmp_path):
         row = self.row(run="1", status='failed: "x", y')
@@ -448,6 +753,9 @@ class TestDisturbance:
         assert report.disturbance([self.row("0.7", threads="1")]) is None, "one is idle"
         assert report.disturbance([self.row("1.7", threads="1")]) == 1.7
         assert report.disturbance([self.row("0.5", threads="4")]) == 0.5, "more than there are"
+
+    def test_processors_do_not_disturb_a_gpu(self):
+        assert report.disturbance([self.row("5") | {"device": "cuda"}]) is None
 
     def test_own_work_does_not_count_and_that_of_others_does(self, monkeypatch):
         if machine._processor_seconds() is None:
@@ -608,6 +916,26 @@ class TestDoctor:
         assert "Everything works." in out
         assert out.count("self-test") == 4
         assert "FAIL" not in out
+
+    def test_says_what_serves_gpus(self, monkeypatch, capsys):
+        main(["doctor"])
+        out = capsys.readouterr().out
+        assert "C++ kernels for CUDA are not built; Triton serves CUDA devices" in out
+        if not torch.cuda.is_available():
+            (line,) = [line for line in out.splitlines() if line.startswith("[note] Triton: ")]
+            assert str(triton.unavailable_reason()) in line
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+        monkeypatch.setattr(triton, "architecture", lambda: "sm_90")
+        main(["doctor"])
+        assert f"[  ok] Triton: {triton.version()}, sm_90 kernels" in capsys.readouterr().out
+
+    def test_gpu_without_triton_is_a_warning(self, fake_gpu, monkeypatch, capsys):
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: "triton is not installed")
+        monkeypatch.setattr(triton, "version", lambda: None)
+        assert main(["doctor"]) == 0
+        out = capsys.readouterr().out
+        assert "[  ok] cuda:0: Test GPU" in out
+        assert "[warn] Triton: triton is not installed" in out
 
     @pytest.mark.usefixtures("needs_engine")
     def test_wrong_results_are_found(self, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from threshnet_fast import config, extension, ops, show_config, use_backend
-from threshnet_fast.backends import cpu, select
+from threshnet_fast.backends import cpu, select, triton
 from threshnet_fast.backends.select import Choice, choose, requested_backend
 
 needs_cpu_backend = pytest.mark.skipif(
@@ -231,7 +231,7 @@ def test_show_config_prints_what_it_returns(
     assert result["torch"] == torch.__version__
     assert "THRESHNET_FAST_SOMETHING=17" in result["environment"].split()
     assert result["threads"].startswith(str(torch.get_num_threads()))
-    assert "no CUDA kernels" in result["CUDA"]
+    assert "C++ kernels for CUDA are not built; Triton serves CUDA devices" in result["CUDA"]
     for name, finding in result.entries:
         assert f"{name} " in str(result)
         assert "\n" not in finding
@@ -248,6 +248,25 @@ def test_show_config_without_the_extension(without_extension: str) -> None:
     assert result["C++ extension"] == f"off: {without_extension}"
     assert result["CPU instructions"] == f"none: {without_extension}"
     assert result["backend"] == f"auto: reference ({without_extension})"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_show_config_says_why_triton_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = show_config()["Triton"]
+    assert str(triton.unavailable_reason()) in finding
+    assert "off: " in finding
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    assert show_config()["Triton"] == "off: triton is not installed"
+
+
+def test_show_config_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(triton, "interpreting", lambda: False)
+    monkeypatch.setattr(triton, "architecture", lambda: "sm_90")
+    result = show_config()
+    assert result["Triton"] == f"{triton.version()}, sm_90 kernels"
+    assert result["backend"].startswith("auto: triton on CUDA devices, ")
+    assert result["backend"].endswith(", else reference")
 
 
 def test_show_config_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,9 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
+CUDA_KERNELS = "C++ kernels for CUDA are not built; Triton serves CUDA devices"
+"""What runs on a GPU, in one line."""
+
 
 @dataclass(frozen=True, repr=False)
 class Config:
@@ -30,7 +33,7 @@ class Config:
 
 
 def show_config() -> Config:
-    """Prints versions, the extension's state, the CPU's instruction set, CUDA, threads, variables.
+    """Prints versions, the extension's state, instruction sets, CUDA, Triton, threads, variables.
 
     Never raises: what cannot be found out prints as unknown, with the error.
 
@@ -100,28 +103,41 @@ def _backend() -> str:
     requested = select.requested_backend()
     if requested != "auto":
         return f"{requested} (asked for by use_backend)"
-    from .backends import cpu
+    from .backends import cpu, triton
 
+    places = []
+    if triton.unavailable_reason() is None and not triton.interpreting():
+        places.append("triton on CUDA devices")
     reason = cpu.unavailable_reason()
-    if reason:
+    if reason is None:
+        places.append("cpu for float32 tensors on the CPU")
+    if not places:
         return f"auto: reference ({reason})"
-    return "auto: cpu for float32 tensors on the CPU, else reference"
+    return f"auto: {', '.join(places)}, else reference"
 
 
 def _triton() -> str:
-    return f"{_distribution('triton')}; this version of threshnet_fast has no Triton kernels"
+    from .backends import triton
+
+    reason = triton.unavailable_reason()
+    version = triton.version()
+    if reason is not None:
+        return f"off: {reason}" if version is None else f"{version}, off: {reason}"
+    return f"{version}, {triton.architecture()} kernels"
 
 
 def _cuda() -> str:
     import torch
 
-    none = "this version of threshnet_fast has no CUDA kernels"
-    if torch.version.cuda is None:
-        return f"off: torch was built without CUDA; {none}"
+    build, version = "CUDA", torch.version.cuda
+    if torch.version.hip is not None:
+        build, version = "HIP", torch.version.hip
+    if version is None:
+        return f"off: torch was built without CUDA; {CUDA_KERNELS}"
     if not torch.cuda.is_available():
-        return f"off: torch was built for CUDA {torch.version.cuda} and finds no device; {none}"
+        return f"off: torch was built for {build} {version} and finds no device; {CUDA_KERNELS}"
     devices = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return f"{torch.version.cuda} ({devices}); {none}"
+    return f"{build} {version} ({devices}); {CUDA_KERNELS}"
 
 
 def _threads() -> str:

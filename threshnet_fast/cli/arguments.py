@@ -5,10 +5,20 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
+
+import torch
 
 from .errors import CommandError
 
-__all__ = ["check_model", "image_size", "positive_float", "positive_integer"]
+__all__ = [
+    "check_device",
+    "check_model",
+    "device",
+    "image_size",
+    "positive_float",
+    "positive_integer",
+]
 
 _LARGEST = 65536
 
@@ -44,6 +54,36 @@ def image_size(text: str) -> tuple[int, int]:
     if not (0 < height <= _LARGEST and 0 < width <= _LARGEST):
         raise argparse.ArgumentTypeError(f"{text!r}: expected 1 to {_LARGEST} pixels a side")
     return height, width
+
+
+def device(text: str) -> torch.device:
+    """``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected cpu, cuda or cuda:N")
+    return torch.device(text)
+
+
+def check_device(wanted: torch.device) -> torch.device:
+    """Returns the device with its index, 0 where it has none.
+
+    Raises:
+        CommandError: There is no such device.
+    """
+    if wanted.type == "cpu":
+        return wanted
+    if not torch.cuda.is_available():
+        build = torch.version.cuda or torch.version.hip
+        reason = (
+            f"torch {torch.__version__} was built without CUDA"
+            if build is None
+            else f"torch {torch.__version__} finds no CUDA device"
+        )
+        raise CommandError(f"--device {wanted}: {reason}", status=2)
+    count, index = torch.cuda.device_count(), wanted.index or 0
+    if index >= count:
+        devices = "is 1 CUDA device" if count == 1 else f"are {count} CUDA devices"
+        raise CommandError(f"--device {wanted}: there {devices}, the first is cuda:0", status=2)
+    return torch.device("cuda", index)
 
 
 def check_model(name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import difflib
 import platform
 import uuid
@@ -18,23 +20,30 @@ from torch import Tensor, nn
 from .. import __version__
 from ..backends import cpu
 from ..models import create_model
-from ..plan import lower
+from ..plan import explain, lower
 from . import machine, memory, pictures, results
-from .arguments import check_model, image_size, positive_float, positive_integer
+from .arguments import (
+    check_device,
+    check_model,
+    device,
+    image_size,
+    positive_float,
+    positive_integer,
+)
 from .errors import CommandError
 from .pictures import Picture
+from .precision import PRECISIONS, Precision
 from .providers import (
-    ERROR_LIMIT,
-    PROVIDERS,
     Job,
     Provider,
     build,
     random_model,
     reference_output,
+    registry,
     worst_error,
 )
 from .report import check_plot, format_table, plot, text_table
-from .timing import interleave
+from .timing import CudaTimer, Sample, host_timer, interleave
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -48,12 +57,18 @@ Runs ThreshNet95 (or what --model names) on photographs, checks every engine aga
 times all of them in turns on the same weights and the same input. Weights are random: this is
 about speed and about agreement, not about accuracy.
 
-Without arguments: 224x224 batch 1, 32x32 batch 1 and 32x32 batch 32, about 20 seconds each."""
+Without arguments: 224x224 batch 1, 32x32 batch 1 and 32x32 batch 32, about 20 seconds each.
+
+With --device cuda: the same on a GPU, in every precision that --dtype names, timed by the GPU's own
+events; each call is waited for before the next one begins."""
 
 _DEFAULT_CELLS = ((224, 224, 1), (32, 32, 1), (32, 32, 32))
 _DEFAULT_SECONDS = 20.0
 _CSV = Path("threshnet-fast-bench.csv")
 _SHOWN = 6
+# A cache is as good as empty when a few times its size has been written.
+_FLUSHED_CACHES = 4
+_DEVICE_TYPES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,13 @@ class _Run:
     seed: int
     pictures: list[Picture]
     measure_memory: bool
+    device: torch.device
+    flushed: Tensor | None
     common: dict[str, object]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type != "cpu"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,16 +123,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how to run it")
     how.add_argument(
+        "--device",
+        type=device,
+        default=torch.device("cpu"),
+        metavar="DEVICE",
+        help="cpu (default), cuda or cuda:N",
+    )
+    how.add_argument(
+        "--dtype",
+        type=_dtypes,
+        default=["float32"],
+        metavar="NAME,...",
+        help="precisions, on a GPU: " + ", ".join(PRECISIONS) + " (default float32)",
+    )
+    how.add_argument(
+        "--flush-l2",
+        action="store_true",
+        help="overwrite the GPU's cache before every call (default: what the call before left)",
+    )
+    how.add_argument(
         "--providers",
         type=_names,
         metavar="NAME,...",
-        help="engines (default: all that are installed, except compile): " + ", ".join(PROVIDERS),
+        help="engines (default: all that are installed, except compile): "
+        + "; ".join(f"on {kind}: {', '.join(registry(kind))}" for kind in _DEVICE_TYPES),
     )
     how.add_argument(
         "--compile", action="store_true", help="torch.compile as well; it takes minutes to compile"
     )
     how.add_argument(
-        "--threads", type=positive_integer, metavar="N", help="threads (default: torch's)"
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="threads (default: torch's; with --device cuda 1)",
     )
     budget = how.add_mutually_exclusive_group()
     budget.add_argument(
@@ -147,6 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     models: list[str] = list(dict.fromkeys(arguments.model or ["threshnet95"]))
+    place = check_device(arguments.device)
+    _check_precisions(arguments, place)
     for name in models:
         check_model(name)
     shapes = _cells(arguments)
@@ -157,7 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
         results.check_writable(arguments.csv)
         check_plot(picture)
 
-    threads = arguments.threads or torch.get_num_threads()
+    threads = arguments.threads or (torch.get_num_threads() if place.type == "cpu" else 1)
     torch.set_num_threads(threads)
     photographs: list[Picture] = []
     if arguments.image:
@@ -171,23 +217,37 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.seed,
         photographs,
         arguments.memory,
-        _common(photographs),
+        place,
+        _memory_to_flush(place) if arguments.flush_l2 else None,
+        _common(photographs, place, arguments.flush_l2),
     )
     print(_introduction(setting))
+    with torch.cuda.device(place) if setting.on_gpu else contextlib.nullcontext():
+        return _run(models, shapes, arguments, setting, picture)
 
+
+def _run(
+    models: Sequence[str],
+    shapes: Sequence[tuple[int, int, int]],
+    arguments: argparse.Namespace,
+    setting: _Run,
+    picture: Path,
+) -> int:
+    """Measures every model and input on the current device; returns the exit status."""
     rows: list[dict[str, object]] = []
     failed = False
     for name in models:
         model = random_model(name, setting.classes, setting.seed)
-        if photographs:
+        if setting.pictures:
             _classify(model, name, shapes[0], setting)
         elif not arguments.random_input:
             print(
                 "No photograph is available (install scikit-image, or name one with --image): "
                 "the input is random.\n"
             )
-        for shape in shapes:
-            cell = _bench_cell(model, name, shape, arguments, setting)
+        for shape, dtype in [(shape, dtype) for shape in shapes for dtype in arguments.dtype]:
+            with PRECISIONS[dtype].active() if setting.on_gpu else contextlib.nullcontext():
+                cell = _bench_cell(model, name, shape, dtype, arguments, setting)
             text = [{key: str(value) for key, value in row.items()} for row in cell]
             print(text_table(text), end="\n\n", flush=True)
             failed |= any(row["status"] != "ok" for row in cell)
@@ -209,10 +269,20 @@ def _bench_cell(
     model: nn.Module,
     name: str,
     shape: tuple[int, int, int],
+    dtype: str,
     arguments: argparse.Namespace,
     setting: _Run,
 ) -> list[dict[str, object]]:
-    """Checks and times all providers on one input; returns a row for each."""
+    """Checks and times all providers on one input; returns a row for each.
+
+    Args:
+        model: The network, float32, on the CPU.
+        name: Its name.
+        shape: Height, width and batch of the input.
+        dtype: A key of ``PRECISIONS``; whoever calls has set PyTorch's switches for it.
+        arguments: Of the command line.
+        setting: What is the same for all inputs.
+    """
     from tqdm import tqdm
 
     height, width, batch = shape
@@ -221,16 +291,18 @@ def _bench_cell(
     else:
         generator = torch.Generator().manual_seed(setting.seed)
         x = torch.randn(batch, 3, height, width, generator=generator)
-    job = Job(model, x, setting.threads)
-    macs = lower(model, (batch, 3, height, width)).macs
-    title = f"{name} {height}x{width} batch {batch}"
+    precision = PRECISIONS[dtype]
+    job = _job(model, x, precision, setting)
+    specs = registry(setting.device.type)
+    macs = lower(model, (batch, 3, height, width), fold=False).macs
+    title = f"{name} {height}x{width} batch {batch}" + (f" {dtype}" if setting.on_gpu else "")
 
     rows: dict[str, dict[str, object]] = {}
     calls: dict[str, Callable[[], object]] = {}
     with tqdm(total=len(setting.names) + 1, desc=title, unit="engine", disable=None) as bar:
         bar.set_postfix_str("float64 reference")
-        reference = reference_output(model, x)
-        limit = ERROR_LIMIT * float(reference.abs().max())
+        reference = reference_output(job.model, job.x)
+        limit = precision.error_limit * float(reference.abs().max())
         bar.update()
         for provider in setting.names:
             bar.set_postfix_str(f"check {provider}")
@@ -242,11 +314,11 @@ def _bench_cell(
                 "height": height,
                 "width": width,
                 "batch": batch,
-                "dtype": "float32",
+                "dtype": dtype,
                 "threads": setting.threads,
                 "seed": setting.seed,
                 "provider": provider,
-                "version": PROVIDERS[provider].version(),
+                "version": specs[provider].version(),
                 "macs": macs,
                 "error": "",
                 "error_limit": f"{limit:.4g}",
@@ -272,32 +344,53 @@ def _bench_cell(
             seconds=None if arguments.repeats else arguments.seconds or _DEFAULT_SECONDS,
             rounds=arguments.repeats,
             progress=lambda part: _advance(bar, 100 * part),
+            timer=CudaTimer(setting.device, setting.flushed) if setting.on_gpu else host_timer,
         )
     load = others.stop()
+    clocks = machine.clocks(setting.device) if setting.on_gpu else ""
     for provider, sample in samples.items():
         rows[provider].update(
             {
                 "other_load": "" if load is None else f"{load:.3f}",
-                "calls": len(sample.nanoseconds),
-                **{
-                    key: f"{sample.milliseconds(fraction):.4f}"
-                    for key, fraction in (
-                        ("min_ms", 0.0),
-                        ("p20_ms", 0.2),
-                        ("p50_ms", 0.5),
-                        ("p80_ms", 0.8),
-                    )
-                },
-                "gflops": f"{2e-6 * macs / sample.milliseconds(0.0):.2f}",
+                "clocks": clocks,
+                **_times(sample, macs),
             }
         )
     _compare(list(rows.values()))
     if setting.measure_memory:
-        for provider in tqdm(calls, desc=f"{title} memory", unit="engine", disable=None):
-            used = memory.measure(provider, job, name, setting.classes, setting.seed)
+        measured = list(calls)
+        if setting.on_gpu:
+            # The processes that measure need the memory that this one holds.
+            calls.clear()
+            torch.cuda.empty_cache()
+        for provider in tqdm(measured, desc=f"{title} memory", unit="engine", disable=None):
+            used = memory.measure(provider, job, name, setting.classes, setting.seed, dtype)
             if used is not None:
                 rows[provider]["peak_bytes"] = used.peak
     return [{key: row.get(key, "") for key in results.COLUMNS} for row in rows.values()]
+
+
+def _job(model: nn.Module, x: Tensor, precision: Precision, setting: _Run) -> Job:
+    """The network and its input where they are to run, in the precision that is asked for."""
+    if not setting.on_gpu:
+        return Job(model, x, setting.threads)
+    from .cuda_providers import reset_compiler
+
+    if any(name.startswith("compile") for name in setting.names):
+        reset_compiler()
+    torch.cuda.empty_cache()
+    model = copy.deepcopy(model).to(setting.device, precision.dtype)
+    return Job(model, x.to(setting.device, precision.dtype), setting.threads)
+
+
+def _times(sample: Sample, macs: int) -> dict[str, object]:
+    """The columns that say how long the calls of a provider took."""
+    fractions = {"min_ms": 0.0, "p20_ms": 0.2, "p50_ms": 0.5, "p80_ms": 0.8}
+    return {
+        "calls": len(sample.nanoseconds),
+        **{key: f"{sample.milliseconds(fraction):.4f}" for key, fraction in fractions.items()},
+        "gflops": f"{2e-6 * macs / sample.milliseconds(0.0):.2f}",
+    }
 
 
 def _advance(bar: tqdm[Any], to: float) -> None:
@@ -329,7 +422,11 @@ def _compare(rows: Sequence[dict[str, object]]) -> None:
     for time, ratio in (("min_ms", "speedup_min"), ("p50_ms", "speedup_p50")):
         timed = [row for row in rows if row.get(time)]
         best = min(
-            (float(str(row[time])) for row in timed if not PROVIDERS[str(row["provider"])].ours),
+            (
+                float(str(row[time]))
+                for row in timed
+                if not registry(str(row["device"]))[str(row["provider"])].ours
+            ),
             default=None,
         )
         if best is not None:
@@ -345,10 +442,11 @@ def _classify(model: nn.Module, name: str, shape: tuple[int, int, int], setting:
     reference = reference_output(model, x)
     if len(shown) > 1:
         reference = _balance(model, x, reference)
-    with torch.no_grad():
-        output = model(x)
-    reason = cpu.unavailable_reason()
-    engine = f"model(x), fused on {cpu.isa()}" if reason is None else "model(x), not fused"
+    precision = PRECISIONS["float32"]
+    with precision.active() if setting.on_gpu else contextlib.nullcontext(), torch.no_grad():
+        job = _job(model, x, precision, setting)
+        output = job.model(job.x).cpu()
+        engine = f"model(x), {_engine(job)}"
     lines = []
     for index, picture in enumerate(shown):
         ours, theirs = output[index], reference[index]
@@ -371,6 +469,15 @@ def _classify(model: nn.Module, name: str, shape: tuple[int, int, int], setting:
     )
 
 
+def _engine(job: Job) -> str:
+    """What runs ``model(x)``."""
+    if job.x.device.type == "cpu":
+        reason = cpu.unavailable_reason()
+        return f"fused on {cpu.isa()}" if reason is None else "not fused"
+    backend = explain(job.model, job.x).backend
+    return "not fused" if backend == "reference" else f"fused by {backend} on {job.x.device}"
+
+
 def _balance(model: nn.Module, x: Tensor, reference: Tensor) -> Tensor:
     """Moves the classifier's bias so that no class wins on all pictures; returns the new output."""
     classifier = getattr(model, "get_classifier", nn.Identity)()
@@ -389,9 +496,14 @@ def _introduction(setting: _Run) -> str:
         f"threshnet_fast {__version__}, torch {common['torch']}, Python {common['python']}"
         + (f", commit {common['commit']}" if common["commit"] else ""),
     ]
+    if setting.on_gpu:
+        driver = f", driver {common['driver']}" if common["driver"] else ""
+        lines.append(
+            f"{common['accelerator']}, {common['libraries']}{driver}, L2 cache {common['l2']}"
+        )
     absent = {
         name: reason
-        for name, spec in PROVIDERS.items()
+        for name, spec in registry(setting.device.type).items()
         if name not in setting.names and spec.by_default and (reason := spec.objection())
     }
     if absent:
@@ -399,7 +511,15 @@ def _introduction(setting: _Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _common(photographs: Sequence[Picture]) -> dict[str, object]:
+def _common(photographs: Sequence[Picture], place: torch.device, flush: bool) -> dict[str, object]:
+    gpu: dict[str, object] = {"device": place.type}
+    if place.type != "cpu":
+        gpu |= {
+            "accelerator": machine.accelerator(place),
+            "driver": machine.driver(place),
+            "libraries": machine.accelerator_libraries(),
+            "l2": "flushed" if flush else "kept",
+        }
     return {
         "run": uuid.uuid4().hex[:12],
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -411,7 +531,15 @@ def _common(photographs: Sequence[Picture]) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()} {platform.release()}",
+        **gpu,
     }
+
+
+def _memory_to_flush(place: torch.device) -> Tensor:
+    size = machine.l2_bytes(place)
+    if size == 0:
+        raise CommandError("--flush-l2: torch does not tell how large this device's cache is", 2)
+    return torch.empty(_FLUSHED_CACHES * size, dtype=torch.uint8, device=place)
 
 
 def _cells(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
@@ -437,38 +565,62 @@ def _check_sizes(models: Sequence[str], shapes: Sequence[tuple[int, int, int]]) 
                 )
 
 
+def _check_precisions(arguments: argparse.Namespace, place: torch.device) -> None:
+    if place.type != "cpu":
+        return
+    if arguments.dtype != ["float32"]:
+        raise CommandError("--dtype: on the CPU every engine is measured in float32", 2)
+    if arguments.flush_l2:
+        raise CommandError("--flush-l2 belongs to a GPU: add --device cuda", 2)
+
+
 def _providers(arguments: argparse.Namespace) -> list[str]:
+    kind: str = arguments.device.type
+    specs = registry(kind)
     asked: list[str] | None = arguments.providers
+    for name in asked or ():
+        if name not in specs:
+            raise CommandError(f"--providers {name}: it does not run on {kind}", 2)
     if arguments.compile:
-        asked = [*(asked or _installed()), "compile"]
+        compiled = [name for name, spec in specs.items() if not spec.by_default]
+        asked = [*(asked or _installed(kind)), *compiled]
     elif asked is None:
-        return _installed()
+        return _installed(kind)
     for name in asked:
-        reason = PROVIDERS[name].objection()
-        if reason is not None and not PROVIDERS[name].ours:
+        reason = specs[name].objection()
+        if reason is not None and not specs[name].ours:
             raise CommandError(f"--providers {name}: {reason}", 2)
-    return [name for name in PROVIDERS if name in asked]
+    return [name for name in specs if name in asked]
 
 
-def _installed() -> list[str]:
+def _installed(kind: str) -> list[str]:
     # The engine itself stays in the list where it is broken: that is a failure, not an absence.
     return [
         name
-        for name, spec in PROVIDERS.items()
+        for name, spec in registry(kind).items()
         if spec.by_default and (spec.ours or spec.objection() is None)
     ]
 
 
 def _names(text: str) -> list[str]:
+    known = list(dict.fromkeys(name for kind in _DEVICE_TYPES for name in registry(kind)))
+    return _listed(text, known, "provider")
+
+
+def _dtypes(text: str) -> list[str]:
+    return _listed(text, list(PRECISIONS), "dtype")
+
+
+def _listed(text: str, known: Sequence[str], what: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise argparse.ArgumentTypeError("expected one name or more")
     for name in names:
-        if name not in PROVIDERS:
-            near = difflib.get_close_matches(name.lower(), PROVIDERS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(PROVIDERS)}"
-            raise argparse.ArgumentTypeError(f"unknown provider {name!r}: {hint}")
-    return names
+        if name not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"unknown {what} {name!r}: {hint}")
+    return list(dict.fromkeys(names))
 
 
 def _cell(text: str) -> tuple[int, int, int]:

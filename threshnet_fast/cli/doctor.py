@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from .. import __version__, extension
-from ..backends import cpu
+from ..backends import cpu, triton
+from ..config import CUDA_KERNELS
 from ..models import ThreshNet
 from . import machine
 from .errors import CommandError
+from .precision import PRECISIONS, Precision
 from .providers import (
     Job,
     Unavailable,
@@ -32,7 +35,8 @@ SUMMARY = "checks of the installation, with a numerical self-test"
 
 DESCRIPTION = """\
 Checks the installation: versions, the C++ extension, instruction sets, threads, and whether the
-fused engine computes what PyTorch does. The exit status is not 0 if something is broken."""
+fused engine computes what PyTorch does, on the CPU and on a GPU where there is one. The exit status
+is not 0 if something is broken."""
 
 _OLDEST_TORCH = (2, 10)
 _OLDEST_PYTHON = (3, 10)
@@ -126,6 +130,27 @@ def _threads() -> Iterator[_Finding]:
         yield _Finding("ok", "threads", text)
 
 
+def _gpu() -> Iterator[_Finding]:
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            place = torch.device("cuda", index)
+            parts = [machine.accelerator(place), machine.accelerator_libraries()]
+            parts += [f"driver {known}"] if (known := machine.driver(place)) else []
+            yield _Finding("ok", str(place), ", ".join(parts))
+        yield _Finding("note", "CUDA", CUDA_KERNELS)
+    elif torch.version.cuda is None and torch.version.hip is None:
+        yield _Finding("note", "CUDA", f"torch was built without CUDA; {CUDA_KERNELS}")
+    else:
+        yield _Finding("note", "CUDA", f"torch finds no device; {CUDA_KERNELS}")
+    reason, version = triton.unavailable_reason(), triton.version()
+    if reason is None:
+        yield _Finding("ok", "Triton", f"{version}, {triton.architecture()} kernels")
+    else:
+        # On a GPU the networks still run, as plain PyTorch.
+        state = "warn" if torch.cuda.is_available() else "note"
+        yield _Finding(state, "Triton", reason if version is None else f"{version}, off: {reason}")
+
+
 def _optional() -> Iterator[_Finding]:
     for name, use in _OPTIONAL.items():
         version = machine.distribution_version(name)
@@ -135,7 +160,37 @@ def _optional() -> Iterator[_Finding]:
 def _self_test() -> Iterator[_Finding]:
     if cpu.unavailable_reason() is not None:
         yield _Finding("note", "self-test", "left out: there is no fused engine here")
-        return
+    else:
+        for title, (model, x) in _cases().items():
+            job = Job(model, x, torch.get_num_threads())
+            reference = reference_output(model, x)
+            eager = worst_error(build("eager", job).run(), reference)
+            eps = torch.finfo(torch.float32).eps
+            limit = _FACTOR * max(eager, eps * float(reference.abs().max()))
+            own = f"PyTorch's own {eager:.1e}"
+            yield from _compared("self-test", title, job, reference, limit, own)
+    if torch.cuda.is_available() and triton.unavailable_reason() is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+        for name, precision in PRECISIONS.items():
+            with precision.active():
+                yield from _self_test_on_gpu(place, name, precision)
+
+
+def _self_test_on_gpu(place: torch.device, name: str, precision: Precision) -> Iterator[_Finding]:
+    for title, (model, x) in _cases().items():
+        job = Job(
+            model.to(place, precision.dtype),
+            x.to(place, precision.dtype),
+            torch.get_num_threads(),
+        )
+        reference = reference_output(job.model, job.x)
+        limit = precision.error_limit * float(reference.abs().max())
+        allowed = f"{limit:.1e} is allowed"
+        yield from _compared(f"self-test, {name} on {place}", title, job, reference, limit, allowed)
+
+
+def _cases() -> dict[str, tuple[nn.Module, Tensor]]:
+    """Networks and inputs that together reach every kind of step."""
     small = ThreshNet(
         first_channels=(8, 24),
         blocks=(3, 5),
@@ -146,28 +201,34 @@ def _self_test() -> Iterator[_Finding]:
         num_classes=7,
     )
     generator = torch.Generator().manual_seed(0)
-    cases = {
-        "a small network, 33x47, batch 3": (randomise(small, 0), (3, 3, 33, 47)),
-        "threshnet79, 64x64, batch 2": (random_model("threshnet79", 10, 0), (2, 3, 64, 64)),
+    return {
+        "a small network, 33x47, batch 3": (
+            randomise(small, 0),
+            torch.randn(3, 3, 33, 47, generator=generator),
+        ),
+        "threshnet79, 64x64, batch 2": (
+            random_model("threshnet79", 10, 0),
+            torch.randn(2, 3, 64, 64, generator=generator),
+        ),
     }
-    for title, (model, shape) in cases.items():
-        x = torch.randn(shape, generator=generator)
-        reference = reference_output(model, x)
-        job = Job(model, x, torch.get_num_threads())
-        eager = worst_error(build("eager", job).run(), reference)
-        limit = _FACTOR * max(eager, torch.finfo(torch.float32).eps * float(reference.abs().max()))
-        for provider in ("fused", "drop-in"):
-            subject = f"self-test, {provider}"
-            try:
-                error = worst_error(build(provider, job).run(), reference)
-            except (Unavailable, RuntimeError, ValueError, TypeError) as problem:
-                yield _Finding("FAIL", subject, f"{title}: {' '.join(str(problem).split())}")
-                continue
-            text = f"{title}: error {error:.1e} against float64 (PyTorch's own {eager:.1e})"
-            if error <= limit:
-                yield _Finding("ok", subject, text)
-            else:
-                yield _Finding("FAIL", subject, f"{text}, at most {limit:.1e} is allowed")
+
+
+def _compared(
+    test: str, title: str, job: Job, reference: Tensor, limit: float, scale: str
+) -> Iterator[_Finding]:
+    """Compares both ways of calling the fused engine with float64; ``scale`` is shown beside it."""
+    for provider in ("fused", "drop-in"):
+        subject = f"{test}, {provider}"
+        try:
+            error = worst_error(build(provider, job).run(), reference)
+        except (Unavailable, RuntimeError, ValueError, TypeError) as problem:
+            yield _Finding("FAIL", subject, f"{title}: {' '.join(str(problem).split())}")
+            continue
+        text = f"{title}: error {error:.1e} against float64 ({scale})"
+        if error <= limit:
+            yield _Finding("ok", subject, text)
+        else:
+            yield _Finding("FAIL", subject, f"{text}, at most {limit:.1e} is allowed")
 
 
 _CHECKS: tuple[Callable[[], Iterator[_Finding]], ...] = (
@@ -175,6 +236,7 @@ _CHECKS: tuple[Callable[[], Iterator[_Finding]], ...] = (
     _extension,
     _instructions,
     _threads,
+    _gpu,
     _optional,
     _self_test,
 )

@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the code: processor, versions, commit."""
+"""What a measurement depends on besides the code: processor, GPU, versions, commit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 __all__ = [
     "OtherLoad",
+    "accelerator",
+    "accelerator_libraries",
+    "clocks",
     "commit",
     "distribution_version",
+    "driver",
     "instruction_sets",
+    "l2_bytes",
     "processor",
     "usable_processors",
 ]
@@ -85,6 +92,76 @@ def _processor_seconds() -> float | None:
         return None
     own = os.times()
     return busy - own.user - own.system
+
+
+def accelerator(device: torch.device) -> str:
+    """The name of a GPU."""
+    return str(torch.cuda.get_device_name(device))
+
+
+def l2_bytes(device: torch.device) -> int:
+    """The size of a GPU's second level cache; 0 where torch does not tell."""
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
+
+
+def accelerator_libraries() -> str:
+    """The versions of what torch calls on a GPU, for example ``"CUDA 13.0, cuDNN 9.20.0"``."""
+    versions = []
+    if torch.version.hip is not None:
+        versions.append(f"HIP {torch.version.hip}")
+    elif torch.version.cuda is not None:
+        versions.append(f"CUDA {torch.version.cuda}")
+        cudnn = torch.backends.cudnn.version()
+        if cudnn is not None:
+            # 90100 is 9.1.0, and 8907 was 8.9.7.
+            major, rest = divmod(cudnn, 10000 if cudnn >= 90000 else 1000)
+            versions.append(f"cuDNN {major}.{rest // 100}.{rest % 100}")
+    triton = distribution_version("triton") or distribution_version("pytorch-triton-rocm")
+    if triton is not None:
+        versions.append(f"Triton {triton}")
+    return ", ".join(versions)
+
+
+def driver(device: torch.device) -> str:
+    """The version of a GPU's driver; empty where ``nvidia-smi`` does not tell."""
+    (version,) = _ask_nvidia_smi(device, "driver_version") or ("",)
+    return version
+
+
+def clocks(device: torch.device) -> str:
+    """Clocks that a GPU runs at now, of its highest, and its power limit.
+
+    For example ``"SM 1980 of 1980 MHz, memory 2619 of 2619 MHz, 700.00 W"``; empty where
+    ``nvidia-smi`` does not tell.
+    """
+    found = _ask_nvidia_smi(
+        device,
+        *("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit"),
+    )
+    if found is None:
+        return ""
+    sm, most_sm, memory, most_memory, power = found
+    return f"SM {sm} of {most_sm} MHz, memory {memory} of {most_memory} MHz, {power} W"
+
+
+def _ask_nvidia_smi(device: torch.device, *names: str) -> tuple[str, ...] | None:
+    # The index counts visible devices only, and nvidia-smi counts all.
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    if uuid is None:
+        return None
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(names)}"]
+    try:
+        result = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = tuple(value.strip() for value in result.stdout.strip().split(","))
+    return values if len(values) == len(names) else None
 
 
 def commit() -> str:

@@ -1,4 +1,4 @@
-"""Peak memory of one provider, measured by the kernel in a process of its own.
+"""Peak memory of one provider, measured in a process of its own.
 
 In the new process the model and its input are made first, then what is resident is noted. The
 provider is built and called once (weights are packed, buffers allocated); what the allocator can
@@ -8,6 +8,10 @@ peak of a call: its copies of the weights, its buffers, its temporary tensors. A
 network comes before everything, so that the provider's own code does not count.
 
 Only Linux has the reset (``/proc/self/clear_refs``).
+
+On a GPU, the same is asked of torch's allocator: the most that it had reserved of the device, less
+what it had when model and input were there. Reserved memory is what others cannot have, and other
+than allocated memory it includes what a CUDA graph keeps for its intermediate results.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ _RESET_PEAK = "5"
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident memory that a provider adds, in bytes.
+    """Memory that a provider adds, in bytes: resident, or reserved on a GPU.
 
     Attributes:
         built: What it holds between calls.
@@ -55,25 +59,35 @@ class _Question:
     threads: int
     onnx: str | None
     tiny_onnx: str | None
+    device: str
+    dtype: str
 
 
 def measure(
-    provider: str, job: Job, model: str, classes: int, seed: int, timeout: float = 600.0
+    provider: str,
+    job: Job,
+    model: str,
+    classes: int,
+    seed: int,
+    dtype: str = "float32",
+    timeout: float = 600.0,
 ) -> Memory | None:
     """Measures in a new process.
 
     Args:
-        provider: A key of ``providers.PROVIDERS``.
+        provider: A key of ``providers.registry`` for the job's device.
         job: The model as ``random_model(model, classes, seed)`` makes it, and an input.
         model: Name of the model.
         classes: Outputs of its classifier.
         seed: Seed of its weights.
+        dtype: A key of ``precision.PRECISIONS``, for which the job was made.
         timeout: Seconds that the process may take.
 
     Returns:
         The answer; None where the operating system cannot tell, or the process failed.
     """
-    if not _CLEAR_REFS.exists():
+    place = job.x.device
+    if place.type == "cpu" and not _CLEAR_REFS.exists():
         return None
     tiny = _tiny_job(job.threads)
     onnx = provider in ("onnxruntime", "openvino")
@@ -86,6 +100,8 @@ def measure(
         job.threads,
         str(job.onnx()) if onnx else None,
         str(tiny.onnx()) if onnx else None,
+        str(place),
+        dtype,
     )
     command = [sys.executable, "-m", __name__, json.dumps(asdict(question))]
     try:
@@ -135,6 +151,8 @@ def _answer(question: _Question) -> Memory:
 
     from .providers import Job, build, random_model
 
+    if question.device != "cpu":
+        return _answer_on_gpu(question)
     build(question.provider, _tiny_job(question.threads, question.tiny_onnx)).run()
     model = random_model(question.model, question.classes, question.seed)
     onnx = None if question.onnx is None else Path(question.onnx)
@@ -148,6 +166,37 @@ def _answer(question: _Question) -> Memory:
     _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
     provider.run()
     return Memory(max(built, 0), max(_resident("VmHWM") - before, 0))
+
+
+def _answer_on_gpu(question: _Question) -> Memory:
+    import torch
+
+    from .precision import PRECISIONS
+    from .providers import Job, build, random_model
+
+    place, precision = torch.device(question.device), PRECISIONS[question.dtype]
+
+    def moved(job: Job) -> Job:
+        model, x = job.model.to(place, precision.dtype), job.x.to(place, precision.dtype)
+        return Job(model, x, question.threads)
+
+    def settled() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    with torch.cuda.device(place), precision.active():
+        build(question.provider, moved(_tiny_job(question.threads))).run()
+        model = random_model(question.model, question.classes, question.seed)
+        job = moved(Job(model, torch.randn(tuple(question.shape)), question.threads))
+        before = settled()
+        provider = build(question.provider, job)
+        built = settled() - before
+        torch.cuda.reset_peak_memory_stats()
+        provider.run()
+        torch.cuda.synchronize()
+        return Memory(max(built, 0), max(torch.cuda.max_memory_reserved() - before, 0))
 
 
 if __name__ == "__main__":

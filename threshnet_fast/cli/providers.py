@@ -1,7 +1,8 @@
-"""The engines that ``bench`` compares, one function each.
+"""The engines that ``bench`` compares on a CPU, one function each, and what all providers share.
 
 Every provider runs the same weights on the same float32 input with the same number of threads, in
 the layout it likes best, and is otherwise set up as its documentation recommends for latency.
+Those for a GPU are in ``cuda_providers``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .machine import distribution_version
+from .precision import PRECISIONS
 
 __all__ = [
     "ERROR_LIMIT",
@@ -35,12 +37,17 @@ __all__ = [
     "random_model",
     "randomise",
     "reference_output",
+    "registry",
     "worst_error",
 ]
 
-ERROR_LIMIT = 1e-4
+ERROR_LIMIT = PRECISIONS["float32"].error_limit
 """Largest error that passes for float32, as a part of the largest output. Reduced precision, such
 as bfloat16 or TF32, does not pass."""
+
+
+# Images that the reference takes at once on a GPU: float64 needs much memory.
+_REFERENCE_IMAGES = 8
 
 
 class Unavailable(RuntimeError):
@@ -52,8 +59,8 @@ class Job:
     """What the providers run.
 
     Attributes:
-        model: The network, in evaluation mode, float32, on the CPU.
-        x: The input, ``(N, C, H, W)``, float32, contiguous.
+        model: The network, in evaluation mode, of the dtype of ``x`` and on its device.
+        x: The input, ``(N, C, H, W)``, contiguous; float32 on the CPU.
         threads: Threads to use.
         onnx_path: The network as an ONNX file; exported when a provider first asks for it.
     """
@@ -104,7 +111,8 @@ class Spec:
     Attributes:
         title: Name in tables and plots.
         ours: Whether it is this package rather than a peer.
-        by_default: Whether ``bench`` takes it unasked, where it is available.
+        by_default: Whether ``bench`` takes it unasked, where it is available; those that are not
+            need minutes to compile.
         build: Prepares a :class:`Provider`.
         objection: Says in one line why it cannot be used here; None where it can.
         version: Version of the code that runs.
@@ -122,13 +130,13 @@ def build(name: str, job: Job) -> Provider:
     """Prepares a provider for a job.
 
     Args:
-        name: A key of :data:`PROVIDERS`.
+        name: A key of :func:`registry` for the job's device.
         job: What it is to run.
 
     Raises:
         Unavailable: It cannot be used here.
     """
-    spec = PROVIDERS[name]
+    spec = registry(job.x.device.type)[name]
     reason = spec.objection()
     if reason is not None:
         raise Unavailable(reason)
@@ -187,17 +195,20 @@ def random_model(name: str, classes: int, seed: int) -> nn.Module:
 
 
 def reference_output(model: nn.Module, x: Tensor) -> Tensor:
-    """The output of the stock PyTorch module in float64."""
+    """The output of the stock PyTorch module in float64, computed where ``x`` is; on the CPU."""
     module = copy.deepcopy(plain_module(model)).double()
     with torch.inference_mode():
-        return module(x.double())
+        if x.device.type == "cpu":
+            return module(x.double())
+        parts = x.split(_REFERENCE_IMAGES)
+        return torch.cat([module(part.double()).cpu() for part in parts])
 
 
 def worst_error(output: Tensor, reference: Tensor) -> float:
     """Largest absolute difference; infinite where the shapes differ or a value is not finite."""
     if output.shape != reference.shape:
         return float("inf")
-    difference = (output.detach().double() - reference.double()).abs()
+    difference = (output.detach().cpu().double() - reference.cpu().double()).abs()
     return float(torch.nan_to_num(difference, nan=float("inf"), posinf=float("inf")).max())
 
 
@@ -358,6 +369,15 @@ def _version_of(distribution: str) -> Callable[[], str]:
     return lambda: distribution_version(distribution) or ""
 
 
+def registry(device_type: str) -> dict[str, Spec]:
+    """All providers for ``"cpu"`` or ``"cuda"`` by name, in the order of the tables."""
+    if device_type == "cpu":
+        return PROVIDERS
+    from .cuda_providers import CUDA_PROVIDERS
+
+    return CUDA_PROVIDERS
+
+
 PROVIDERS: dict[str, Spec] = {
     "fused": Spec("threshnet_fast", True, True, _fused, _no_engine, _own_version),
     "drop-in": Spec("threshnet_fast, model(x)", True, True, _drop_in, _no_engine, _own_version),
@@ -383,4 +403,4 @@ PROVIDERS: dict[str, Spec] = {
         _version_of("openvino"),
     ),
 }
-"""All providers by the name that the command line takes, in the order of the tables."""
+"""Providers for a CPU by the name that the command line takes, in the order of the tables."""

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import CommandError
-from .providers import PROVIDERS
+from .providers import Spec, registry
+from .results import CELL
 
-__all__ = ["cells", "format_table", "markdown_table", "plot", "text_table"]
+__all__ = ["cells", "format_table", "markdown_table", "on_gpu", "plot", "text_table"]
 
 Row = Mapping[str, str]
 
@@ -33,18 +34,31 @@ def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: in
 
 
 def cells(rows: Sequence[Row]) -> list[list[Row]]:
-    """Groups rows by run, model, input shape and threads, in the order of the file."""
+    """Groups rows by run and by what was run, in the order of the file."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        names = ("run", "model", "classes", "height", "width", "batch", "dtype", "threads")
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+        groups.setdefault(tuple(row[name] for name in ("run", *CELL)), []).append(row)
     return list(groups.values())
+
+
+def on_gpu(row: Row) -> bool:
+    """Whether a row was measured on a GPU."""
+    return row.get("device", "") not in ("", "cpu")
 
 
 def cell_title(row: Row) -> str:
     """What a cell ran, in one line."""
-    threads = "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
-    return f"{row['model']}, {_size(row)}, batch {row['batch']}, {row['dtype']}, {threads}"
+    return f"{row['model']}, {_size(row)}, batch {row['batch']}, {row['dtype']}, {_place(row)}"
+
+
+def _place(row: Row) -> str:
+    if on_gpu(row):
+        return row["accelerator"] + (", L2 flushed" if row["l2"] == "flushed" else "")
+    return "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
+
+
+def _specs(row: Row) -> dict[str, Spec]:
+    return registry("cuda" if on_gpu(row) else "cpu")
 
 
 def text_table(rows: Sequence[Row]) -> str:
@@ -92,8 +106,10 @@ def text_table(rows: Sequence[Row]) -> str:
 def disturbance(rows: Sequence[Row]) -> float | None:
     """The processors that other processes took away from the engines; None if too few to matter.
 
-    A process elsewhere on a large machine takes nothing away while enough processors are idle.
+    A process elsewhere on a large machine takes nothing away while enough processors are idle, and
+    of what happens on a GPU processors say nothing.
     """
+    rows = [row for row in rows if not on_gpu(row)]
     load = max((float(row["other_load"]) for row in rows if row["other_load"]), default=0.0)
     spare = int(rows[0]["processors"] or 0) - int(rows[0]["threads"]) if rows else 0
     return load if load > max(spare, 0) + _NEGLIGIBLE else None
@@ -103,17 +119,20 @@ def markdown_table(rows: Sequence[Row], details: bool = False) -> str:
     """A Markdown table, one line a cell and one column a provider, fastest provider in bold.
 
     Args:
-        rows: Rows of the file; of cells that ran more than once, the last run only.
+        rows: Rows of the file, all from CPUs or all from GPUs; of cells that ran more than once,
+            the last run only.
         details: Show the median after the minimum, and ``model(x)`` beside the frozen network.
     """
+    gpu = bool(rows) and on_gpu(rows[0])
+    specs = registry("cuda" if gpu else "cpu")
     names = [
         name
-        for name in PROVIDERS
+        for name in specs
         if (details or name != "drop-in") and any(row["provider"] == name for row in rows)
     ]
-    header = ["model", "input", "threads", *(PROVIDERS[name].title for name in names)]
-    header += ["over the best peer"]
-    lines = [header, [":--", ":--", *("--:" for _ in header[2:])]]
+    header = ["model", "input", "dtype" if gpu else "threads"]
+    header += [*(specs[name].title for name in names), "over the best peer"]
+    lines = [header, [":--", ":--", ":--" if gpu else "--:", *("--:" for _ in header[3:])]]
     for group in cells(rows):
         timed = {row["provider"]: row for row in group if row["status"] == "ok"}
         best = min(
@@ -122,7 +141,8 @@ def markdown_table(rows: Sequence[Row], details: bool = False) -> str:
             default=None,
         )
         first = group[0]
-        line = [first["model"], f"{_size(first)}, batch {first['batch']}", first["threads"]]
+        line = [first["model"], f"{_size(first)}, batch {first['batch']}"]
+        line.append(first["dtype"] if gpu else first["threads"])
         for name in names:
             row = timed.get(name)
             if row is None:
@@ -145,16 +165,21 @@ def markdown_table(rows: Sequence[Row], details: bool = False) -> str:
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    """One sentence a machine: processor, instruction sets, versions, commit."""
+    """One sentence a machine: processor, GPU, instruction sets, versions, commit."""
     seen: dict[str, None] = {}
     for row in rows:
         versions = {
-            PROVIDERS[r["provider"]].title: r["version"]
+            _specs(r)[r["provider"]].title: r["version"]
             for r in rows
             if r["run"] == row["run"] and r["provider"] in ("fused", "onnxruntime", "openvino")
         }
+        gpu = []
+        if on_gpu(row):
+            gpu = [_place(row), row["libraries"]]
+            gpu += [f"driver {row['driver']}"] if row["driver"] else []
         text = ", ".join(
             [
+                *gpu,
                 f"{row['processor']} ({row['processors']} processors)",
                 f"torch {row['torch']}",
                 *(f"{title} {version}" for title, version in versions.items()),
@@ -221,23 +246,26 @@ def _panel(axis: object, group: Sequence[Row]) -> None:
     medians = [float(row["p50_ms"]) for row in group]
     low = [float(row["p50_ms"]) - float(row["p20_ms"]) for row in group]
     high = [float(row["p80_ms"]) - float(row["p50_ms"]) for row in group]
-    ours = [PROVIDERS[row["provider"]].ours for row in group]
+    ours = [_specs(row)[row["provider"]].ours for row in group]
     axis.barh(positions, medians, color=["#c44e52" if own else "#8c9bb0" for own in ours])
     axis.errorbar(medians, positions, xerr=[low, high], fmt="none", ecolor="#333333", capsize=2)
     for position, median, above in zip(positions, medians, high, strict=True):
         axis.text(
             median + above, position, f"  {_milliseconds(str(median))}", va="center", fontsize=8
         )
-    axis.set_yticks(positions, [PROVIDERS[row["provider"]].title for row in group], fontsize=8)
+    titles = [_specs(row)[row["provider"]].title for row in group]
+    axis.set_yticks(positions, titles, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.18 * max(m + h for m, h in zip(medians, high, strict=True)))
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     first = group[0]
-    threads = "1 thread" if first["threads"] == "1" else f"{first['threads']} threads"
-    axis.set_title(
-        f"{first['model']}, {_size(first)}, batch {first['batch']}, {threads}", fontsize=9
-    )
+    what = f"{first['model']}, {_size(first)}, batch {first['batch']}"
+    if on_gpu(first):
+        what += f"\n{first['dtype']}, {_place(first)}"
+    else:
+        what += f", {_place(first)}"
+    axis.set_title(what, fontsize=9)
 
 
 def _milliseconds(text: str) -> str:

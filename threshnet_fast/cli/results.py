@@ -20,12 +20,12 @@ COLUMNS: dict[str, str] = {
     "height": "height of the input",
     "width": "width of the input",
     "batch": "images of the input",
-    "dtype": "type of weights and input",
-    "threads": "threads of every provider",
+    "dtype": "type of weights and input; tf32 is float32 that is multiplied in TF32",
+    "threads": "threads of every provider; on a GPU, of the host",
     "seed": "seed of the weights",
     "input": "where the input is from: scikit-image, matplotlib, --image or random",
     "provider": "name of the provider, as --providers takes it",
-    "version": "version of the provider; for this package also the instruction set",
+    "version": "version of the provider; for this package also the instruction set or architecture",
     "status": "ok, or why there are no times",
     "macs": "multiply-adds of one call, those on padding included",
     "calls": "timed calls",
@@ -38,7 +38,8 @@ COLUMNS: dict[str, str] = {
     "speedup_p50": "median of the best peer over this one's",
     "error": "largest difference from the float64 reference",
     "error_limit": "the largest that would have passed",
-    "peak_bytes": "memory added by the provider at the peak of a call; empty where not measured",
+    "peak_bytes": "memory added by the provider at the peak of a call, on a GPU as its allocator "
+    "reserves it; empty where not measured",
     "other_load": "processors that other processes kept busy during the timing; empty if unknown",
     "processor": "processor",
     "processors": "processors that the process could use",
@@ -46,11 +47,21 @@ COLUMNS: dict[str, str] = {
     "python": "version of Python",
     "torch": "version of torch",
     "platform": "operating system",
+    "device": "cpu or cuda",
+    "accelerator": "name of the GPU; empty on the CPU, as all columns from here on are",
+    "driver": "version of the GPU's driver; empty if unknown",
+    "libraries": "versions of CUDA or HIP, cuDNN and Triton",
+    "clocks": "clocks of the GPU after the timing, of its highest, and its power limit; empty if "
+    "unknown",
+    "l2": "kept, or flushed before every call",
 }
 """Columns of the file, in order, and what they hold."""
 
-CELL = ("model", "classes", "height", "width", "batch", "dtype", "threads")
-"""The columns that say what was run."""
+CELL = (
+    *("model", "classes", "height", "width", "batch", "dtype", "threads"),
+    *("device", "accelerator", "l2"),
+)
+"""The columns that say what was run, and on which GPU."""
 
 
 def check_writable(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> None:

@@ -6,9 +6,12 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Sample", "interleave", "percentile"]
+import torch
+from torch import Tensor
 
+__all__ = ["CudaTimer", "Sample", "host_timer", "interleave", "percentile"]
 # The threads of the previous provider go on spinning for a while after its last call. Nothing is
 # timed before they have gone to sleep.
 _SETTLE_NS = 5_000_000
@@ -48,12 +51,75 @@ def percentile(values: Sequence[float], fraction: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
+def host_timer(call: Callable[[], object]) -> int:
+    """Runs a call that is finished when it returns.
+
+    Returns:
+        The nanoseconds that it took.
+    """
+    clock = time.perf_counter_ns
+    before = clock()
+    call()
+    return clock() - before
+
+
+class CudaTimer:
+    """Times calls that a GPU works on, between two events of its own clock.
+
+    The device is idle when a call begins, and the next one does not begin before it has finished:
+    the time is a latency, with all that the host does before the last kernel can run. The first
+    event is reached at once, as nothing is queued before it.
+
+    Args:
+        device: The device whose current stream the calls run on.
+        flushed: Memory that is overwritten before every call (and that waited for), which evicts
+            weights and features from a smaller cache. None leaves the cache as the call before
+            left it.
+        event: Makes an event that can be timed.
+        synchronize: Waits for the device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        flushed: Tensor | None = None,
+        *,
+        event: Callable[[], Any] | None = None,
+        synchronize: Callable[[torch.device], None] | None = None,
+    ) -> None:
+        self._device = device
+        self._synchronize = torch.cuda.synchronize if synchronize is None else synchronize
+        make_event = _timed_event if event is None else event
+        self._start, self._end = make_event(), make_event()
+        self._flushed = flushed
+
+    def __call__(self, call: Callable[[], object]) -> int:
+        """Runs a call and waits for it.
+
+        Returns:
+            The nanoseconds from its beginning to the end of its last kernel.
+        """
+        if self._flushed is not None:
+            self._flushed.zero_()
+        self._synchronize(self._device)
+        self._start.record()
+        call()
+        self._end.record()
+        self._end.synchronize()
+        return round(self._start.elapsed_time(self._end) * 1e6)
+
+
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
 def interleave(
     calls: Mapping[str, Callable[[], object]],
     *,
     seconds: float | None = None,
     rounds: int | None = None,
     progress: Callable[[float], None] | None = None,
+    timer: Callable[[Callable[[], object]], int] = host_timer,
 ) -> dict[str, Sample]:
     """Times callables in turns: A B C A B C and so on.
 
@@ -66,6 +132,7 @@ def interleave(
         seconds: Rounds go on until this time is over, three rounds at least.
         rounds: Number of rounds; exactly one of the two is given.
         progress: Called after every turn with the part of the work that is done, 0 to 1.
+        timer: Runs a call and returns the nanoseconds that it took.
 
     Returns:
         The timed calls of each.
@@ -90,7 +157,7 @@ def interleave(
             if seconds is not None and finished >= _MIN_ROUNDS and elapsed >= seconds:
                 break
             for turn, (name, call) in enumerate(calls.items(), 1):
-                _turn(call, times[name])
+                _turn(call, times[name], timer)
                 if progress is not None:
                     part = finished + turn / len(calls)
                     if rounds is not None:
@@ -105,18 +172,16 @@ def interleave(
     return {name: Sample(tuple(values)) for name, values in times.items()}
 
 
-def _turn(call: Callable[[], object], times: list[int]) -> None:
+def _turn(
+    call: Callable[[], object], times: list[int], timer: Callable[[Callable[[], object]], int]
+) -> None:
     clock = time.perf_counter_ns
     settled = clock() + _SETTLE_NS
-    call()
+    timer(call)
     while clock() < settled:
-        call()
+        timer(call)
     finished = clock() + _TIMED_NS
-    before = clock()
     while True:
-        call()
-        after = clock()
-        times.append(after - before)
-        if after >= finished:
+        times.append(timer(call))
+        if clock() >= finished:
             break
-        before = clock()
