@@ -53,6 +53,19 @@ PIXELS_OF_A_PART = 1024
 REDUCTION_TILE = 32, 32
 """Input and output channels of a program that adds the parts of a weight's gradient."""
 
+# No value of these deserves a compilation of its own, unlike a stride of 1, which divides nothing.
+_SIZES = [
+    "pixels",
+    "in_height",
+    "in_width",
+    "out_height",
+    "out_width",
+    "pad_rows",
+    "pad_columns",
+    "tap_rows",
+    "tap_columns",
+]
+
 _LARGEST_TILE = 64
 _SMALLEST_TILE = 32
 
@@ -91,7 +104,7 @@ def load_gated(
     return grad
 
 
-@triton.jit(do_not_specialize=["pixels", "in_height", "in_width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=[*_SIZES, "kernel_columns"])
 def input_gradient_kernel(
     grad_ptr,
     grad_pitch,
@@ -230,7 +243,7 @@ def input_gradient_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["pixels", "in_height", "in_width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=[*_SIZES, "blocks_of_a_part"])
 def weight_gradient_kernel(
     xs,
     pitches,
@@ -333,7 +346,7 @@ def weight_gradient_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "first_row", "first_column", "tap_rows", "tap_columns"])
 def weight_gradient_reduction_kernel(
     partials_ptr,
     parts,
@@ -413,7 +426,7 @@ def weight_gradient_reduction_kernel(
         tl.store(dw_ptr + offsets, sums.to(dw_ptr.dtype.element_ty), mask=mask & exists[:, None])
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=["pixels", "blocks_of_a_part"])
 def column_sums_kernel(
     x_ptr,
     x_pitch,

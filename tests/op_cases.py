@@ -1,7 +1,8 @@
 """Shapes, memory layouts and backends that the tests of the operators share."""
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,22 +12,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from threshnet_fast.backends import cpu
 
-BACKENDS = ("reference", "cpu-scalar", "cpu-avx2", "cpu-avx512")
+BACKENDS = ("reference", "cpu-scalar", "cpu-avx2", "cpu-avx512", "triton-interpreter")
 
 
-def activate(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Sets up one of BACKENDS and returns the backend's name; skips where it cannot run."""
-    backend, _, isa = name.partition("-")
+@contextlib.contextmanager
+def activated(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Sets up one of BACKENDS and yields the backend's name; skips where it cannot run."""
+    backend, _, variant = name.partition("-")
+    if backend == "triton":
+        pytest.importorskip("triton")
+        from emulation.interpreter import interpreted
+        from threshnet_fast.kernels import cat_bn_relu_conv, cat_conv_bn_relu  # noqa: F401
+
+        with interpreted():
+            yield backend
+        return
     if backend == "cpu":
         reason = cpu.unavailable_reason()
         if reason is not None:
             pytest.skip(reason)
-        monkeypatch.setenv("THRESHNET_FAST_CPU_ISA", isa)
+        monkeypatch.setenv("THRESHNET_FAST_CPU_ISA", variant)
         try:
-            assert cpu.isa() == isa
+            assert cpu.isa() == variant
         except ValueError as error:
             pytest.skip(str(error))
-    return backend
+    yield backend
 
 
 @dataclass(frozen=True)
@@ -235,7 +245,11 @@ def bad_inputs(affine_of: str) -> list:
             "3x11 kernel: expected one that fits the 5x7 images of xs padded by 1",
         ),
         "backend": ({"backend": "refrence"}, ValueError, "did you mean 'reference'"),
-        "backend triton": ({"backend": "triton"}, RuntimeError, "no triton kernels"),
+        "backend triton": (
+            {"backend": "triton"},
+            (RuntimeError, ValueError),
+            "backend 'triton' (is unavailable: triton|needs tensors on cuda)",
+        ),
         "backend cuda": ({"backend": "cuda"}, RuntimeError, "no cuda kernels"),
         "cpu in half": (
             {"xs": half, "weight": weight.half(), "backend": "cpu"},
@@ -251,6 +265,11 @@ def bad_inputs(affine_of: str) -> list:
             {"xs": [x.double() for x in xs], "weight": weight.double(), "backend": "cpu"},
             TypeError,
             "backend 'cpu' needs torch.float32 tensors, these are torch.float64",
+        ),
+        "triton in double": (
+            {"xs": [x.double() for x in xs], "weight": weight.double(), "backend": "triton"},
+            TypeError,
+            "backend 'triton' needs one of torch.float16, torch.bfloat16, torch.float32",
         ),
     }
     return [pytest.param(*row, id=name) for name, row in table.items()]

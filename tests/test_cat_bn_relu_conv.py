@@ -1,5 +1,7 @@
 """conv(relu(cat(xs) * scale + shift), weight), on every backend."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from op_cases import (
@@ -11,7 +13,7 @@ from op_cases import (
     SMALL,
     Case,
     ConvolutionGradients,
-    activate,
+    activated,
     bad_inputs,
     bad_types,
     dense_strides,
@@ -30,8 +32,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    return activate(request.param, monkeypatch)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with activated(request.param, monkeypatch) as name:
+        yield name
 
 
 def operator():
