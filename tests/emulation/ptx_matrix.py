@@ -183,13 +183,14 @@ def _group_multiply(run: Run, it: Instruction, mask: np.ndarray, full: bool) -> 
         last = run.matrix_group - int(pending.value)
         for name, (group, bits) in list(run.matrix_results.items()):
             if group is not None and group < last:
-                run.set_bits(Register(name), bits, mask, full)
+                # For all, since blocks that are elsewhere lose nothing but the check of their wait.
+                run.set_bits(Register(name), bits, np.ones(run.threads, np.bool_), True)
                 del run.matrix_results[name]
         return
-    _group_product(run, it)
+    _group_product(run, it, mask)
 
 
-def _group_product(run: Run, it: Instruction) -> None:
+def _group_product(run: Run, it: Instruction, mask: np.ndarray) -> None:
     shape = re.fullmatch(r"m64n(\d+)k(\d+)", it.modifiers[3])
     if it.modifiers[0] != "mma_async" or shape is None:
         raise _unsupported(it)
@@ -206,8 +207,8 @@ def _group_product(run: Run, it: Instruction) -> None:
     if in_registers:
         left = _fragment(run, a, a_kind, (16, depth), _place_a(a_kind)).reshape(groups, 64, depth)
     else:
-        left = _shared_matrix(run, a[0], 64, depth, a_kind, a_by_columns, it.text)
-    right = _shared_matrix(run, b[0], columns, depth, b_kind, b_by_columns, it.text)
+        left = _shared_matrix(run, a[0], 64, depth, a_kind, a_by_columns, mask, it.text)
+    right = _shared_matrix(run, b[0], columns, depth, b_kind, b_by_columns, mask, it.text)
     product = np.matmul(left * np.float32(sign_a), (right * np.float32(sign_b)).transpose(0, 2, 1))
     product = product.reshape(groups * 4, 16, columns)
     kept = run.bits(keep[0], "pred")
@@ -216,11 +217,19 @@ def _group_product(run: Run, it: Instruction) -> None:
         _, before = run.matrix_results.get(target.name, (None, run.bits(target, "b32")))
         start = np.where(kept, before.view(np.float32), np.float32(0))
         sums = _scatter(product, number).view(np.float32) + start
-        run.matrix_results[target.name] = (None, np.ascontiguousarray(sums).view(np.uint32))
+        sums = np.where(mask, np.ascontiguousarray(sums).view(np.uint32), before)
+        run.matrix_results[target.name] = (None, sums)
 
 
 def _shared_matrix(
-    run: Run, descriptor: Operand, rows: int, depth: int, kind: str, by_columns: bool, text: str
+    run: Run,
+    descriptor: Operand,
+    rows: int,
+    depth: int,
+    kind: str,
+    by_columns: bool,
+    mask: np.ndarray,
+    text: str,
 ) -> np.ndarray:
     """Reads the matrix that a descriptor means for every warp group: ``[groups, rows, depth]``.
 
@@ -228,6 +237,9 @@ def _shared_matrix(
     29 the leading and 32 to 45 the stride byte offset, each divided by 16; 62 and 63 the swizzle.
     """
     bits = run.bits(descriptor, "b64").reshape(-1, 128)[:, 0]
+    here = mask.reshape(-1, 128)[:, 0]
+    # Blocks that are elsewhere in the program read what the first of these reads.
+    bits = np.where(here, bits, bits[here][0])
 
     def entry(shift: int) -> np.ndarray:
         value = (bits >> np.uint64(shift)) & np.uint64(0x3FFF)
@@ -261,18 +273,18 @@ def _shared_matrix(
         raise PTXError(f"matrix descriptor out of shared memory: {text}")
     block = run.block_of_thread.reshape(-1, 128)[:, 0]
     address = address + (block * run.shared_pitch)[:, None, None]
-    _check_written(run, address, size, text)
+    _check_written(run, address, size, mask, text)
     data = run.shared.view(UNSIGNED[8 * size])[address // size]
     if kind == "tf32":
         return truncate_to_tf32(data).view(np.float32)
     return decode(data, kind).astype(np.float32)
 
 
-def _check_written(run: Run, address: np.ndarray, size: int, text: str) -> None:
+def _check_written(run: Run, address: np.ndarray, size: int, mask: np.ndarray, text: str) -> None:
     """A warp group reads for all of its four warps, as the first of them."""
     groups = address.shape[0]
     leaders = np.zeros(run.threads, np.bool_)
-    leaders[::128] = True
-    flat = address.reshape(groups, -1)
+    leaders[::128] = mask[::128]
+    flat = address.reshape(groups, -1)[mask[::128]]
     for column in range(0, flat.shape[1], 8):
         run.shared_access(flat[:, column], size, leaders, text, write=False)
