@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import Configuration, find_architecture
+from .configurations import Configuration, find_architecture, precision_for
 from .implicit_gemm import output_pixel, store_tile
 from .launch import Launch
 from .layout import PackedWeight, padded, pitch, vector_width
@@ -388,7 +388,8 @@ def pays(problem: Problem) -> bool:
 
     rate = architecture.half
     if problem.dtype == torch.float32:
-        rate = architecture.tf32 if problem.precision == "tf32" else architecture.full
+        is_tf32 = precision_for(architecture.name, problem.precision) == "tf32"
+        rate = architecture.tf32 if is_tf32 else architecture.full
     a_pixel = 2 * problem.pixels * problem.bottleneck
     a_pixel /= _EFFICIENCY * rate * problem.multiprocessors
     arithmetic1 = a_pixel * problem.channels

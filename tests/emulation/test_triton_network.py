@@ -14,6 +14,8 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
+from threshnet_fast.kernels import dense_layer
+
 import threshnet_fast as tf
 from emulation.driver import emulated
 from emulation.interpreter import interpreted
@@ -150,6 +152,24 @@ def test_steps_interpreted(randomised, dtype: torch.dtype) -> None:
 def test_steps_emulated(randomised, architecture: str, dtype: torch.dtype) -> None:
     with emulated(architecture):
         check_step_by_step(randomised(odd()), torch.randn(1, 4, 32, 33), dtype)
+
+
+@pytest.fixture
+def dense_layers_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_layer, "pays", lambda problem: True)
+
+
+@pytest.mark.usefixtures("dense_layers_in_one_kernel")
+def test_dense_layers_interpreted(randomised) -> None:
+    with interpreted():
+        algorithms = check_step_by_step(randomised(odd()), torch.randn(2, 4, 40, 36), torch.float32)
+    assert algorithms.count("dense layer in one kernel") == 2
+
+
+@pytest.mark.usefixtures("dense_layers_in_one_kernel")
+def test_dense_layers_emulated(randomised) -> None:
+    with emulated("sm_80"):
+        check_step_by_step(randomised(odd()), torch.randn(2, 4, 32, 33), torch.float16)
 
 
 @pytest.mark.parametrize(

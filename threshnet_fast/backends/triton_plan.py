@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -237,16 +237,14 @@ def _group(plan: Plan, target: Target) -> list[_Prepared]:
     while index < len(plan.steps):
         step = plan.steps[index]
         following = plan.steps[index + 1] if index + 1 < len(plan.steps) else None
-        if _is_dense_layer(step, following, readers) and dense_layer.pays(
-            *_dense_layer_sizes(plan, step), target.dtype, target.architecture
-        ):
-            assert following is not None
+        layer = _dense_layer(step, following, readers)
+        if layer is not None and dense_layer.pays(_dense_layer_problem(plan, *layer, target)):
             prepared.append(
                 _Prepared(
-                    (step, following),
+                    layer,
                     (index, index + 1),
                     ("dense layer in one kernel", "with the one before"),
-                    None,
+                    dense_layer.choose(target.dtype, target.precision, target.architecture),
                 )
             )
             index += 2
@@ -270,11 +268,14 @@ def _choose(problem: configurations.Problem, target: Target) -> configurations.C
     return configurations.choose(*arguments)
 
 
-def _is_dense_layer(first: Step, second: Step | None, readers: dict[int, int]) -> bool:
-    return (
-        isinstance(first, FusedConv)
-        and isinstance(second, FusedConv)
-        and first.kernel == (1, 1)
+def _dense_layer(
+    first: Step, second: Step | None, readers: dict[int, int]
+) -> tuple[FusedConv, FusedConv] | None:
+    """Returns two steps if they are a dense layer whose bottleneck nothing else reads."""
+    if not isinstance(first, FusedConv) or not isinstance(second, FusedConv):
+        return None
+    matches = (
+        first.kernel == (1, 1)
         and first.prologue is not None
         and first.relu
         and len(first.inputs) == 1
@@ -287,6 +288,7 @@ def _is_dense_layer(first: Step, second: Step | None, readers: dict[int, int]) -
         and second.inputs == (first.output,)
         and readers[first.output.buffer] == 1
     )
+    return (first, second) if matches else None
 
 
 def _problem(plan: Plan, step: FusedConv, target: Target) -> configurations.Problem:
@@ -401,12 +403,10 @@ class _Workspace:
     def _scratch_of(self, prepared: _Prepared) -> int:
         if len(prepared.steps) == 1:
             return 0
-        return dense_layer.scratch_size(
-            *_dense_layer_sizes(self._plan, prepared.steps[0]),
-            self._target.dtype,
-            self._target.architecture,
-            self._target.multiprocessors,
-        )
+        assert prepared.configuration is not None
+        first, second = prepared.steps
+        problem = _dense_layer_problem(self._plan, first, second, self._target)
+        return dense_layer.scratch_size(problem, prepared.configuration)
 
     def _view(self, segment: Segment, x: Tensor | None, y: Tensor | None) -> Tensor:
         """A segment with all of its last group, ``[N, C, H, W]``."""
@@ -434,7 +434,7 @@ class _Workspace:
         weights = self.packed[prepared.indices[0]]
         source = self._view(step.inputs[0], x, y)
         if len(prepared.steps) == 2:
-            return self._dense_layer(prepared, source, y)
+            return self._dense_layer_launches(prepared, source, y)
         target = self._view(step.output, x, y)
         if isinstance(step, FusedConv):
             assert weights is not None
@@ -474,7 +474,9 @@ class _Workspace:
             average=step.average,
         )
 
-    def _dense_layer(self, prepared: _Prepared, source: Tensor, y: Tensor | None) -> list[Launch]:
+    def _dense_layer_launches(
+        self, prepared: _Prepared, source: Tensor, y: Tensor | None
+    ) -> list[Launch]:
         first, second = (self.packed[index] for index in prepared.indices)
         assert first is not None
         assert second is not None
@@ -487,6 +489,7 @@ class _Workspace:
             self._view(prepared.steps[1].output, None, y),
             scratch=self._scratch,
             precision=self._target.precision,
+            configuration=prepared.configuration,
         )
 
 
@@ -513,8 +516,19 @@ class _Graph:
         return self._y.clone()
 
 
-def _dense_layer_sizes(plan: Plan, first: Step) -> Sequence[int]:
-    """Batch, height, width, input channels and bottleneck channels of a dense layer."""
+def _dense_layer_problem(
+    plan: Plan, first: Step, second: Step, target: Target
+) -> dense_layer.Problem:
     buffer = plan.buffers[first.output.buffer]
-    channels = layout.padded(first.inputs[0].channels)
-    return plan.input_shape[0], buffer.height, buffer.width, channels, first.output.channels
+    return dense_layer.Problem(
+        batch=plan.input_shape[0],
+        height=buffer.height,
+        width=buffer.width,
+        channels=first.inputs[0].channels,
+        bottleneck=first.output.channels,
+        growth=second.output.channels,
+        dtype=target.dtype,
+        precision=target.precision,
+        architecture=target.architecture,
+        multiprocessors=target.multiprocessors,
+    )
