@@ -25,8 +25,10 @@ from triton.backends.driver import DriverBase
 from triton.compiler.compiler import CompiledKernel
 
 from .architectures import ARCHITECTURES, Architecture
-from .ptx_machine import Memory, launch
-from .ptx_parser import Program, parse
+from .ptx_machine import Argument, launch
+from .ptx_memory import GlobalMemory
+from .ptx_parser import parse
+from .ptx_translator import Translation, translate
 from .ptx_types import PTXError
 
 __all__ = ["Entry", "Log", "compiled_for", "emulated"]
@@ -254,8 +256,8 @@ class _Driver(DriverBase):
 
 
 @functools.lru_cache(maxsize=512)
-def _parsed(digest: bytes, text: str, name: str) -> Program:
-    return parse(text, name)
+def _translated(digest: bytes, text: str, name: str) -> Translation:
+    return translate(parse(text, name))
 
 
 def _flatten(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
@@ -278,10 +280,10 @@ def _run(
     text = compiled.asm["ptx"]
     if emulation.rewrite is not None:
         text = emulation.rewrite(text, name)
-    program = _parsed(hashlib.sha256(text.encode()).digest(), text, name)
-    memory = Memory()
+    translation = _translated(hashlib.sha256(text.encode()).digest(), text, name)
+    memory = GlobalMemory()
     places: dict[int, tuple[int, np.ndarray, torch.UntypedStorage]] = {}
-    values: list[int | float] = []
+    values: list[Argument] = []
     for kind, argument in _flatten(signature, arguments):
         if kind == "constexpr":
             continue
@@ -290,7 +292,8 @@ def _run(
             start = storage.data_ptr()
             if start not in places:
                 contents = _bytes(storage)
-                places[start] = (memory.allocate(contents), contents, storage)
+                address = memory.allocate(contents, alignment=start)
+                places[start] = (address, contents, storage)
             values.append(places[start][0] + argument.data_ptr() - start)
         elif argument is None:
             values.append(0)
@@ -298,10 +301,10 @@ def _run(
             values.append(float(argument) if kind.startswith("f") else int(argument))
     try:
         steps = launch(
-            program,
+            translation,
             memory,
             grid,
-            32 * compiled.metadata.num_warps,
+            (32 * compiled.metadata.num_warps,),
             values,
             dynamic_shared=compiled.metadata.shared,
             races=emulation.races,

@@ -1,163 +1,65 @@
-"""Executes parsed PTX: many blocks at once, all their threads in lockstep, with checks on the way.
+"""Executes translated PTX: many blocks at once, all their threads in lockstep, with checks.
 
-Threads run by the smallest program counter first, so that those which took different branches meet
-again. Found and reported as :class:`PTXError`:
+Where all threads of some blocks go one way and all of the others another, the run is split in two.
+Where threads of a block do, they run by the smallest program counter first, so that those which
+took different branches meet again. Found and reported as :class:`PTXError`:
 
 - global and shared accesses out of bounds (to the byte) or misaligned;
-- reads of shared memory that nothing wrote, or whose asynchronous copy has not been waited for;
+- reads of global memory that was marked as uninitialised and that nothing wrote;
+- reads of shared memory that nothing wrote, or whose asynchronous copy has not been waited for, and
+  writes of shared memory to which a copy is in flight;
 - barriers that not all threads of a block reach, or reach at different places; deadlock;
 - warp-wide instructions with inactive lanes;
-- between barriers, accesses of two warps to the same byte of shared memory, one of them a write;
-- within a launch, accesses of two blocks to the same byte of global memory, one of them a write.
+- operands of asynchronous matrix products that change before their wait;
+- on request, between barriers, accesses of two warps to the same byte of shared memory, one of them
+  a write; within a launch, accesses of two blocks to the same byte of global memory, one of them a
+  write and not both atomic; and threads that store different values to one place at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from . import ptx_instructions, ptx_matrix
-from .ptx_parser import Address, Immediate, Instruction, Operand, Parameter, Program, Register
-from .ptx_types import UNSIGNED, WIDTH, PTXError, decode, encode, is_float
+from . import ptx_instructions, ptx_matrix  # noqa: F401 - they register the instructions
+from .ptx_memory import GlobalMemory, GlobalRaces, SharedMemory, chosen
+from .ptx_parser import Program
+from .ptx_translator import Block, Operation, Translation, single
+from .ptx_types import BYTES, UNSIGNED, PTXError, encode
 
-__all__ = ["Memory", "Run", "launch"]
+__all__ = ["Argument", "Launch", "Run", "launch"]
 
-_BASE = 0x10_0000_0000
-_GUARD_BYTES = 512
-_MAX_THREADS = 4096
+Argument = int | float | bytes
+"""Of a kernel; bytes are a struct that is passed by value."""
 
-_NOBODY = -1
-_SEVERAL = -2
-
-Handler = Callable[["Run", Instruction, np.ndarray, bool], None]
-
-
-class Memory:
-    """Global memory: allocations with gaps between them that nothing may touch."""
-
-    def __init__(self) -> None:
-        self.bytes = np.zeros(1 << 16, np.uint8)
-        self.allocated = np.zeros(1 << 16, np.bool_)
-        self.top = _GUARD_BYTES
-
-    def allocate(self, contents: np.ndarray) -> int:
-        """Copies bytes into a new allocation and returns its address."""
-        start = self.top
-        self.top = -(-(start + len(contents) + _GUARD_BYTES) // 256) * 256
-        while self.top > len(self.bytes):
-            self.bytes = np.concatenate([self.bytes, np.zeros_like(self.bytes)])
-            self.allocated = np.concatenate([self.allocated, np.zeros_like(self.allocated)])
-        self.bytes[start : start + len(contents)] = contents
-        self.allocated[start : start + len(contents)] = True
-        return _BASE + start
-
-    def read(self, address: int, count: int) -> np.ndarray:
-        """Returns a view of ``count`` bytes."""
-        return self.bytes[address - _BASE : address - _BASE + count]
-
-    def index(self, addresses: np.ndarray, count: int, text: str) -> np.ndarray:
-        """Returns the index of the first byte of accesses of ``count`` bytes each, checked."""
-        start = addresses - _BASE
-        if len(start) == 0:
-            return start
-        if start.min() < 0 or start.max() + count > len(self.bytes):
-            raise PTXError(f"global access to a wild address: {text}")
-        # Gaps are wider than an access, so what begins and ends inside is inside.
-        if not (self.allocated[start].all() and self.allocated[start + count - 1].all()):
-            raise PTXError(f"global access out of bounds: {text}")
-        return start
-
-
-class _Owners:
-    """Who wrote and read each byte since the last synchronisation."""
-
-    def __init__(self, size: int) -> None:
-        self.write_epoch = np.full(size, -1, np.int32)
-        self.writer = np.full(size, _NOBODY, np.int32)
-        self.read_epoch = np.full(size, -1, np.int32)
-        self.reader = np.full(size, _NOBODY, np.int32)
-
-    def record(
-        self,
-        start: np.ndarray,
-        count: int,
-        owner: np.ndarray,
-        epoch: np.ndarray,
-        write: bool,
-        harmless: np.ndarray | None = None,
-    ) -> bool:
-        """Records accesses; returns whether one of them races.
-
-        Args:
-            start: First byte of each access.
-            count: Bytes of each access.
-            owner: Who accesses.
-            epoch: Accesses of other epochs are no conflict.
-            write: Whether they write.
-            harmless: Bytes, ``[accesses, count]``, where writing again what is there already is no
-                race: programs store values that several warps hold.
-        """
-        index = start[:, None] + np.arange(count)
-        owner, epoch = owner[:, None], epoch[:, None]
-        others_wrote = (self.write_epoch[index] == epoch) & (self.writer[index] != owner)
-        if harmless is not None:
-            others_wrote &= ~harmless
-        if others_wrote.any():
-            return True
-        readers = self.reader[index]
-        read = self.read_epoch[index] == epoch
-        if write:
-            if (read & (readers != owner)).any():
-                return True
-            self.write_epoch[index] = epoch
-            self.writer[index] = owner
-            return False
-        self.reader[index] = np.where(read & (readers != owner), _SEVERAL, owner)
-        self.read_epoch[index] = epoch
-        several = self.reader[index] != owner
-        self.reader[index[several]] = _SEVERAL
-        return False
-
-
-# Distance of the addresses that parameters have where a program takes them.
-_PARAMETER_BYTES = 16
-
-
-@dataclass
-class _Copies:
-    """Asynchronous copies that have not landed: one thread's each."""
-
-    thread: np.ndarray
-    target: np.ndarray
-    group: np.ndarray
-    data: np.ndarray
-
-    def select(self, which: np.ndarray) -> _Copies:
-        return _Copies(self.thread[which], self.target[which], self.group[which], self.data[which])
+_MAX_THREADS = 8192
 
 
 def launch(
-    program: Program,
-    memory: Memory,
+    translation: Translation,
+    memory: GlobalMemory,
     grid: Sequence[int],
-    threads: int,
-    arguments: Sequence[int | float],
+    block: Sequence[int],
+    arguments: Sequence[Argument],
     *,
     dynamic_shared: int = 0,
     races: bool = False,
+    threads_at_once: int = _MAX_THREADS,
 ) -> int:
     """Runs a kernel.
 
     Args:
-        program: The kernel.
+        translation: The kernel.
         memory: Global memory, which it reads and writes.
-        grid: Blocks along x, y and z.
-        threads: Threads of a block, along x.
+        grid: Blocks along x, y and z; missing axes are 1.
+        block: Threads of a block along x, y and z.
         arguments: Values of the parameters; those beyond get 0.
         dynamic_shared: Bytes of shared memory beside what the program declares.
         races: Whether to look for races.
+        threads_at_once: Blocks run together up to this many threads, or one block.
 
     Returns:
         Instructions executed, each for many threads at once.
@@ -165,471 +67,580 @@ def launch(
     Raises:
         PTXError: Something was found; the message names the instruction.
     """
+    program = translation.program
+    x, y, z = (*grid, 1, 1)[:3]
+    width, height, depth = (*block, 1, 1)[:3]
+    threads = width * height * depth
     if threads % 32:
         raise PTXError(f"a block has {threads} threads: expected a multiple of 32")
     if program.threads not in (None, threads):
         raise PTXError(f"a block has {threads} threads: the program requires {program.threads}")
-    x, y, z = (*grid, 1, 1)[:3]
     blocks = x * y * z
-    at_once = max(1, _MAX_THREADS // threads)
-    owners = _Owners(memory.top) if races and blocks > 1 else None
+    started = Launch(
+        translation,
+        memory,
+        (x, y, z),
+        (width, height, depth),
+        _parameter_memory(program, arguments),
+        program.static_shared + dynamic_shared,
+        races,
+        GlobalRaces(memory.top) if races and blocks > 1 else None,
+    )
+    at_once = max(1, threads_at_once // threads)
     steps = 0
     with np.errstate(all="ignore"):
         for first in range(0, blocks, at_once):
-            batch = range(first, min(blocks, first + at_once))
-            run = Run(program, memory, (x, y, z), threads, arguments, dynamic_shared, batch, races)
-            run.global_owners = owners
-            steps += run.execute()
+            runs = [Run(started, np.arange(first, min(blocks, first + at_once)))]
+            while runs:
+                run = runs.pop()
+                run.execute(runs)
+                steps += run.steps
+        if started.global_races is not None:
+            started.global_races.finish()
     return steps
 
 
+@dataclass
+class Launch:
+    """What the blocks of a launch have in common."""
+
+    translation: Translation
+    memory: GlobalMemory
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    parameters: np.ndarray
+    shared_size: int
+    races: bool
+    global_races: GlobalRaces | None
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        width, height, depth = self.block
+        return width * height * depth
+
+
+def _parameter_memory(program: Program, arguments: Sequence[Argument]) -> np.ndarray:
+    """Lays out the arguments as the program's parameters."""
+    offsets = list(program.parameter_offsets.values())
+    memory = np.zeros((offsets[-1] if offsets else 0) + 4096, np.uint8)
+    for offset, size, value in zip(offsets, program.parameters, arguments, strict=False):
+        if isinstance(value, bytes):
+            if len(value) != size:
+                raise PTXError(f"an argument has {len(value)} bytes: the parameter has {size}")
+            content = value
+        elif isinstance(value, float):
+            kind = {2: "f16", 4: "f32", 8: "f64"}[size]
+            with np.errstate(all="ignore"):
+                content = encode(np.full(1, value), kind).tobytes()
+        else:
+            content = (value & (2 ** (8 * size) - 1)).to_bytes(size, "little")
+        memory[offset : offset + size] = np.frombuffer(content, np.uint8)
+    return memory
+
+
+@dataclass
+class _Copies:
+    """What one instruction copies asynchronously, until it lands.
+
+    Attributes:
+        offsets: Where to, in shared memory.
+        data: What.
+        mask: By which threads, or None for all.
+        group: Of each thread; -1 before it is committed.
+        text: The instruction.
+    """
+
+    offsets: np.ndarray
+    data: np.ndarray
+    mask: np.ndarray | None
+    group: np.ndarray
+    text: str
+
+
+@dataclass
+class _Divergence:
+    """Where threads are that are not all at one place: arrays ``[blocks or 1, threads]``."""
+
+    places: np.ndarray
+    live: np.ndarray
+    waiting: np.ndarray
+
+    def blocks(self, blocks: int) -> None:
+        """Keeps every block on its own."""
+        self.places, self.live, self.waiting = (
+            np.repeat(each, blocks, axis=0) if len(each) == 1 else each
+            for each in (self.places, self.live, self.waiting)
+        )
+
+
 class Run:
-    """Some blocks of a launch; the state that instructions change."""
+    """Some blocks of a launch; the state that instructions change.
 
-    def __init__(
-        self,
-        program: Program,
-        memory: Memory,
-        grid: tuple[int, int, int],
-        threads: int,
-        arguments: Sequence[int | float],
-        dynamic_shared: int,
-        blocks: range,
-        races: bool,
-    ) -> None:
-        self.program = program
-        self.memory = memory
-        self.block_threads = threads
-        self.blocks = len(blocks)
-        self.threads = total = threads * self.blocks
-        self.lanes = np.arange(total) % 32
-        self.warps = np.arange(total) // 32
-        self.block_of_thread = np.repeat(np.arange(self.blocks), threads)
-        self._block_ids = np.repeat(np.array(blocks), threads)
-        self._special = self._special_registers(grid)
-        self.registers = {
-            name: np.zeros(total, UNSIGNED[width])
-            for name, width in program.register_widths.items()
-        }
-        self._parameters = {
-            name: (kind, arguments[index] if index < len(arguments) else 0)
-            for index, (kind, name) in enumerate(program.parameters)
-        }
-        self._constants: dict[tuple[Operand, str], np.ndarray] = {}
+    Attributes:
+        registers: Arrays ``[blocks or 1, threads or 1]``.
+        lanes: ``[1, threads]``, the lane of each thread.
+        first_lanes: ``[1, threads]``, the first thread of each thread's warp.
+        steps: Instructions executed.
+    """
 
-        self.shared_size = program.static_shared + dynamic_shared
-        self.shared_pitch = -(-max(1, self.shared_size) // 128) * 128
-        self.shared = np.zeros(self.blocks * self.shared_pitch, np.uint8)
-        self.shared_written = np.zeros(len(self.shared), np.bool_)
-        self._shared_in_flight = np.zeros(len(self.shared), np.bool_)
-        self._shared_owners = _Owners(len(self.shared)) if races else None
-        self.global_owners: _Owners | None = None
-        self.epoch = np.zeros(self.blocks, np.int32)
-
-        # Where all live threads are at one place, `place` is it; else `places` says for each.
+    def __init__(self, launch: Launch, block_ids: np.ndarray) -> None:
+        translation = launch.translation
+        self.launch = launch
+        self.memory = launch.memory
+        self.block_ids = block_ids[:, None].astype(np.int32)
+        self.threads = launch.threads
+        thread = np.arange(self.threads)[None, :]
+        self.lanes = thread % 32
+        self.first_lanes = thread - self.lanes
+        self.registers: list[np.ndarray] = list(translation.initial)
+        for name, entry in translation.special.items():
+            self.registers[entry] = self._special(name, thread)
+        for entry, offset, width in translation.parameters:
+            bits = launch.parameters[offset : offset + width // 8].view(UNSIGNED[width])
+            self.registers[entry] = bits.reshape(1, 1)
+        self.shared = SharedMemory(
+            len(block_ids),
+            launch.shared_size,
+            translation.granule,
+            thread // 32,
+            races=launch.races,
+        )
         self.place = 0
-        self.places: np.ndarray | None = None
-        self.live = np.ones(total, np.bool_)
-        self.waiting = np.zeros(total, np.bool_)
-        self._everybody = np.ones(total, np.bool_)
-
-        self.copy_group = np.zeros(total, np.int32)
+        self.steps = 0
+        self._divergence: _Divergence | None = None
+        self._copy_group = np.zeros((1, 1), np.int32)
         self._copies: list[_Copies] = []
-        self.matrix_group = 0
-        self.matrix_results: dict[str, tuple[int | None, np.ndarray]] = {}
+        self.products = ptx_matrix.PendingProducts()
 
-        self._handlers = [_handler(instruction) for instruction in program.instructions]
-
-    def _special_registers(self, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
-        thread = np.arange(self.threads) % self.block_threads
-        x, y, z = grid
-        ids = self._block_ids
+    def _special(self, name: str, thread: np.ndarray) -> np.ndarray:
+        (x, y, _), (width, height, depth) = self.launch.grid, self.launch.block
+        ids = self.block_ids.astype(np.int64)
+        one = np.ones((1, 1), np.int64)
         values = {
-            "%tid.x": thread,
-            "%tid.y": 0 * thread,
-            "%tid.z": 0 * thread,
-            "%ntid.x": self.block_threads + 0 * thread,
-            "%ntid.y": 1 + 0 * thread,
-            "%ntid.z": 1 + 0 * thread,
+            "%tid.x": thread % width,
+            "%tid.y": thread // width % height,
+            "%tid.z": thread // (width * height),
+            "%ntid.x": one * width,
+            "%ntid.y": one * height,
+            "%ntid.z": one * depth,
             "%ctaid.x": ids % x,
             "%ctaid.y": ids // x % y,
             "%ctaid.z": ids // (x * y),
-            "%nctaid.x": x + 0 * thread,
-            "%nctaid.y": y + 0 * thread,
-            "%nctaid.z": z + 0 * thread,
+            "%nctaid.x": one * self.launch.grid[0],
+            "%nctaid.y": one * self.launch.grid[1],
+            "%nctaid.z": one * self.launch.grid[2],
             "%laneid": self.lanes,
             "%warpid": thread // 32,
         }
-        return {name: value.astype(np.uint32) for name, value in values.items()}
+        if name not in values:
+            raise PTXError(f"special register not supported: {name}")
+        return values[name].astype(np.uint32)
 
-    # Operands.
+    @property
+    def blocks(self) -> int:
+        """How many blocks run."""
+        return len(self.block_ids)
 
-    def bits(self, operand: Operand, kind: str) -> np.ndarray:
-        """Returns the raw bits of an operand for all threads, in the width of a type."""
-        if isinstance(operand, Register):
-            name = operand.name
-            found = self.registers.get(name)
-            if found is None:
-                return self._named(operand, kind)
-            wanted = UNSIGNED[WIDTH[kind]]
-            return found if found.dtype == wanted else found.astype(wanted)
-        constant = self._constants.get((operand, kind))
-        if constant is None:
-            constant = self._constants[operand, kind] = self._constant(operand, kind)
-        return constant
+    # What effects use.
 
-    def values(self, operand: Operand, kind: str) -> np.ndarray:
-        """Returns the values of an operand for all threads."""
-        return decode(self.bits(operand, kind), kind)
+    def set(self, entry: int, bits: np.ndarray, mask: np.ndarray | None) -> None:
+        """Writes a register where the mask is set."""
+        self.registers[entry] = (
+            bits if mask is None else np.where(mask, bits, self.registers[entry])
+        )
 
-    def _named(self, operand: Register, kind: str) -> np.ndarray:
-        name = operand.name
-        if name.startswith("!"):
-            return ~self.bits(Register(name[1:]), kind)
-        if name in self._special:
-            return self._special[name].astype(UNSIGNED[WIDTH[kind]])
-        if name in self.program.shared_offsets:
-            offset = self.program.shared_offsets[name]
-            return np.full(self.threads, offset, UNSIGNED[WIDTH[kind]])
-        if name in self._parameters:
-            place = list(self._parameters).index(name) * _PARAMETER_BYTES
-            return np.full(self.threads, place, UNSIGNED[WIDTH[kind]])
-        raise PTXError(f"operand not understood: {name}")
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Returns values for every thread of every block."""
+        return np.broadcast_to(values, (self.blocks, self.threads))
 
-    def _constant(self, operand: Operand, kind: str) -> np.ndarray:
-        if not isinstance(operand, Immediate):
-            raise PTXError(f"operand not understood: {operand}")
-        value, width = operand.value, WIDTH[kind]
-        if isinstance(value, float):
-            return encode(np.full(self.threads, value), kind if is_float(kind) else f"f{width}")
-        if operand.is_bits and width == 64:
-            return encode(np.full(self.threads, value, np.uint32).view(np.float32), "f64")
-        if width == 1:
-            return np.full(self.threads, bool(value))
-        return np.full(self.threads, value & ((1 << width) - 1), UNSIGNED[width])
+    def by_warp(self, values: np.ndarray) -> np.ndarray:
+        """Returns values as ``[blocks or 1, warps, 32]``."""
+        rows = len(values)
+        return np.broadcast_to(values, (rows, self.threads)).reshape(rows, -1, 32)
 
-    def set_bits(self, operand: Operand, bits: np.ndarray, mask: np.ndarray, full: bool) -> None:
-        """Writes a register where the mask is set. Arrays are never changed in place."""
-        assert isinstance(operand, Register)
-        name = operand.name
-        if name == "_":
+    def require_whole_warps(self, mask: np.ndarray | None, text: str, lanes: int = 32) -> None:
+        """Checks that the mask has all or none of each warp, or of each ``lanes`` threads."""
+        if mask is None:
             return
-        old = self.registers[name]
-        if bits.dtype != old.dtype:
-            bits = bits.astype(old.dtype)
-        self.registers[name] = bits if full else np.where(mask, bits, old)
+        groups = np.broadcast_to(mask, (len(mask), self.threads)).reshape(len(mask), -1, lanes)
+        if (groups.any(-1) != groups.all(-1)).any():
+            raise PTXError(f"warp-wide instruction with inactive lanes: {text}")
 
-    def set_values(
-        self, operand: Operand, values: np.ndarray, kind: str, mask: np.ndarray, full: bool
-    ) -> None:
-        """Rounds values to a type and writes them."""
-        self.set_bits(operand, encode(values, kind), mask, full)
-
-    def width_of(self, operand: Operand) -> int:
-        """Returns the bits of a register."""
-        assert isinstance(operand, Register)
-        return self.program.register_widths.get(operand.name, 32)
-
-    def addresses(self, operand: Operand) -> np.ndarray:
-        """Returns the addresses that ``[base + offset]`` means, for all threads."""
-        if not isinstance(operand, Address):
-            raise PTXError(f"address not understood: {operand}")
-        if operand.base is None:
-            return np.full(self.threads, operand.offset, np.int64)
-        return self.bits(operand.base, "b64").astype(np.int64) + operand.offset
-
-    def parameter(self, operand: Operand, kind: str, mask: np.ndarray) -> np.ndarray:
-        """Returns the raw bits of a kernel's parameter, which may be named by its address."""
-        if isinstance(operand, Address):
-            bits = np.zeros(self.threads, UNSIGNED[WIDTH[kind]])
-            addresses = self.addresses(operand)
-            names = list(self._parameters)
-            for address in np.unique(addresses[mask]):
-                index, offset = divmod(int(address), _PARAMETER_BYTES)
-                if offset or not 0 <= index < len(names):
-                    raise PTXError(f"there is no parameter at address {address}")
-                chosen = addresses == address
-                bits[chosen] = self.parameter(Parameter(names[index], 0), kind, mask)[chosen]
-            return bits
-        if not isinstance(operand, Parameter):
-            raise PTXError(f"parameter not understood: {operand}")
-        _, value = self._parameters[operand.name]
-        width = WIDTH[kind]
-        if isinstance(value, float):
-            return encode(np.full(self.threads, value), "f32" if width == 32 else f"f{width}")
-        return np.full(self.threads, int(value) & ((1 << width) - 1), UNSIGNED[width])
-
-    # Memory.
-
-    def global_index(
-        self, addresses: np.ndarray, count: int, mask: np.ndarray, text: str, write: bool
+    def load_global(
+        self, addresses: np.ndarray, size: int, mask: np.ndarray | None, text: str
     ) -> np.ndarray:
-        """Checks global accesses of the threads in the mask and returns their byte indices."""
-        chosen = addresses if mask.all() else addresses[mask]
-        index = self.memory.index(chosen, count, text)
-        if self.global_owners is not None:
-            owner = self._block_ids[mask]
-            epoch = np.zeros(len(owner), np.int32)
-            if self.global_owners.record(index, count, owner, epoch, write):
-                raise PTXError(f"global-memory race between blocks: {text}")
-        return index
+        """Loads ``size`` bytes for each thread, as one element or as a last axis of several."""
+        places = self.memory.locate(addresses, size, mask, text)
+        if self.launch.global_races is not None:
+            self.launch.global_races.read(places, size, self.block_ids, mask, text)
+        if size <= 16:
+            return self.memory.gather(places, size, text)
+        units = [self.memory.gather(places + first, 16, text) for first in range(0, size, 16)]
+        return np.stack(units, -1)
 
-    def shared_index(
-        self, addresses: np.ndarray, count: int, mask: np.ndarray, text: str
+    def load_parameters(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
+        """Loads ``size`` bytes of the parameters for each thread."""
+        low, high = int(addresses.min()), int(addresses.max())
+        if low < 0 or high + size > len(self.launch.parameters) or size > 16:
+            raise PTXError(f"parameter out of bounds: {text}")
+        if (addresses % size).any():
+            raise PTXError(f"misaligned {size}-byte access: {text}")
+        return self.launch.parameters.view(BYTES[size]).take(addresses // size)
+
+    def store_global(
+        self, addresses: np.ndarray, data: np.ndarray, mask: np.ndarray | None, text: str
+    ) -> None:
+        """Stores the units along the last axis of the data one after the other."""
+        unit, count = data.dtype.itemsize, data.shape[-1]
+        places = self.memory.locate(addresses, unit * count, mask, text)
+        if self.launch.global_races is not None:
+            self.launch.global_races.write(places, unit * count, self.block_ids, mask, text)
+        for number in range(count):
+            start = places + unit * number
+            self.memory.scatter(start, data[..., number], mask, text)
+            if self.launch.races:
+                self.memory.check_agreement(start, data[..., number], mask, text)
+
+    def load_shared(
+        self, addresses: np.ndarray, size: int, mask: np.ndarray | None, text: str
     ) -> np.ndarray:
-        """Checks the bounds of shared accesses and returns their byte indices."""
-        chosen = addresses[mask]
-        if len(chosen) and (chosen.min() < 0 or chosen.max() + count > self.shared_size):
-            raise PTXError(
-                f"shared access out of bounds ({chosen.max()} of {self.shared_size}): {text}"
-            )
-        return chosen + self.block_of_thread[mask] * self.shared_pitch
+        """Loads ``size`` bytes for each thread, as one element or as a last axis of several."""
+        offsets = self.shared.locate(addresses, size, mask, text)
+        self.shared.note_read(offsets, size, mask, text)
+        if size <= 16:
+            return self.shared.gather(offsets, size)
+        units = [self.shared.gather(offsets + first, 16) for first in range(0, size, 16)]
+        return np.stack(units, -1)
 
-    def shared_access(
-        self,
-        index: np.ndarray,
-        count: int,
-        mask: np.ndarray,
-        text: str,
-        *,
-        write: bool,
-        data: np.ndarray | None = None,
+    def store_shared(
+        self, addresses: np.ndarray, data: np.ndarray, mask: np.ndarray | None, text: str
     ) -> None:
-        """Looks for reads of what nothing wrote and for races; stores ``data`` if it is given."""
-        every_byte = index[:, None] + np.arange(count)
-        harmless = None
-        if data is not None:
-            content = np.ascontiguousarray(data).view(np.uint8)
-            harmless = self.shared[every_byte] == content
-            self.shared[every_byte] = content
-            if (self.shared[every_byte] != content).any():
-                raise PTXError(f"threads write different values to one place: {text}")
-        if write:
-            if self._shared_in_flight[every_byte].any():
-                raise PTXError(f"written while an asynchronous copy to it is pending: {text}")
-            self.shared_written[every_byte] = True
-        elif not self.shared_written[every_byte].all():
-            raise PTXError(f"shared memory is read that nothing wrote: {text}")
-        if self._shared_owners is not None:
-            epoch = self.epoch[self.block_of_thread[mask]]
-            owner = self.warps[mask]
-            if self._shared_owners.record(index, count, owner, epoch, write, harmless):
-                raise PTXError(f"shared-memory race between warps: {text}")
+        """Stores the units along the last axis of the data one after the other."""
+        unit, count = data.dtype.itemsize, data.shape[-1]
+        offsets = self.shared.locate(addresses, unit * count, mask, text)
+        self.shared.note_write(offsets, unit * count, mask, text, data=data)
+        for number in range(count):
+            self.shared.scatter(offsets + unit * number, data[..., number], mask)
+            if self.launch.races:
+                self.shared.check_agreement(offsets + unit * number, data[..., number], mask, text)
 
-    def check_alignment(
-        self, addresses: np.ndarray, count: int, mask: np.ndarray, text: str
-    ) -> None:
-        """Checks that the threads in the mask access multiples of ``count`` bytes."""
-        if (addresses[mask] % count).any():
-            raise PTXError(f"misaligned {count}-byte access: {text}")
-
-    def load(
-        self, space: str, addresses: np.ndarray, width: int, count: int, mask: np.ndarray, text: str
-    ) -> np.ndarray:
-        """Loads ``count`` elements for each thread in the mask: ``[threads in mask, count]``."""
-        size = width // 8
-        self.check_alignment(addresses, size * count, mask, text)
-        if space == "shared":
-            index = self.shared_index(addresses, size * count, mask, text)
-            self.shared_access(index, size * count, mask, text, write=False)
-            source = self.shared
-        else:
-            index = self.global_index(addresses, size * count, mask, text, write=False)
-            source = self.memory.bytes
-        return source.view(UNSIGNED[width])[(index // size)[:, None] + np.arange(count)]
-
-    def store(
-        self, space: str, addresses: np.ndarray, data: np.ndarray, mask: np.ndarray, text: str
-    ) -> None:
-        """Stores ``[threads in mask, count]`` elements."""
-        size, count = data.dtype.itemsize, data.shape[1]
-        self.check_alignment(addresses, size * count, mask, text)
-        if space == "shared":
-            index = self.shared_index(addresses, size * count, mask, text)
-            self.shared_access(index, size * count, mask, text, write=True, data=data)
-            return
-        index = self.global_index(addresses, size * count, mask, text, write=True)
-        self.memory.bytes.view(data.dtype)[(index // size)[:, None] + np.arange(count)] = data
+    def warps_of_rows(self, count: int) -> np.ndarray:
+        """Returns ``[1, rows]``, the warp that accesses each row, ``count`` rows a warp."""
+        return np.repeat(np.arange(self.threads // 32), count)[None, :]
 
     def start_copy(
         self,
         target: np.ndarray,
-        source: np.ndarray,
-        count: int,
+        begin: np.ndarray,
+        size: int,
         sizes: np.ndarray,
-        mask: np.ndarray,
+        mask: np.ndarray | None,
         text: str,
     ) -> None:
-        """Begins asynchronous copies of ``count`` bytes, of which ``sizes`` come from memory."""
-        self.check_alignment(target, count, mask, text)
-        index = self.shared_index(target, count, mask, text)
-        self.shared_access(index, count, mask, text, write=True)
-        self.shared_written[index[:, None] + np.arange(count)] = False
-        self._shared_in_flight[index[:, None] + np.arange(count)] = True
-        data = np.zeros((len(index), count), np.uint8)
-        for size in np.unique(sizes[mask]):
-            if size == 0:
+        """Begins copies of ``size`` bytes: ``sizes`` come from memory, the rest is 0."""
+        offsets = self.shared.locate(target, size, mask, text)
+        self.shared.note_write(offsets, size, mask, text, stage="issue")
+        data = np.zeros((1, 1), BYTES[size])
+        for count in np.unique(chosen(sizes, mask)):
+            if count == 0:
                 continue
-            chosen = mask & (sizes == size)
-            self.check_alignment(source, count, chosen, text)
-            start = self.global_index(source, int(size), chosen, text, write=False)
-            data[sizes[mask] == size, : int(size)] = self.memory.bytes[
-                start[:, None] + np.arange(int(size))
-            ]
-        thread = np.flatnonzero(mask)
-        self._copies.append(_Copies(thread, index, np.full(len(thread), -1, np.int32), data))
+            if count > size:
+                raise PTXError(f"an asynchronous copy reads more than it writes: {text}")
+            reading: np.ndarray | None = sizes == count
+            if mask is not None:
+                reading = reading & mask
+            if reading.all():
+                reading = None
+            data = self._copied(begin, size, int(count), reading, data, text)
+        self._copies.append(_Copies(offsets, data, mask, np.full((1, 1), -1, np.int32), text))
 
-    def commit_copies(self, mask: np.ndarray) -> None:
+    def _copied(
+        self,
+        begin: np.ndarray,
+        size: int,
+        count: int,
+        reading: np.ndarray | None,
+        data: np.ndarray,
+        text: str,
+    ) -> np.ndarray:
+        if count == size:
+            read = self.load_global(begin, size, reading, text)
+        else:
+            # Aligned for the whole vector, in bounds for the part that is read.
+            if (chosen(begin, reading) % size).any():
+                raise PTXError(f"misaligned {size}-byte access: {text}")
+            parts = [self.load_global(begin + byte, 1, reading, text) for byte in range(count)]
+            whole = np.zeros((*parts[0].shape, size), np.uint8)
+            whole[..., :count] = np.stack(parts, -1)
+            read = whole.view(BYTES[size])[..., 0]
+        return read if reading is None else np.where(reading, read, data)
+
+    def commit_copies(self, mask: np.ndarray | None) -> None:
         """Gives the copies that threads have begun since their last commit a group."""
         for copies in self._copies:
-            fresh = (copies.group < 0) & mask[copies.thread]
-            copies.group[fresh] = self.copy_group[copies.thread[fresh]]
-        self.copy_group = self.copy_group + mask
+            if copies.group.size == 1 and mask is None:
+                if copies.group[0, 0] < 0:
+                    copies.group = self._copy_group
+            else:
+                fresh = copies.group < 0
+                if mask is not None:
+                    fresh = fresh & mask
+                copies.group = np.where(fresh, self._copy_group, copies.group)
+        self._copy_group = self._copy_group + np.int32(1) * (True if mask is None else mask)
 
-    def wait_for_copies(self, pending: int | None, mask: np.ndarray, text: str) -> None:
+    def wait_for_copies(self, pending: int | None, mask: np.ndarray | None, text: str) -> None:
         """Lets copies land; all for None, else all but those of the last ``pending`` groups."""
         remaining = []
         for copies in self._copies:
-            landed = mask[copies.thread]
-            if pending is not None:
-                last = self.copy_group[copies.thread] - pending
-                landed = landed & (copies.group >= 0) & (copies.group < last)
+            if pending is None:
+                landed = np.ones((1, 1), bool)
+            else:
+                landed = (copies.group >= 0) & (copies.group < self._copy_group - pending)
+            if mask is not None:
+                landed = landed & mask
+            if not landed.any():
+                remaining.append(copies)
+                continue
+            if landed.all():
+                self._land(copies, copies.mask)
+                continue
+            if copies.mask is not None:
+                landed = landed & copies.mask
             if landed.any():
-                done = copies.select(landed)
-                count = done.data.shape[1]
-                every_byte = done.target[:, None] + np.arange(count)
-                self.shared[every_byte] = done.data
-                self._shared_in_flight[every_byte] = False
-                threads = np.zeros(self.threads, np.bool_)
-                threads[done.thread] = True
-                # In the order of threads, as the mask selects them.
-                order = np.argsort(done.thread, kind="stable")
-                self.shared_access(done.target[order], count, threads, text, write=True)
-            if not landed.all():
-                remaining.append(copies.select(~landed))
+                self._land(copies, landed)
+            left = ~landed if copies.mask is None else copies.mask & ~landed
+            if left.any():
+                copies.mask = left
+                remaining.append(copies)
         self._copies = remaining
+
+    def _land(self, copies: _Copies, mask: np.ndarray | None) -> None:
+        size = copies.data.dtype.itemsize
+        self.shared.note_write(copies.offsets, size, mask, copies.text, stage="landing")
+        self.shared.scatter(copies.offsets, copies.data, mask)
 
     # Control.
 
-    def execute(self) -> int:
-        """Runs until every thread has ended; returns the number of instructions."""
-        instructions, handlers = self.program.instructions, self._handlers
-        end = len(instructions)
-        steps = 0
-        while True:
-            if self.places is None:
-                place, mask = self.place, self.live
-                if place >= end or not mask.any():
-                    return steps
-                full = bool(mask.all())
-                self.place = place + 1
+    def execute(self, others: list[Run]) -> None:
+        """Runs until every thread has ended.
+
+        Args:
+            others: Gets the runs that this splits off.
+        """
+        blocks = self.launch.translation.blocks
+        end = len(blocks)
+        while self.place < end:
+            if self._divergence is not None:
+                if not self._step_diverged(blocks):
+                    return
+                continue
+            block = blocks[self.place]
+            self._execute_block(block)
+            self.steps += block.steps
+            control = block.control
+            if control is None:
+                self.place += 1
+            elif control.guard is None:
+                self._obey(block)
             else:
-                running = self.live & ~self.waiting
-                if not running.any():
-                    if not self.live.any():
-                        return steps
-                    self._release()
-                    continue
-                place = int(self.places[running].min())
-                mask = running & (self.places == place)
-                full = False
-                if place >= end:
-                    self.live = self.live & ~mask
-                    continue
-                self.places = np.where(mask, place + 1, self.places)
-            instruction = instructions[place]
-            steps += 1
-            if instruction.guard is not None:
-                guard = self.registers[instruction.guard]
-                mask = mask & (guard ^ instruction.negated)
-                count = np.count_nonzero(mask)
-                full = count == self.threads
-                if count == 0 and instruction.opcode != "bra":
-                    continue
-            handler = handlers[place]
-            if handler is None:
-                raise PTXError(f"not supported: {instruction.text}")
-            try:
-                handler(self, instruction, mask, full)
-            except PTXError:
-                raise
-            except Exception as error:
-                raise PTXError(
-                    f"{type(error).__name__} ({error}) in: {instruction.text}"
-                ) from error
-            if self.places is not None:
-                self._converge()
+                self._branch(block, others)
 
-    def branch(self, instruction: Instruction, mask: np.ndarray) -> None:
-        """Sends the threads in the mask to a label."""
-        (label,) = instruction.operands[0]
-        name = label.name if isinstance(label, Register) else str(label)
-        target = self.program.labels[name]
-        if self.places is None:
-            if not mask.any():
-                return
-            if np.array_equal(mask, self.live):
-                self.place = target
-                return
-            self.places = np.full(self.threads, self.place)
-        self.places = np.where(mask, target, self.places)
+    def _execute_block(self, block: Block) -> None:
+        try:
+            block.function(self, self.registers)
+        except PTXError:
+            raise
+        except Exception as error:
+            raise PTXError(_explain(error, block)) from error
 
-    def end(self, mask: np.ndarray) -> None:
-        """Ends the threads in the mask."""
-        self.live = self.live & ~mask
-        if self.places is not None:
+    def _guard(self, operation: Operation) -> np.ndarray:
+        assert operation.guard is not None
+        predicate = self.registers[operation.guard]
+        return ~predicate if operation.negated else predicate
+
+    def _obey(self, block: Block) -> None:
+        """Executes the control operation of a block for all threads."""
+        assert block.control is not None
+        opcode = block.control.instruction.opcode
+        if opcode == "bra":
+            assert block.target is not None
+            self.place = block.target
+        elif opcode in ("ret", "exit"):
+            self.place = len(self.launch.translation.blocks)
+        else:
+            _check_barrier(block.control)
+            self.shared.pass_barrier()
+            self.place += 1
+
+    def _branch(self, block: Block, others: list[Run]) -> None:
+        """Executes the guarded control operation of a block."""
+        assert block.control is not None
+        taken = self._guard(block.control)
+        count = np.count_nonzero(taken)
+        if count == 0:
+            self.place += 1
+            return
+        if count == taken.size:
+            self._obey(block)
+            return
+        rows = taken.all(1)
+        if len(taken) == self.blocks and (rows == taken.any(1)).all():
+            other = self._select(~rows)
+            other.place = self.place + 1
+            others.append(other)
+            part = self._select(rows)
+            part.steps = self.steps
+            self.__dict__.update(part.__dict__)
+            self._obey(block)
+            return
+        taken = np.broadcast_to(taken, (len(taken), self.threads))
+        self._divergence = _Divergence(
+            np.full(taken.shape, self.place),
+            np.ones(taken.shape, bool),
+            np.zeros(taken.shape, bool),
+        )
+        self._control_diverged(block, np.ones(taken.shape, bool), taken)
+
+    def _select(self, rows: np.ndarray) -> Run:
+        """Returns a run of some of the blocks that goes on from here."""
+        other = object.__new__(Run)
+        other.__dict__.update(self.__dict__)
+        blocks = self.blocks
+
+        def part(array: np.ndarray | None) -> np.ndarray | None:
+            return array if array is None or len(array) != blocks else array[rows]
+
+        other.steps = 0
+        other.block_ids = self.block_ids[rows]
+        other.registers = [part(each) for each in self.registers]  # type: ignore[misc]
+        other.shared = self.shared.select(rows)
+        other._copy_group = part(self._copy_group)  # type: ignore[assignment]
+        other._copies = [
+            _Copies(
+                *(part(each) for each in (copies.offsets, copies.data, copies.mask, copies.group)),  # type: ignore[arg-type]
+                copies.text,
+            )
+            for copies in self._copies
+        ]
+        other.products = self.products.select(rows, blocks)
+        return other
+
+    def execute_guarded(self, operation: Operation) -> None:
+        """Executes an operation for the threads whose guard is set."""
+        mask = self._guard(operation)
+        count = np.count_nonzero(mask)
+        if count:
+            self._execute_masked(operation, None if count == mask.size else mask)
+
+    def _execute_masked(self, operation: Operation, mask: np.ndarray | None) -> None:
+        if operation.effect is not None:
+            operation.effect(self, mask)
+            return
+        function = single(operation)
+        if mask is None:
+            function(self.registers)
+            return
+        before = {entry: self.registers[entry] for entry in operation.targets}
+        function(self.registers)
+        for entry, old in before.items():
+            # Forgotten by an earlier execution: nothing reads it unless it is written again.
+            if old is not None:
+                self.registers[entry] = np.where(mask, self.registers[entry], old)
+
+    def _step_diverged(self, blocks: list[Block]) -> bool:
+        """Executes one block for the threads that are farthest behind; False at the end."""
+        state = self._divergence
+        assert state is not None
+        running = state.live & ~state.waiting
+        if not running.any():
+            if not state.live.any():
+                return False
+            self._release()
+            return True
+        place = int(state.places[running].min())
+        mask = running & (state.places == place)
+        if place >= len(blocks):
+            state.live = state.live & ~mask
+            return True
+        if mask.all():
+            self._divergence, self.place = None, place
+            return True
+        block = blocks[place]
+        self.steps += block.steps
+        for operation in block.operations:
+            active = mask if operation.guard is None else mask & self._guard(operation)
+            if active.any():
+                try:
+                    self._execute_masked(operation, active)
+                except PTXError:
+                    raise
+                except Exception as error:
+                    text = operation.instruction.text
+                    raise PTXError(f"{type(error).__name__} ({error}) in: {text}") from error
+        taken = mask
+        if block.control is not None and block.control.guard is not None:
+            taken = mask & self._guard(block.control)
+        state.places = np.where(mask, place, state.places)
+        self._control_diverged(block, mask, taken)
+        return True
+
+    def _control_diverged(self, block: Block, mask: np.ndarray, taken: np.ndarray) -> None:
+        """Moves the threads in the mask on from a block, whose control some of them take."""
+        state = self._divergence
+        assert state is not None
+        if len(taken) > len(state.places):
+            state.blocks(len(taken))
+        if block.control is None:
+            state.places = np.where(mask, state.places + 1, state.places)
+            return
+        opcode = block.control.instruction.opcode
+        if opcode == "bra":
+            state.places = np.where(
+                taken, block.target, np.where(mask, state.places + 1, state.places)
+            )
+        elif opcode in ("ret", "exit"):
+            state.places = np.where(mask, state.places + 1, state.places)
+            state.live = state.live & ~taken
+            self._release()
+        else:
+            _check_barrier(block.control)
+            state.places = np.where(mask, state.places + 1, state.places)
+            state.waiting = state.waiting | taken
             self._release()
 
-    def barrier(self, instruction: Instruction, mask: np.ndarray) -> None:
-        """Makes the threads in the mask wait for the others of their block."""
-        if self.places is None:
-            if not np.array_equal(mask, self.live):
-                raise PTXError(f"divergent barrier: not all threads reach {instruction.text}")
-            by_block = self.live.reshape(self.blocks, -1)
-            partly = by_block.any(1) & ~by_block.all(1)
-            if partly.any():
-                raise PTXError("divergent barrier: some threads have ended")
-            self.epoch = self.epoch + 1
-            return
-        self.waiting = self.waiting | mask
-        self._release()
-
     def _release(self) -> None:
-        assert self.places is not None
-        by_block = self.waiting.reshape(self.blocks, -1)
-        arrived = (by_block | ~self.live.reshape(self.blocks, -1)).all(1) & by_block.any(1)
+        """Lets blocks go on of which every thread waits at the same barrier."""
+        state = self._divergence
+        assert state is not None
+        shape = np.broadcast_shapes(state.places.shape, state.live.shape, state.waiting.shape)
+        places, live, waiting = (
+            np.broadcast_to(each, shape) for each in (state.places, state.live, state.waiting)
+        )
+        arrived = (waiting | ~live).all(1) & (waiting & live).any(1)
         if not arrived.any():
-            if self.live.any() and not (self.live & ~self.waiting).any():
-                raise PTXError("deadlock: every thread waits at a barrier")
             return
-        if not self.live.reshape(self.blocks, -1)[arrived].all():
-            raise PTXError("divergent barrier: some threads have ended")
-        for block in np.flatnonzero(arrived):
-            first = block * self.block_threads
-            places = self.places[first : first + self.block_threads]
-            if (places != places[0]).any():
-                raise PTXError("divergent barrier: threads wait at different barriers")
-        self.waiting = self.waiting & ~np.repeat(arrived, self.block_threads)
-        self.epoch = self.epoch + arrived
-
-    def _converge(self) -> None:
-        assert self.places is not None
-        if self.waiting.any() or not self.live.any():
-            return
-        places = self.places[self.live]
-        if (places == places[0]).all():
-            self.place, self.places = int(places[0]), None
-
-    def require_whole_warps(self, mask: np.ndarray, text: str, lanes: int = 32) -> None:
-        """Checks that the mask has all or none of each warp, or of each ``lanes`` threads."""
-        groups = mask.reshape(-1, lanes)
-        if (groups.any(1) != groups.all(1)).any():
-            raise PTXError(f"warp-wide instruction with inactive lanes: {text}")
+        if not live[arrived].all():
+            raise PTXError("divergent barrier: some threads of the block have ended")
+        if (places[arrived] != places[arrived][:, :1]).any():
+            raise PTXError("divergent barrier: threads of a block wait at different barriers")
+        state.waiting = waiting & ~arrived[:, None]
+        everyone = arrived.all()
+        self.shared.pass_barrier(None if everyone else np.broadcast_to(arrived, (self.blocks,)))
 
 
-def _handler(instruction: Instruction) -> Handler | None:
-    for module in (ptx_instructions, ptx_matrix):
-        handler: Handler | None = module.HANDLERS.get(instruction.opcode)
-        if handler is not None:
-            return handler
-    return None
+def _check_barrier(operation: Operation) -> None:
+    it = operation.instruction
+    if "sync" not in it.modifiers or len(it.operands) > 1 or "red" in it.modifiers:
+        raise PTXError(f"not supported: {it.text}")
+
+
+def _explain(error: Exception, block: Block) -> str:
+    """Names the instruction whose source raised an error."""
+    what = f"{type(error).__name__} ({error})"
+    code = block.function.__code__  # type: ignore[attr-defined]
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == code.co_filename and frame.lineno is not None:
+            number = frame.lineno - code.co_firstlineno - 1
+            return f"{what} in: {block.operations[number].instruction.text}"
+    return what

@@ -1,290 +1,442 @@
 """PTX instructions of the tensor cores: fragments in registers, matrices in shared memory.
 
-Products of 16-bit and TF32 operands are exact in float32; sums are taken in float32 in numpy's
-order, which is not the hardware's.
+Products of 16-bit and TF32 operands are exact in float32; sums are taken in float32, in an order
+that is not the hardware's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .ptx_parser import Immediate, Instruction, Operand, Register
-from .ptx_types import UNSIGNED, PTXError, decode, truncate_to_tf32
+from .ptx_parser import Immediate, Instruction, Operand
+from .ptx_translator import Effect, Translator, effect, unsupported
+from .ptx_types import PTXError, decode, encode, truncate_to_tf32
 
 if TYPE_CHECKING:
-    from .ptx_machine import Handler, Run
+    from .ptx_machine import Run
 
-__all__ = ["HANDLERS"]
+__all__ = ["PendingProducts"]
 
-HANDLERS: dict[str, Handler] = {}
-
-_LANES = np.arange(32)
-_GROUP = _LANES // 4
-_IN_GROUP = _LANES % 4
-
-Place = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
-"""Row and column of each lane's element, for a register and a half of it."""
+# Of a warp that holds an 8x8 matrix, lane 4 * group + quarter has two neighbouring elements of row
+# `group`. Arrays of fragments therefore have the axes [register, warp, group, quarter, half].
 
 
-def _handles(opcode: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        HANDLERS[opcode] = handler
-        return handler
-
-    return register
-
-
-def _unsupported(it: Instruction) -> PTXError:
-    return PTXError(f"not supported: {it.text}")
-
-
-@_handles("ldmatrix")
-def _load_matrix(run: Run, it: Instruction, mask: np.ndarray, full: bool) -> None:
-    _matrices(run, it, mask, full, it.operands[0], it.operands[1][0], store=False)
-
-
-@_handles("stmatrix")
-def _store_matrix(run: Run, it: Instruction, mask: np.ndarray, full: bool) -> None:
-    _matrices(run, it, mask, full, it.operands[1], it.operands[0][0], store=True)
-
-
-def _matrices(
-    run: Run,
-    it: Instruction,
-    mask: np.ndarray,
-    full: bool,
-    registers: list[Operand],
-    address: Operand,
-    *,
-    store: bool,
-) -> None:
-    """Moves 8x8 matrices of 16-bit elements: lane 8i + r has the address of row r of matrix i."""
-    if "b16" not in it.modifiers:
-        raise _unsupported(it)
-    run.require_whole_warps(mask, it.text)
+@effect("ldmatrix")
+def _load_matrices(t: Translator, it: Instruction) -> Effect:
+    """Lane 8i + r has the address of row r of matrix i."""
+    targets, (where,) = it.operands
+    _check_matrices(it)
+    t.granule = min(t.granule, 16)
+    entries = [t.register(each) for each in targets]
+    address = t.addresses(where)
     transposed = "trans" in it.modifiers
-    rows = run.addresses(address).reshape(-1, 32)
-    for number, register in enumerate(registers):
-        starts = rows[:, 8 * number : 8 * number + 8]
-        run.check_alignment(np.repeat(starts, 4, 1).reshape(-1), 16, mask, it.text)
-        halves = []
-        given = run.bits(register, "b32") if store else None
-        for half in range(2):
-            row, column = _GROUP, 2 * _IN_GROUP + half
-            if transposed:
-                row, column = column, row
-            element = (starts[:, row] + 2 * column).reshape(-1)
-            if store:
-                assert given is not None
-                data = (given >> np.uint32(16 * half)).astype(np.uint16)[mask]
-                run.store("shared", element, data[:, None], mask, it.text)
-                continue
-            loaded = np.zeros(run.threads, np.uint16)
-            loaded[mask] = run.load("shared", element, 16, 1, mask, it.text)[:, 0]
-            halves.append(loaded.astype(np.uint32))
-        if not store:
-            run.set_bits(register, halves[0] | halves[1] << np.uint32(16), mask, full)
+    count = len(entries)
 
-
-def _place_a(kind: str) -> Place:
-    if kind == "tf32":
-        return lambda i, half: (_GROUP + 8 * (i % 2), _IN_GROUP + 4 * (i // 2))
-    return lambda i, half: (_GROUP + 8 * (i % 2), 2 * _IN_GROUP + half + 8 * (i // 2))
-
-
-def _place_b(kind: str) -> Place:
-    if kind == "tf32":
-        return lambda i, half: (_IN_GROUP + 4 * i, _GROUP)
-    return lambda i, half: (2 * _IN_GROUP + half + 8 * i, _GROUP)
-
-
-def _place_sums(i: int, half: int) -> tuple[np.ndarray, np.ndarray]:
-    return _GROUP + 8 * (i % 4 // 2), 8 * (i // 4) + 2 * _IN_GROUP + i % 2
-
-
-def _fragment(
-    run: Run, registers: list[Operand], kind: str, shape: tuple[int, int], place: Place
-) -> np.ndarray:
-    """Collects a fragment of every warp: ``[warps, *shape]``."""
-    matrix = np.zeros((run.threads // 32, *shape), np.float32)
-    for number, register in enumerate(registers):
-        bits = run.bits(register, "b32")
-        if kind == "f32":
-            parts = [bits.view(np.float32)]
-        elif kind == "tf32":
-            parts = [truncate_to_tf32(bits).view(np.float32)]
+    def load(run: Run, mask: np.ndarray | None) -> None:
+        run.require_whole_warps(mask, it.text)
+        rows = run.by_warp(address(run.registers))[..., : 8 * count]
+        warps = rows.shape[1]
+        chosen = _of_rows(run, mask, count)
+        offsets = run.shared.locate(rows.reshape(len(rows), -1), 16, chosen, it.text)
+        run.shared.note_read(offsets, 16, chosen, it.text, warps=run.warps_of_rows(8 * count))
+        loaded = run.shared.gather(offsets, 16)
+        blocks = len(loaded)
+        if transposed:
+            # Lane [group, quarter] has column `group` of rows 2 * quarter and the next.
+            elements = loaded.view(np.uint16).reshape(blocks, warps, count, 4, 2, 8)
+            elements = np.ascontiguousarray(elements.transpose(2, 0, 1, 5, 3, 4))
+            registers = elements.view(np.uint32).reshape(count, blocks, -1)
         else:
-            parts = [
-                decode((bits >> np.uint32(16 * half)).astype(np.uint16), kind) for half in range(2)
-            ]
-        for half, values in enumerate(parts):
-            row, column = place(number, half)
-            matrix[:, row, column] = values.reshape(-1, 32)
-    return matrix
+            words = loaded.view(np.uint32).reshape(blocks, warps, count, 32)
+            registers = words.transpose(2, 0, 1, 3).reshape(count, blocks, -1)
+        for entry, bits in zip(entries, registers, strict=True):
+            run.set(entry, bits, mask)
+
+    return load
 
 
-def _scatter(matrix: np.ndarray, number: int) -> np.ndarray:
-    """Returns the bits of one register of a fragment of sums."""
-    row, column = _place_sums(number, 0)
-    return np.ascontiguousarray(matrix[:, row, column].reshape(-1)).view(np.uint32)
+@effect("stmatrix")
+def _store_matrices(t: Translator, it: Instruction) -> Effect:
+    (where,), sources = it.operands
+    _check_matrices(it)
+    t.granule = min(t.granule, 16)
+    readers = [t.reader(each, "b32") for each in sources]
+    address = t.addresses(where)
+    transposed = "trans" in it.modifiers
+    count = len(readers)
+
+    def store(run: Run, mask: np.ndarray | None) -> None:
+        run.require_whole_warps(mask, it.text)
+        rows = run.by_warp(address(run.registers))[..., : 8 * count]
+        warps = rows.shape[1]
+        chosen = _of_rows(run, mask, count)
+        offsets = run.shared.locate(rows.reshape(len(rows), -1), 16, chosen, it.text)
+        registers = _stacked(run, [read(run.registers) for read in readers])
+        blocks = registers.shape[1]
+        if transposed:
+            elements = registers.view(np.uint16).reshape(count, blocks, warps, 8, 4, 2)
+            data = np.ascontiguousarray(elements.transpose(1, 2, 0, 4, 5, 3))
+        else:
+            words = registers.reshape(count, blocks, warps, 8, 4)
+            data = np.ascontiguousarray(words.transpose(1, 2, 0, 3, 4))
+        vectors = data.reshape(blocks, -1).view("V16")
+        run.shared.note_write(
+            offsets,
+            16,
+            chosen,
+            it.text,
+            warps=run.warps_of_rows(8 * count),
+            data=vectors[..., None],
+        )
+        run.shared.scatter(offsets, vectors, chosen)
+
+    return store
 
 
-@_handles("mma")
-def _multiply(run: Run, it: Instruction, mask: np.ndarray, full: bool) -> None:
-    run.require_whole_warps(mask, it.text)
+def _check_matrices(it: Instruction) -> None:
+    if "m8n8" not in it.modifiers or "b16" not in it.modifiers:
+        raise unsupported(it)
+
+
+def _of_rows(run: Run, mask: np.ndarray | None, count: int) -> np.ndarray | None:
+    """The mask of the rows whose addresses some lanes have."""
+    if mask is None:
+        return None
+    by_warp = run.by_warp(mask)[..., : 8 * count]
+    return by_warp.reshape(len(by_warp), -1)
+
+
+def _stacked(run: Run, registers: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns registers as one array ``[register, blocks or 1, threads]``."""
+    rows = max(len(each) for each in registers)
+    result = np.empty((len(registers), rows, run.threads), registers[0].dtype)
+    for number, each in enumerate(registers):
+        result[number] = each
+    return result
+
+
+def _split(bits: np.ndarray, kind: str) -> np.ndarray:
+    """Returns the float32 values of ``[register, warp, lane]``: ``[..., half]`` if 16 bits."""
+    if kind in ("f16", "bf16"):
+        return decode(bits.view(np.uint16), kind).reshape(*bits.shape, 2)
+    if kind == "tf32":
+        return truncate_to_tf32(bits).view(np.float32)
+    return bits.view(np.float32)
+
+
+def _fragment_a(run: Run, registers: Sequence[np.ndarray], kind: str, depth: int) -> np.ndarray:
+    """Returns the rows-by-depth matrix of every warp, ``[blocks or 1, warps, 16, depth]``.
+
+    Registers alternate between the upper and the lower eight rows, then go along the depth.
+    """
+    stacked = _stacked(run, registers)
+    rows, count = stacked.shape[1], len(registers)
+    values = _split(stacked.reshape(count // 2, 2, -1, 8, 4), kind)
+    if kind in ("f16", "bf16"):
+        matrix = values.transpose(2, 1, 3, 0, 4, 5)
+    else:
+        matrix = values.transpose(2, 1, 3, 0, 4)
+    return matrix.reshape(rows, run.threads // 32, 16, depth)
+
+
+def _fragment_b(run: Run, registers: Sequence[np.ndarray], kind: str, depth: int) -> np.ndarray:
+    """Returns the depth-by-columns matrix of every warp, ``[blocks or 1, warps, depth, 8]``."""
+    stacked = _stacked(run, registers)
+    rows, count = stacked.shape[1], len(registers)
+    values = _split(stacked.reshape(count, -1, 8, 4), kind)
+    if kind in ("f16", "bf16"):
+        matrix = values.transpose(1, 0, 3, 4, 2)
+    else:
+        matrix = values.transpose(1, 0, 3, 2)
+    return matrix.reshape(rows, run.threads // 32, depth, 8)
+
+
+def _scattered(product: np.ndarray, run: Run) -> np.ndarray:
+    """Returns sums ``[blocks or 1, warps, 16, columns]`` as registers ``[register, ..., threads]``.
+
+    Of each eight columns there are four registers: two neighbours of the upper and of the lower
+    eight rows.
+    """
+    rows, warps, _, columns = product.shape
+    parts = product.reshape(rows * warps, 2, 8, columns // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
+    return np.ascontiguousarray(parts).reshape(columns // 2, rows, run.threads)
+
+
+_MMA_DEPTHS = {"f16": (8, 16), "bf16": (8, 16), "tf32": (4, 8)}
+
+
+@effect("mma")
+def _multiply(t: Translator, it: Instruction) -> Effect:
     shape = next((m for m in it.modifiers if re.fullmatch(r"m\d+n\d+k\d+", m)), "")
-    sums_kind, a_kind, b_kind, c_kind = it.modifiers[-4:]
+    sums_kind, kind, b_kind, c_kind = it.modifiers[-4:]
+    depth = int(shape.rpartition("k")[2] or 0)
     supported = (
         shape.startswith("m16n8")
-        and sums_kind == c_kind == "f32"
-        and a_kind == b_kind
-        and a_kind in ("f16", "bf16", "tf32")
-        and "row" in it.modifiers
-        and "col" in it.modifiers
+        and sums_kind == c_kind
+        and sums_kind in ("f32", "f16")
+        and kind == b_kind
+        and depth in _MMA_DEPTHS.get(kind, ())
+        and {"row", "col"} <= set(it.modifiers)
     )
     if not supported:
-        raise _unsupported(it)
-    depth = int(shape.split("k")[1])
+        raise unsupported(it)
     targets, a, b, c = it.operands
-    product = np.matmul(
-        _fragment(run, a, a_kind, (16, depth), _place_a(a_kind)),
-        _fragment(run, b, b_kind, (depth, 8), _place_b(b_kind)),
+    entries = [t.register(each) for each in targets]
+    readers_a, readers_b, readers_c = (
+        [t.reader(each, "b32") for each in operand] for operand in (a, b, c)
     )
-    sums = product + _fragment(run, c, "f32", (16, 8), _place_sums)
-    for number, target in enumerate(targets):
-        run.set_bits(target, _scatter(sums, number), mask, full)
+
+    def multiply(run: Run, mask: np.ndarray | None) -> None:
+        run.require_whole_warps(mask, it.text)
+        registers = run.registers
+        left = _fragment_a(run, [read(registers) for read in readers_a], kind, depth)
+        right = _fragment_b(run, [read(registers) for read in readers_b], kind, depth)
+        product = _scattered(np.matmul(left, right), run)
+        before = [read(registers) for read in readers_c]
+        if sums_kind == "f32":
+            for number, entry in enumerate(entries):
+                sums = product[number] + before[number].view(np.float32)
+                run.set(entry, sums.view(np.uint32), mask)
+            return
+        for number, entry in enumerate(entries):
+            pair = np.stack((product[2 * number], product[2 * number + 1]), -1)
+            run.set(entry, encode(pair + decode(before[number], "f16x2"), "f16x2"), mask)
+
+    return multiply
 
 
-# Warp-group products. They are computed when they are issued, but their results reach the registers
-# only at the wait, as those of asynchronous copies reach shared memory.
+# Warp-group products are computed when they are issued, but until their wait the registers of their
+# results are undefined, and the matrices they read must stay as they are.
 
 
-@_handles("wgmma")
-def _group_multiply(run: Run, it: Instruction, mask: np.ndarray, full: bool) -> None:
-    if run.block_threads % 128:
-        raise PTXError(f"{run.block_threads} threads are no whole warp groups: {it.text}")
-    run.require_whole_warps(mask, it.text, lanes=128)
-    stage = it.modifiers[0]
-    if stage == "fence":
-        return
-    if stage == "commit_group":
-        for name, (group, bits) in run.matrix_results.items():
-            if group is None:
-                run.matrix_results[name] = (run.matrix_group, bits)
-        run.matrix_group += 1
-        return
-    if stage == "wait_group":
-        (pending,) = it.operands[0]
-        assert isinstance(pending, Immediate)
-        last = run.matrix_group - int(pending.value)
-        for name, (group, bits) in list(run.matrix_results.items()):
+class PendingProducts:
+    """Results of warp-group products that nothing has waited for.
+
+    Attributes:
+        results: For each entry, the group (None before its commit) and the bits.
+        operands: (group, addresses of 16-byte vectors, what they held, instruction).
+        group: The next group.
+    """
+
+    def __init__(self) -> None:
+        self.results: dict[int, tuple[int | None, np.ndarray]] = {}
+        self.operands: list[tuple[int | None, np.ndarray, np.ndarray, str]] = []
+        self.group = 0
+
+    def select(self, rows: np.ndarray, blocks: int) -> PendingProducts:
+        """Returns those of some of the blocks."""
+        other = PendingProducts()
+        other.group = self.group
+
+        def part(array: np.ndarray) -> np.ndarray:
+            return array[rows] if len(array) == blocks else array
+
+        other.results = {
+            entry: (group, part(bits)) for entry, (group, bits) in self.results.items()
+        }
+        other.operands = [
+            (group, part(addresses), part(held), text)
+            for group, addresses, held, text in self.operands
+        ]
+        return other
+
+    def commit(self) -> None:
+        """Gives the products since the last commit a group."""
+        self.results = {
+            entry: (self.group if group is None else group, bits)
+            for entry, (group, bits) in self.results.items()
+        }
+        self.operands = [
+            (self.group if group is None else group, *rest) for group, *rest in self.operands
+        ]
+        self.group += 1
+
+    def wait(self, run: Run, pending: int) -> None:
+        """Writes the results of all but the last ``pending`` groups."""
+        last = self.group - pending
+        for entry, (group, bits) in list(self.results.items()):
             if group is not None and group < last:
-                # For all, since blocks that are elsewhere lose nothing but the check of their wait.
-                run.set_bits(Register(name), bits, np.ones(run.threads, np.bool_), True)
-                del run.matrix_results[name]
-        return
-    _group_product(run, it, mask)
+                run.set(entry, bits, None)
+                del self.results[entry]
+        remaining = []
+        for group, addresses, held, text in self.operands:
+            if group is None or group >= last:
+                remaining.append((group, addresses, held, text))
+                continue
+            now = run.shared.gather(addresses, 16)
+            if now.tobytes() != held.tobytes():
+                raise PTXError(f"an operand changes before the product was waited for: {text}")
+        self.operands = remaining
 
 
-def _group_product(run: Run, it: Instruction, mask: np.ndarray) -> None:
+@effect("wgmma")
+def _group_multiply(t: Translator, it: Instruction) -> Effect:
+    stage = it.modifiers[0]
+    if stage == "mma_async":
+        return _group_product(t, it)
+    if stage == "fence":
+        return lambda run, mask: _require_groups(run, mask, it)
+    if stage == "commit_group":
+
+        def commit(run: Run, mask: np.ndarray | None) -> None:
+            _require_groups(run, mask, it)
+            run.products.commit()
+
+        return commit
+    if stage != "wait_group":
+        raise unsupported(it)
+    (pending,) = it.operands[0]
+    if not isinstance(pending, Immediate):
+        raise unsupported(it)
+    groups = int(pending.value)
+
+    def wait(run: Run, mask: np.ndarray | None) -> None:
+        _require_groups(run, mask, it)
+        run.products.wait(run, groups)
+
+    return wait
+
+
+def _require_groups(run: Run, mask: np.ndarray | None, it: Instruction) -> None:
+    if run.threads % 128:
+        raise PTXError(f"{run.threads} threads are no whole warp groups: {it.text}")
+    if mask is not None:
+        raise PTXError(f"not supported, a product of some warp groups only: {it.text}")
+
+
+def _group_product(t: Translator, it: Instruction) -> Effect:
     shape = re.fullmatch(r"m64n(\d+)k(\d+)", it.modifiers[3])
-    if it.modifiers[0] != "mma_async" or shape is None:
-        raise _unsupported(it)
+    sums_kind, kind, b_kind = it.modifiers[4:7]
+    if shape is None or sums_kind != "f32" or kind != b_kind or kind not in _MMA_DEPTHS:
+        raise unsupported(it)
     columns, depth = int(shape.group(1)), int(shape.group(2))
-    sums_kind, a_kind, b_kind = it.modifiers[4:7]
-    if sums_kind != "f32" or a_kind != b_kind or a_kind not in ("f16", "bf16", "tf32"):
-        raise _unsupported(it)
     targets, a, b, keep, *flags = it.operands
-    sign_a, sign_b, *majors = (int(flag[0].value) for flag in flags)
-    groups = run.threads // 128
+    sign_a, sign_b, *majors = (_integer(flag[0], it) for flag in flags)
+    t.granule = min(t.granule, 16)
+    entries = [t.register(each) for each in targets]
+    before = [t.reader(each, "b32") for each in targets]
     in_registers = len(a) > 1
+    readers_a = [t.reader(each, "b32" if in_registers else "b64") for each in a]
+    read_b, read_keep = t.reader(b[0], "b64"), t.reader(keep[0], "pred")
     a_by_columns = not in_registers and len(majors) == 2 and majors[0] == 1
     b_by_columns = bool(majors) and majors[-1] == 1
-    if in_registers:
-        left = _fragment(run, a, a_kind, (16, depth), _place_a(a_kind)).reshape(groups, 64, depth)
-    else:
-        left = _shared_matrix(run, a[0], 64, depth, a_kind, a_by_columns, mask, it.text)
-    right = _shared_matrix(run, b[0], columns, depth, b_kind, b_by_columns, mask, it.text)
-    product = np.matmul(left * np.float32(sign_a), (right * np.float32(sign_b)).transpose(0, 2, 1))
-    product = product.reshape(groups * 4, 16, columns)
-    kept = run.bits(keep[0], "pred")
-    for number, target in enumerate(targets):
-        assert isinstance(target, Register)
-        _, before = run.matrix_results.get(target.name, (None, run.bits(target, "b32")))
-        start = np.where(kept, before.view(np.float32), np.float32(0))
-        sums = _scatter(product, number).view(np.float32) + start
-        sums = np.where(mask, np.ascontiguousarray(sums).view(np.uint32), before)
-        run.matrix_results[target.name] = (None, sums)
+    layout_a = _SharedMatrix(64, depth, kind, a_by_columns, it.text)
+    layout_b = _SharedMatrix(columns, depth, kind, b_by_columns, it.text)
+    undefined = np.full((1, 1), 0xFFFFFFFF, np.uint32)
+
+    def multiply(run: Run, mask: np.ndarray | None) -> None:
+        _require_groups(run, mask, it)
+        registers, pending = run.registers, run.products
+        if in_registers:
+            left = _fragment_a(run, [read(registers) for read in readers_a], kind, depth)
+            left = left.reshape(len(left), -1, 64, depth)
+        else:
+            left = layout_a.load(run, readers_a[0](registers))
+        right = layout_b.load(run, read_b(registers))
+        if sign_a * sign_b < 0:
+            left = -left
+        sums_of_groups = np.matmul(left, right.swapaxes(2, 3))
+        by_warp = sums_of_groups.reshape(len(sums_of_groups), -1, 16, columns)
+        product = _scattered(by_warp, run)
+        kept = read_keep(registers)
+        for number, entry in enumerate(entries):
+            sums = product[number]
+            if kept.any():
+                _, old = pending.results.get(entry, (None, before[number](registers)))
+                start = old.view(np.float32)
+                if not kept.all():
+                    start = np.where(kept, start, np.float32(0))
+                sums = sums + start
+            pending.results[entry] = (None, sums.view(np.uint32))
+            registers[entry] = undefined
+
+    return multiply
 
 
-def _shared_matrix(
-    run: Run,
-    descriptor: Operand,
-    rows: int,
-    depth: int,
-    kind: str,
-    by_columns: bool,
-    mask: np.ndarray,
-    text: str,
-) -> np.ndarray:
-    """Reads the matrix that a descriptor means for every warp group: ``[groups, rows, depth]``.
+def _integer(operand: Operand, it: Instruction) -> int:
+    if not isinstance(operand, Immediate):
+        raise unsupported(it)
+    return int(operand.value)
+
+
+class _SharedMatrix:
+    """Reads a matrix that a descriptor means.
 
     See "Asynchronous warpgroup-level matrix" in the PTX manual: bits 0 to 13 are the address, 16 to
     29 the leading and 32 to 45 the stride byte offset, each divided by 16; 62 and 63 the swizzle.
     """
-    bits = run.bits(descriptor, "b64").reshape(-1, 128)[:, 0]
-    here = mask.reshape(-1, 128)[:, 0]
-    # Blocks that are elsewhere in the program read what the first of these reads.
-    bits = np.where(here, bits, bits[here][0])
 
-    def entry(shift: int) -> np.ndarray:
-        value = (bits >> np.uint64(shift)) & np.uint64(0x3FFF)
-        return value.astype(np.int64)[:, None, None] << 4
+    def __init__(self, rows: int, depth: int, kind: str, by_columns: bool, text: str) -> None:
+        self._rows = rows
+        self._depth = depth
+        self._kind = kind
+        self._by_columns = by_columns
+        self._text = text
+        self._places: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    start, leading, stride = entry(0), entry(16), entry(32)
-    modes = set(((bits >> np.uint64(62)) & np.uint64(3)).astype(int).tolist())
-    if len(modes) != 1:
-        raise PTXError(f"descriptors with several swizzles: {text}")
-    size = 4 if kind == "tf32" else 2
-    vector = 16 // size
-    swizzle = {0: 1, 3: 2, 2: 4, 1: 8}[modes.pop()]
-    row, column = np.arange(rows)[:, None], np.arange(depth)[None, :]
-    if not by_columns:
-        offset = (row % 8 * swizzle * vector + column % vector) * size + row // 8 * stride
-        if swizzle == 1:
-            offset = offset + column // vector * leading
+    def load(self, run: Run, descriptors: np.ndarray) -> np.ndarray:
+        """Returns ``[blocks or 1, warp groups, rows, depth]`` in float32."""
+        groups = run.threads // 128
+        rows = len(descriptors)
+        each = np.broadcast_to(descriptors, (rows, run.threads)).reshape(rows, groups, 128)[..., 0]
+        places = [[self._find(int(one)) for one in row] for row in each]
+        vectors = np.array([[one[0] for one in row] for row in places])
+        within = np.array([[one[1] for one in row] for row in places])
+        count = vectors.shape[-1]
+        offsets = vectors.reshape(rows, -1)
+        if offsets.min() < 0 or offsets.max() + 16 > run.shared.size:
+            raise PTXError(f"matrix descriptor out of shared memory: {self._text}")
+        warps = np.repeat(np.arange(groups) * 4, count)[None, :]
+        run.shared.note_read(offsets, 16, None, self._text, warps=warps)
+        loaded = run.shared.gather(offsets, 16)
+        run.products.operands.append((None, offsets, loaded, self._text))
+        blocks = len(loaded)
+        size = 4 if self._kind == "tf32" else 2
+        elements = loaded.view(np.uint32 if size == 4 else np.uint16).reshape(blocks, groups, -1)
+        index = within.reshape(rows, groups, -1)
+        if rows == 1:
+            index = np.broadcast_to(index, (blocks, groups, index.shape[-1]))
+        picked = np.take_along_axis(elements, index, 2)
+        if size == 4:
+            values = truncate_to_tf32(picked).view(np.float32)
         else:
-            offset = offset + column // vector * 16
-    elif swizzle == 1:
-        offset = (row % vector + column % 8 * vector) * size
-        offset = offset + row // vector * stride + column // 8 * leading
-    else:
-        width = vector * swizzle
-        offset = (row % vector + row // vector % swizzle * vector + column % 8 * width) * size
-        offset = offset + row // width * leading + column // 8 * stride
-    address = start + offset
-    if swizzle > 1:
-        address = address ^ ((address >> 7 & (swizzle - 1)) << 4)
-    if address.min() < 0 or address.max() + size > run.shared_size:
-        raise PTXError(f"matrix descriptor out of shared memory: {text}")
-    block = run.block_of_thread.reshape(-1, 128)[:, 0]
-    address = address + (block * run.shared_pitch)[:, None, None]
-    _check_written(run, address, size, mask, text)
-    data = run.shared.view(UNSIGNED[8 * size])[address // size]
-    if kind == "tf32":
-        return truncate_to_tf32(data).view(np.float32)
-    return decode(data, kind).astype(np.float32)
+            values = decode(picked, self._kind)
+        return values.reshape(blocks, groups, self._rows, self._depth)
 
+    def _find(self, descriptor: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the offsets of all 16-byte vectors, and where among them the elements are."""
+        if descriptor not in self._places:
+            size = 4 if self._kind == "tf32" else 2
+            addresses = self._addresses(descriptor, size)
+            vectors, position = np.unique(addresses >> 4, return_inverse=True)
+            position = position.reshape(addresses.shape)
+            self._places[descriptor] = (
+                vectors << 4,
+                position * (16 // size) + (addresses & 15) // size,
+            )
+        return self._places[descriptor]
 
-def _check_written(run: Run, address: np.ndarray, size: int, mask: np.ndarray, text: str) -> None:
-    """A warp group reads for all of its four warps, as the first of them."""
-    groups = address.shape[0]
-    leaders = np.zeros(run.threads, np.bool_)
-    leaders[::128] = mask[::128]
-    flat = address.reshape(groups, -1)[mask[::128]]
-    for column in range(0, flat.shape[1], 8):
-        run.shared_access(flat[:, column], size, leaders, text, write=False)
+    def _addresses(self, descriptor: int, size: int) -> np.ndarray:
+        """Returns the byte address of each element, ``[rows, depth]``."""
+        start, leading, stride = (((descriptor >> shift) & 0x3FFF) << 4 for shift in (0, 16, 32))
+        swizzle = {0: 1, 3: 2, 2: 4, 1: 8}[(descriptor >> 62) & 3]
+        vector = 16 // size
+        row, column = np.arange(self._rows)[:, None], np.arange(self._depth)[None, :]
+        if not self._by_columns:
+            offset = (row % 8 * swizzle * vector + column % vector) * size + row // 8 * stride
+            offset = offset + column // vector * (leading if swizzle == 1 else 16)
+        elif swizzle == 1:
+            offset = (row % vector + column % 8 * vector) * size
+            offset = offset + row // vector * stride + column // 8 * leading
+        else:
+            width = vector * swizzle
+            offset = (row % vector + row // vector % swizzle * vector + column % 8 * width) * size
+            offset = offset + row // width * leading + column // 8 * stride
+        address = start + offset
+        if swizzle > 1:
+            address = address ^ ((address >> 7 & (swizzle - 1)) << 4)
+        return address

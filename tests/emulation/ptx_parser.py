@@ -81,7 +81,8 @@ class Program:
         instructions: In order.
         labels: Index of the instruction behind each label.
         register_widths: Bits of each register.
-        parameters: (type, name) in order.
+        parameters: Bytes of each, in order.
+        parameter_offsets: Where each begins in the memory of parameters, by its name.
         static_shared: Bytes of shared memory that the program declares, rounded up.
         shared_offsets: Where each shared variable begins.
         threads: Threads of a block if the program requires a number, or None.
@@ -91,12 +92,18 @@ class Program:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     register_widths: dict[str, int] = field(default_factory=dict)
-    parameters: list[tuple[str, str]] = field(default_factory=list)
+    parameters: list[int] = field(default_factory=list)
+    parameter_offsets: dict[str, int] = field(default_factory=dict)
     static_shared: int = 0
     shared_offsets: dict[str, int] = field(default_factory=dict)
     threads: int | None = None
 
 
+_PARAMETER_ALIGNMENT = 16
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)?(?:\s+\.align\s+\d+)?)?"
+    r"\s+([\w$]+)(?:\[(\d+)\])?$"
+)
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
 _DYNAMIC = re.compile(r"^\s*\.extern\s+\.shared\s+\.align\s+\d+\s+\.\w+\s+(\w+)\[\]", re.MULTILINE)
 _LABEL = re.compile(r"^([$%\w]+):\s*(?!:)")
@@ -127,9 +134,7 @@ def parse(text: str, entry: str) -> Program:
     program = Program(entry)
     for declaration in head.group(1).split(","):
         if declaration.strip():
-            kind = re.search(r"\.param\s+\.(\w+)", declaration)
-            assert kind is not None
-            program.parameters.append((kind.group(1), declaration.split()[-1]))
+            _declare_parameter(program, declaration)
     required = re.search(r"\.reqntid\s+(\d+)", head.group(2))
     program.threads = int(required.group(1)) if required else None
     for match in re.finditer(r"^\s*" + _SHARED.pattern + r"\s*;", text, re.MULTILINE):
@@ -140,6 +145,17 @@ def parse(text: str, entry: str) -> Program:
     if dynamic:
         program.shared_offsets[dynamic.group(1)] = program.static_shared
     return program
+
+
+def _declare_parameter(program: Program, declaration: str) -> None:
+    match = _PARAMETER.match(declaration.strip())
+    if match is None:
+        raise PTXError(f"declaration not understood: {declaration}")
+    kind, name, count = match.groups()
+    # Each in a slot of its own, wide enough for any alignment.
+    offset = sum(-(-size // _PARAMETER_ALIGNMENT) for size in program.parameters)
+    program.parameter_offsets[name] = offset * _PARAMETER_ALIGNMENT
+    program.parameters.append(WIDTH[kind] // 8 * int(count or 1))
 
 
 def _declare_shared(program: Program, align: str, kind: str, name: str, count: str | None) -> None:

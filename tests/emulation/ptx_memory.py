@@ -1,0 +1,583 @@
+"""Global and shared memory of the PTX machine, and what is remembered of the accesses to them.
+
+Addresses are arrays ``[blocks or 1, threads or 1]``: what is the same for all blocks, or for all
+threads, has one entry. A mask of the threads that take part is None where all do.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .ptx_types import BYTES, PTXError
+
+__all__ = ["GLOBAL_BASE", "GlobalMemory", "GlobalRaces", "SharedMemory", "chosen"]
+
+GLOBAL_BASE = 0x10_0000_0000
+"""Addresses below this are of shared memory."""
+
+_GUARD_BYTES = 512
+_NOBODY = -1
+_SEVERAL = -2
+
+# States of a granule of shared memory.
+_UNWRITTEN, _WRITTEN, _IN_FLIGHT = range(3)
+
+# An owner's tag is its warp plus this many times the epoch; the last tag of an epoch means several.
+_TAGS = 64
+_SEVERAL_WARPS = _TAGS - 1
+
+_MAX_LOGGED_BYTES = 100_000_000
+
+
+def chosen(values: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Returns the values of the threads in the mask: all as they are, or a flat selection."""
+    if mask is None:
+        return values
+    shape = np.broadcast_shapes(values.shape, mask.shape)
+    return np.broadcast_to(values, shape)[np.broadcast_to(mask, shape)]
+
+
+def _harmless(addresses: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Gives the threads outside the mask the address of one inside."""
+    if mask is None:
+        return addresses
+    return np.where(mask, addresses, chosen(addresses, mask)[0])
+
+
+def _check_alignment(addresses: np.ndarray, size: int, text: str) -> None:
+    if size > 1 and int(np.bitwise_or.reduce(addresses, axis=None)) & (size - 1):
+        raise PTXError(f"misaligned {size}-byte access: {text}")
+
+
+def _grown(array: np.ndarray) -> np.ndarray:
+    return np.concatenate([array, np.zeros_like(array)])
+
+
+class GlobalMemory:
+    """Allocations with gaps between them that nothing may touch."""
+
+    def __init__(self) -> None:
+        self.bytes = np.zeros(1 << 16, np.uint8)
+        self.top = _GUARD_BYTES
+        self._allocated = np.zeros(1 << 16, np.bool_)
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._labels: list[str] = []
+        self._undefined: np.ndarray | None = None
+
+    def allocate(self, contents: np.ndarray, *, alignment: int = 0, label: str = "") -> int:
+        """Copies bytes into a new allocation.
+
+        Args:
+            contents: The bytes.
+            alignment: Of the address: its remainder modulo 256.
+            label: A name for messages.
+
+        Returns:
+            The address.
+        """
+        start = -(-self.top // 256) * 256 + alignment % 256
+        self.top = start + len(contents) + _GUARD_BYTES
+        # Room for a vector that begins at the last byte.
+        while self.top + 256 > len(self.bytes):
+            self.bytes, self._allocated = _grown(self.bytes), _grown(self._allocated)
+        self.bytes[start : start + len(contents)] = contents
+        self._allocated[start : start + len(contents)] = True
+        self._starts.append(start)
+        self._ends.append(start + len(contents))
+        self._labels.append(label)
+        return GLOBAL_BASE + start
+
+    def read(self, address: int, count: int) -> np.ndarray:
+        """Returns a view of ``count`` bytes."""
+        return self.bytes[address - GLOBAL_BASE : address - GLOBAL_BASE + count]
+
+    def mark_undefined(self, address: int, which: np.ndarray) -> None:
+        """Makes reads of the bytes from an address on for which the mask is set an error."""
+        if self._undefined is None or len(self._undefined) < len(self.bytes):
+            before = self._undefined
+            self._undefined = np.zeros(len(self.bytes), np.bool_)
+            if before is not None:
+                self._undefined[: len(before)] = before
+        start = address - GLOBAL_BASE
+        self._undefined[start : start + len(which)] = which
+
+    def undefined(self, address: int, count: int) -> np.ndarray:
+        """Returns which bytes are still undefined."""
+        start = address - GLOBAL_BASE
+        if self._undefined is None:
+            return np.zeros(count, np.bool_)
+        return self._undefined[start : start + count]
+
+    def view(self, size: int) -> np.ndarray:
+        """Returns the memory as units of ``size`` bytes."""
+        return self.bytes.view(BYTES[size])
+
+    def locate(
+        self, addresses: np.ndarray, size: int, mask: np.ndarray | None, text: str
+    ) -> np.ndarray:
+        """Checks accesses of ``size`` bytes; returns where they begin, in bytes.
+
+        Threads outside the mask get the place of one inside.
+        """
+        places = _harmless(addresses, mask) - GLOBAL_BASE
+        self._check_bounds(places, size, text)
+        _check_alignment(places, size, text)
+        return places
+
+    def _check_bounds(self, places: np.ndarray, size: int, text: str) -> None:
+        first, last = int(places.min()), int(places.max()) + size
+        number = bisect_right(self._starts, first) - 1
+        if number >= 0 and last <= self._ends[number]:
+            return
+        if first < 0 or last > len(self.bytes):
+            outside = first if first < 0 else last - size
+            raise PTXError(f"global access to a wild address ({self._describe(outside)}): {text}")
+        # Gaps are wider than an access, so what begins and ends inside is inside.
+        inside = self._allocated[places] & self._allocated[places + (size - 1)]
+        if not inside.all():
+            outside = int(places[~inside].flat[0])
+            raise PTXError(f"global access out of bounds ({self._describe(outside)}): {text}")
+
+    def _describe(self, place: int) -> str:
+        if not self._starts:
+            return "there are no allocations"
+        distances = [
+            max(start - place, place - end + 1, 0)
+            for start, end in zip(self._starts, self._ends, strict=True)
+        ]
+        number = int(np.argmin(distances))
+        start, end = self._starts[number], self._ends[number]
+        label = self._labels[number] or f"allocation {number}"
+        return f"byte {place - start} of the {end - start} of {label}"
+
+    def gather(self, places: np.ndarray, size: int, text: str) -> np.ndarray:
+        """Reads ``size`` bytes at each place."""
+        if self._undefined is not None and any(
+            self._undefined.take(places + byte).any() for byte in range(size)
+        ):
+            raise PTXError(f"uninitialised global memory is read: {text}")
+        return self.view(size).take(places >> (size.bit_length() - 1))
+
+    def scatter(
+        self, places: np.ndarray, data: np.ndarray, mask: np.ndarray | None, text: str
+    ) -> None:
+        """Writes one element of the data at each place."""
+        size = data.dtype.itemsize
+        # What threads outside the mask write ends in the gap before the first allocation.
+        if mask is not None:
+            places = np.where(mask, places, 0)
+        index = places >> (size.bit_length() - 1)
+        data = np.broadcast_to(data, np.broadcast_shapes(data.shape, index.shape))
+        index = np.broadcast_to(index, data.shape)
+        self.view(size)[index] = data
+        if self._undefined is not None:
+            for byte in range(size):
+                self._undefined[places + byte] = False
+
+    def check_agreement(
+        self, places: np.ndarray, data: np.ndarray, mask: np.ndarray | None, text: str
+    ) -> None:
+        """Checks, after a write, that no two threads wrote different data to one place."""
+        size = data.dtype.itemsize
+        stored = self.view(size).take(places >> (size.bit_length() - 1))
+        _check_agreement(stored, data, mask, text)
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Returns whether elements have the same bits."""
+    if first.dtype.itemsize < 16:
+        return first == second
+    shape = np.broadcast_shapes(first.shape, second.shape)
+    pairs = [
+        np.ascontiguousarray(np.broadcast_to(each, shape)).view(np.uint64).reshape(*shape, 2)
+        for each in (first, second)
+    ]
+    return (pairs[0] == pairs[1]).all(-1)
+
+
+def _check_agreement(
+    stored: np.ndarray, data: np.ndarray, mask: np.ndarray | None, text: str
+) -> None:
+    same = _same(stored, data)
+    if mask is not None:
+        same = same | ~mask
+    if not same.all():
+        raise PTXError(f"threads store different values to one place: {text}")
+
+
+@dataclass
+class _Reads:
+    """One instruction's reads."""
+
+    places: np.ndarray
+    size: int
+    owners: np.ndarray
+    mask: np.ndarray | None
+    text: str
+
+
+class GlobalRaces:
+    """Finds bytes that two blocks of a launch access, one of them writing.
+
+    Blocks run in no particular order, so every such pair is a race. Writes are compared as they
+    happen; reads are only noted, and compared with the writes of the whole launch at its end.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._writer = np.full(size, _NOBODY, np.int32)
+        self._reads: list[_Reads] = []
+        self._logged = 0
+        self._reader: np.ndarray | None = None
+
+    def write(
+        self,
+        places: np.ndarray,
+        size: int,
+        owners: np.ndarray,
+        mask: np.ndarray | None,
+        text: str,
+    ) -> None:
+        """Notes writes of ``size`` bytes at each place by the blocks ``owners``."""
+        places, owners = np.broadcast_arrays(places, owners)
+        places, owners = chosen(places, mask).reshape(-1), chosen(owners, mask).reshape(-1)
+        for byte in range(size):
+            index = places + byte
+            before = self._writer.take(index)
+            wrong = (before != owners) & (before != _NOBODY)
+            if not wrong.any():
+                self._writer[index] = owners
+                before = self._writer.take(index)
+                wrong = before != owners
+            if wrong.any():
+                raise PTXError(
+                    f"global-memory race: blocks {before[wrong][0]} and {owners[wrong][0]} "
+                    f"both write a byte: {text}"
+                )
+
+    def read(
+        self,
+        places: np.ndarray,
+        size: int,
+        owners: np.ndarray,
+        mask: np.ndarray | None,
+        text: str,
+    ) -> None:
+        """Notes reads of ``size`` bytes at each place."""
+        self._reads.append(_Reads(places, size, owners, mask, text))
+        self._logged += places.nbytes
+        if self._logged > _MAX_LOGGED_BYTES:
+            self._condense()
+
+    def finish(self) -> None:
+        """Compares the reads with the writes.
+
+        Raises:
+            PTXError: A block read what another wrote.
+        """
+        self._compare()
+        if self._reader is not None:
+            read, written = self._reader != _NOBODY, self._writer != _NOBODY
+            if (read & written & (self._reader != self._writer)).any():
+                raise PTXError("global-memory race: a block reads a byte that another writes")
+
+    def _compare(self) -> None:
+        written = np.zeros(len(self._writer) + 1, np.int32)
+        np.cumsum(self._writer != _NOBODY, out=written[1:])
+        if not written[-1]:
+            return
+        for reads in self._reads:
+            low, high = int(reads.places.min()), int(reads.places.max()) + reads.size
+            if written[low] == written[high]:
+                continue
+            suspect = written.take(reads.places + reads.size) != written.take(reads.places)
+            if reads.mask is not None:
+                suspect = suspect & reads.mask
+            if not suspect.any():
+                continue
+            places, owners = np.broadcast_arrays(reads.places, reads.owners)
+            places, owners = chosen(places, suspect), chosen(owners, suspect)
+            for byte in range(reads.size):
+                writer = self._writer.take(places + byte)
+                wrong = (writer != _NOBODY) & (writer != owners)
+                if wrong.any():
+                    raise PTXError(
+                        f"global-memory race: block {owners[wrong][0]} reads a byte that block "
+                        f"{writer[wrong][0]} writes: {reads.text}"
+                    )
+
+    def _condense(self) -> None:
+        """Replaces the list of reads by the reader of each byte."""
+        self._compare()
+        if self._reader is None:
+            self._reader = np.full(len(self._writer), _NOBODY, np.int32)
+        for reads in self._reads:
+            places, owners = np.broadcast_arrays(reads.places, reads.owners)
+            places, owners = chosen(places, reads.mask), chosen(owners, reads.mask)
+            for byte in range(reads.size):
+                index = places + byte
+                before = self._reader.take(index)
+                others = (before != _NOBODY) & (before != owners)
+                self._reader[index] = np.where(others, _SEVERAL, owners)
+                self._reader[index[self._reader.take(index) != owners]] = _SEVERAL
+        self._reads.clear()
+        self._logged = 0
+
+
+class SharedMemory:
+    """The shared memory of some blocks: ``bytes`` is ``[blocks, pitch]``.
+
+    What is remembered is kept for granules: as many bytes as the program's smallest access. As long
+    as all blocks access it in the same way, it is kept for one block alone.
+    """
+
+    def __init__(
+        self, blocks: int, size: int, granule: int, warps: np.ndarray, *, races: bool
+    ) -> None:
+        """Makes memory that nothing has written yet.
+
+        Args:
+            blocks: How many there are.
+            size: Bytes of each.
+            granule: Bytes of the smallest access.
+            warps: ``[1, threads]``, the warp of each thread.
+            races: Whether to look for races.
+        """
+        self.size = size
+        # Behind the end is room for what threads outside the mask write.
+        self._scratch = -(-size // 128) * 128
+        self.pitch = self._scratch + 128
+        self.bytes = np.full((blocks, self.pitch), 0xFF, np.uint8)
+        self.races = races
+        self.epoch: int | np.ndarray = 0
+        self._warps = warps
+        self._shift = granule.bit_length() - 1
+        self._granules = self.pitch >> self._shift
+        self._rows = np.arange(blocks)[:, None]
+        self._state = np.full((1, self._granules), _UNWRITTEN, np.uint8)
+        self._writer = np.full((1, self._granules), -1, np.int32)
+        self._reader = np.full((1, self._granules), -1, np.int32)
+
+    def select(self, rows: np.ndarray) -> SharedMemory:
+        """Returns the memory of some of the blocks."""
+        other = object.__new__(SharedMemory)
+        other.__dict__.update(self.__dict__)
+        other.bytes = self.bytes[rows]
+        other._rows = np.arange(len(other.bytes))[:, None]
+        for name in ("_state", "_writer", "_reader"):
+            array = getattr(self, name)
+            setattr(other, name, array[rows] if len(array) > 1 else array.copy())
+        if isinstance(self.epoch, np.ndarray):
+            other.epoch = self.epoch[rows]
+        return other
+
+    def pass_barrier(self, rows: np.ndarray | None = None) -> None:
+        """Begins a new epoch, for all blocks or for some."""
+        if rows is not None:
+            self.epoch = np.broadcast_to(self.epoch, (len(self.bytes), 1)) + rows[:, None]
+        else:
+            self.epoch = self.epoch + 1
+
+    def locate(
+        self, addresses: np.ndarray, size: int, mask: np.ndarray | None, text: str
+    ) -> np.ndarray:
+        """Checks bounds and alignment of accesses of ``size`` bytes; returns the offsets.
+
+        Threads outside the mask get the offset of one inside.
+        """
+        offsets = _harmless(addresses, mask)
+        low, high = int(offsets.min()), int(offsets.max())
+        if low < 0 or high + size > self.size:
+            wrong = low if low < 0 else high
+            raise PTXError(f"shared access out of bounds (byte {wrong} of {self.size}): {text}")
+        _check_alignment(offsets, size, text)
+        return offsets
+
+    def gather(self, offsets: np.ndarray, size: int) -> np.ndarray:
+        """Reads ``size`` bytes at each offset."""
+        index = offsets >> (size.bit_length() - 1)
+        memory = self.bytes.view(BYTES[size])
+        if len(index) == 1:
+            return memory.take(index[0], axis=1)
+        return memory.reshape(-1).take(index + self._rows * (self.pitch // size))
+
+    def scatter(self, offsets: np.ndarray, data: np.ndarray, mask: np.ndarray | None) -> None:
+        """Writes one element of the data at each offset."""
+        size = data.dtype.itemsize
+        if mask is not None:
+            offsets = np.where(mask, offsets, self._scratch)
+        index = (offsets >> (size.bit_length() - 1)) + self._rows * (self.pitch // size)
+        shape = np.broadcast_shapes(data.shape, index.shape)
+        if index.shape != shape:
+            index = np.broadcast_to(index, shape)
+        self.bytes.view(BYTES[size]).reshape(-1)[index] = np.broadcast_to(data, shape)
+
+    def note_read(
+        self,
+        offsets: np.ndarray,
+        size: int,
+        mask: np.ndarray | None,
+        text: str,
+        *,
+        warps: np.ndarray | None = None,
+    ) -> None:
+        """Looks for reads of what was not written, and for races.
+
+        Args:
+            offsets: Where.
+            size: Bytes of each.
+            mask: Which of them.
+            text: For messages.
+            warps: ``[1, offsets]``, who reads, where that is not each thread.
+        """
+        granules, tags, base = self._granules_of(offsets, size, mask, warps)
+        self.check_defined(granules, text)
+        if self.races:
+            self._note_read(granules, tags, base, text)
+
+    def check_defined(self, granules: np.ndarray, text: str) -> None:
+        """Checks that granules, as numbers within all that are kept, are written."""
+        state = self._state.reshape(-1).take(granules)
+        if (state != _WRITTEN).any():
+            if (state == _IN_FLIGHT).any():
+                raise PTXError(f"shared memory is read before its copy was waited for: {text}")
+            raise PTXError(f"shared memory is read that nothing wrote: {text}")
+
+    def note_write(
+        self,
+        offsets: np.ndarray,
+        size: int,
+        mask: np.ndarray | None,
+        text: str,
+        *,
+        warps: np.ndarray | None = None,
+        data: np.ndarray | None = None,
+        stage: str = "store",
+    ) -> None:
+        """Looks for races of writes, and remembers that they are written.
+
+        Args:
+            offsets: Where.
+            size: Bytes of each.
+            mask: Which of them.
+            text: For messages.
+            warps: ``[1, offsets]``, who writes, where that is not each thread.
+            data: What is going to be written: that two warps store the same value to one place is
+                no race, compilers do so.
+            stage: ``"store"``, ``"issue"`` of an asynchronous copy, or its ``"landing"``.
+        """
+        granules, tags, base = self._granules_of(offsets, size, mask, warps)
+        state = self._state.reshape(-1)
+        if stage != "landing" and (state.take(granules) == _IN_FLIGHT).any():
+            raise PTXError(f"shared memory is written while a copy to it is in flight: {text}")
+        state[granules] = _IN_FLIGHT if stage == "issue" else _WRITTEN
+        if not self.races:
+            return
+        writer, reader = self._writer.reshape(-1), self._reader.reshape(-1)
+        before = writer.take(granules)
+        wrong = (before >= base) & (before != tags)
+        if wrong.any() and not self._holds(offsets, data, mask, wrong):
+            self._race("both write", before[wrong], tags, wrong, text)
+        before = reader.take(granules)
+        wrong = (before >= base) & (before != tags)
+        if wrong.any():
+            self._race("reads, and the other writes,", before[wrong], tags, wrong, text)
+        writer[granules] = tags
+        if data is None:
+            after = writer.take(granules)
+            wrong = after != tags
+            if wrong.any():
+                self._race("both write", after[wrong], tags, wrong, text)
+
+    def _holds(
+        self,
+        offsets: np.ndarray,
+        data: np.ndarray | None,
+        mask: np.ndarray | None,
+        wrong: np.ndarray,
+    ) -> bool:
+        """Returns whether what is there already is what the accesses in question write."""
+        if data is None:
+            return False
+        unit = data.dtype.itemsize
+        same = np.ones((1, 1), bool)
+        for number in range(data.shape[-1]):
+            held = self.gather(offsets + unit * number, unit)
+            same = same & _same(held, data[..., number])
+        if len(self._state) == 1:
+            same = same.all(0, keepdims=True)
+        shape = np.broadcast_shapes(same.shape, offsets.shape)
+        return not (wrong.any(-1) & ~chosen(np.broadcast_to(same, shape), mask)).any()
+
+    def _note_read(self, granules: np.ndarray, tags: Any, base: Any, text: str) -> None:
+        writer, reader = self._writer.reshape(-1), self._reader.reshape(-1)
+        before = writer.take(granules)
+        wrong = (before >= base) & (before != tags)
+        if wrong.any():
+            self._race("writes, and the other reads,", before[wrong], tags, wrong, text)
+        before = reader.take(granules)
+        others = (before >= base) & (before != tags)
+        noted = np.where(others, base + _SEVERAL_WARPS, tags) if others.any() else tags
+        reader[granules] = noted
+        # Of several warps in this very instruction the last has been noted.
+        several = reader.take(granules) != tags
+        if several.any():
+            everyone = np.broadcast_to(base + _SEVERAL_WARPS, granules.shape)
+            reader[granules[several]] = everyone[several]
+
+    def _race(self, what: str, others: np.ndarray, tags: Any, wrong: np.ndarray, text: str) -> None:
+        other = int(others.flat[0]) % _TAGS
+        first = "several warps" if other == _SEVERAL_WARPS else f"warp {other}"
+        second = int(np.broadcast_to(tags, wrong.shape)[wrong].flat[0]) % _TAGS
+        raise PTXError(
+            f"shared-memory race: of {first} and warp {second} one {what} a byte: {text}"
+        )
+
+    def _granules_of(
+        self, offsets: np.ndarray, size: int, mask: np.ndarray | None, warps: np.ndarray | None
+    ) -> tuple[np.ndarray, Any, Any]:
+        """Returns numbers of granules, tags of their accessors, and the least tag of the epoch."""
+        numbers = offsets >> self._shift
+        base = np.multiply(self.epoch, _TAGS)
+        alike = (
+            len(offsets) == 1
+            and (mask is None or len(mask) == 1)
+            and not isinstance(base, np.ndarray)
+        )
+        if not alike or len(self._state) > 1:
+            self._keep_every_block()
+            numbers = numbers + self._rows * self._granules
+        tags = (self._warps if warps is None else warps) + base
+        shape = np.broadcast_shapes(
+            numbers.shape, tags.shape, *([] if mask is None else [mask.shape])
+        )
+        numbers, tags = np.broadcast_to(numbers, shape), np.broadcast_to(tags, shape)
+        if mask is not None:
+            if isinstance(base, np.ndarray):
+                base = chosen(np.broadcast_to(base, shape), mask)[:, None]
+            numbers, tags = chosen(numbers, mask)[:, None], chosen(tags, mask)[:, None]
+        elif isinstance(base, np.ndarray):
+            base = base[:, :, None]
+        if mask is None:
+            numbers, tags = numbers[:, :, None], tags[:, :, None]
+        count = size >> self._shift
+        if count > 1:
+            numbers = numbers + np.arange(count)
+        return numbers, np.broadcast_to(tags, numbers.shape), base
+
+    def _keep_every_block(self) -> None:
+        if len(self._state) == len(self.bytes):
+            return
+        for name in ("_state", "_writer", "_reader"):
+            setattr(self, name, np.repeat(getattr(self, name), len(self.bytes), axis=0))
+
+    def check_agreement(
+        self, offsets: np.ndarray, data: np.ndarray, mask: np.ndarray | None, text: str
+    ) -> None:
+        """Checks, after a write, that no two threads wrote different data to one place."""
+        stored = self.gather(offsets, data.dtype.itemsize)
+        _check_agreement(stored, data, mask, text)
