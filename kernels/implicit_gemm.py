@@ -334,16 +334,21 @@ def convolve(
     tiles = triton.cdiv(pixels, configuration.block_m) * triton.cdiv(
         out_channels, configuration.block_n
     )
-    target = {
+    target = {"y_ptr": y, "y_pitch": pitch(y), "pixels": pixels, "out_channels": out_channels}
+    epilogue = {
         "output_scale_ptr": output_scale,
         "bias_ptr": bias,
-        "y_ptr": y,
-        "y_pitch": pitch(y),
-        "pixels": pixels,
-        "out_channels": out_channels,
         "OUTPUT_SCALE": output_scale is not None,
         "BIAS": bias is not None,
         "RELU": relu,
+    }
+    # The parts of a split reduction have none, whatever the convolution's: one compilation for all.
+    nothing = {
+        "output_scale_ptr": None,
+        "bias_ptr": None,
+        "OUTPUT_SCALE": False,
+        "BIAS": False,
+        "RELU": False,
     }
     launches = [
         Launch(
@@ -351,6 +356,7 @@ def convolve(
             (tiles, split_k),
             {
                 **target,
+                **(nothing if split_k > 1 else epilogue),
                 "xs": tuple(xs),
                 "pitches": pitches[:1] if same_pitch else pitches,
                 "starts": group_starts(channels),
@@ -395,6 +401,7 @@ def convolve(
                 (tiles,),
                 {
                     **target,
+                    **epilogue,
                     "partials_ptr": partials,
                     "parts": split_k,
                     "BLOCK_M": block_m,
