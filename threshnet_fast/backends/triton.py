@@ -6,6 +6,7 @@ Nothing here imports triton before a question or a call needs it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import threading
@@ -149,17 +150,22 @@ def target(device: torch.device, dtype: torch.dtype) -> Target:
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         name = architecture()
     precision = float32_precision() if dtype is torch.float32 else "ieee"
-    multiprocessors = 1
-    if name != "interpreter":
-        import triton
-
-        index = triton.runtime.driver.active.get_current_device()
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-        properties = triton.runtime.driver.active.utils.get_device_properties(index)
-        multiprocessors = properties["multiprocessor_count"]
     precision = configurations.precision_for(name, precision)
-    return Target(device, dtype, precision, name, multiprocessors)
+    return Target(device, dtype, precision, name, _multiprocessors(device, name))
+
+
+@functools.lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device, architecture: str) -> int:
+    """Asks the driver, which takes longer than the rest of a call."""
+    if architecture == "interpreter":
+        return 1
+    import triton
+
+    index = triton.runtime.driver.active.get_current_device()
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["multiprocessor_count"])
 
 
 def capturing(device: torch.device) -> bool:
