@@ -3,6 +3,7 @@
 The first argument tells whether it must have its C++ extension; TREE must hold none of what runs.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -29,6 +30,9 @@ def main():
     expected, tree = sys.argv[1] == "with", Path(sys.argv[2]).resolve()
     package = Path(tf.__file__).resolve()
     assert tree not in package.parents, f"{package} is in the source tree"
+    # Not imported: triton is no dependency of the base installation.
+    kernels = importlib.util.find_spec("threshnet_fast.kernels.implicit_gemm")
+    assert kernels is not None, "the Triton kernels were not installed"
     reason = extension.unavailable_reason()
     assert extension.load() == (reason is None) == expected, reason
 
