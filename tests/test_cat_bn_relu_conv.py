@@ -387,10 +387,10 @@ def test_compiled_function_follows_use_backend() -> None:
     torch.testing.assert_close(compiled(*args), plain(*args))
 
 
-def test_export_keeps_the_operator() -> None:
+def test_export_keeps_the_operator(backend: str) -> None:
     class Layer(torch.nn.Module):
         def forward(self, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-            return cat_bn_relu_conv([x], scale, shift, weight)
+            return cat_bn_relu_conv([x], scale, shift, weight, backend=backend)
 
     args = (torch.randn(2, 7, 5, 5), *vectors(7), torch.randn(6, 7, 3, 3))
     program = torch.export.export(Layer(), args)

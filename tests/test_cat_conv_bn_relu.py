@@ -400,10 +400,10 @@ def test_compiled_function_follows_use_backend() -> None:
     torch.testing.assert_close(compiled(*args), plain(*args))
 
 
-def test_export_keeps_the_operator() -> None:
+def test_export_keeps_the_operator(backend: str) -> None:
     class Layer(torch.nn.Module):
         def forward(self, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-            return cat_conv_bn_relu([x], weight, scale, shift)
+            return cat_conv_bn_relu([x], weight, scale, shift, backend=backend)
 
     args = (torch.randn(2, 7, 5, 5), torch.randn(6, 7, 3, 3), *vectors(6))
     program = torch.export.export(Layer(), args)
