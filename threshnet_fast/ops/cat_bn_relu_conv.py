@@ -35,6 +35,10 @@ def cat_bn_relu_conv(
     Differentiable in ``xs``, ``scale``, ``shift`` and ``weight``, twice. Under autocast, ``xs`` and
     ``weight`` are cast to its dtype, ``scale`` and ``shift`` keep theirs.
 
+    On a GPU, Triton kernels compute the result and its gradients, always deterministically; plain
+    PyTorch computes gradients of gradients. Sums are float32; float32 is multiplied in TF32 only
+    where PyTorch allows it both for matrix products and for convolutions.
+
     Args:
         xs: Feature maps ``[N, C_i, H, W]`` of one floating dtype on one device, in any memory
             format: contiguous, channels_last or a view with any strides.
@@ -53,7 +57,8 @@ def cat_bn_relu_conv(
 
     Raises:
         TypeError: If an argument has a wrong type or dtype, or one the backend asked for lacks.
-        ValueError: If a shape, device, stride, padding or backend name is wrong.
+        ValueError: If a shape, device, stride, padding or backend name is wrong,
+            or sizes are beyond the 32-bit indices of the backend asked for.
         RuntimeError: If the backend asked for is not available, or in forward-mode differentiation.
     """
     segments = validate.check_arguments(
