@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,12 @@ import triton
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    InterpreterOptions,
+    TensorHandle,
+)
 from triton.runtime.jit import JITFunction
 
 from .ptx_types import bfloat16_to_float32, float32_to_bfloat16
@@ -75,7 +80,15 @@ def _interpreted_function(function: JITFunction) -> InterpretedFunction:
 
 @contextlib.contextmanager
 def _patched() -> Iterator[None]:
-    patches: list[tuple[type, str, Callable[..., Any]]] = [
+    # Once for the whole block: doing so for every call of a device function takes longer than most
+    # of these functions, and what a call replaces in triton.language would never be put back.
+    everywhere = FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+    language = interpreter._patch_lang(everywhere)
+    patches: list[tuple[Any, str, Any]] = [
+        (interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope()),
+        # As it comes, the interpreter computes for every integer operation whether it overflows,
+        # and does not look at the result.
+        (interpreter.interpreter_builder, "options", InterpreterOptions(sanitize_overflow=False)),
         (InterpreterBuilder, "cast_impl", _cast),
         (InterpreterBuilder, "create_fp_to_fp", _convert),
         (InterpreterBuilder, "create_dot", _dot),
@@ -84,7 +97,6 @@ def _patched() -> Iterator[None]:
         (InterpreterBuilder, "create_fma", _fused_multiply_add),
         (InterpreterBuilder, "create_masked_load", _masked_load),
         (InterpreterBuilder, "create_masked_store", _masked_store),
-        (InterpretedFunction, "__call__", _call),
         (interpreter.GridExecutor, "_init_args_hst", _arguments),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
@@ -95,6 +107,7 @@ def _patched() -> Iterator[None]:
     finally:
         for owner, name, original in saved:
             setattr(owner, name, original)
+        language.restore()
 
 
 _original_cast = InterpreterBuilder.cast_impl
@@ -180,15 +193,6 @@ def _fused_multiply_add(
     if not _is_bfloat16(z):
         return _original_fma(self, x, y, z)
     return _narrow(_widen(x).data * _widen(y).data + _widen(z).data)
-
-
-def _call(self: InterpretedFunction, *arguments: Any, **keywords: Any) -> Any:
-    # As it comes, what this call replaces in triton.language is never put back.
-    scope = interpreter._patch_lang(self.fn)
-    try:
-        return self.rewrite()(*arguments, **keywords)
-    finally:
-        scope.restore()
 
 
 def _arguments(self: Any, positional: Any, keywords: Any) -> Any:
