@@ -184,7 +184,9 @@ def implicit_gemm_kernel(
         else:
             exists = k_exists
         if ONE_PITCH:
-            offsets = origin_offset[:, None] + shift_of_tap * pitches[0]
+            offsets = origin_offset[:, None]
+            if not POINTWISE:
+                offsets += shift_of_tap.to(tl.int64) * pitches[0]
         else:
             offsets = (origin + shift_of_tap).to(tl.int64)[:, None] * distances[None, :]
         mask = inside[:, None] & exists[None, :]

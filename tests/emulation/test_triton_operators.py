@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,6 +297,33 @@ def test_more_than_32_bits_can_index(what: str, operator: Operator) -> None:
     vector = torch.zeros(()).expand(length)
     with interpreted(), pytest.raises(ValueError, match=f"takes at most 2147482624 {what}"):
         operator(xs, weight, vector, vector, **{"padding": 0, **options, "backend": "triton"})
+
+
+def test_offsets_have_64_bits(operator: Operator, tmp_path: Path) -> None:
+    """Pixels of the input and of the gradient that lie gigabytes apart, in files full of holes."""
+    case = Case((16,), 1, (1, 3), 16, (1, 3), 1, 1)
+    tensors = [t.requires_grad_() for t in operator.arguments(case, torch.float16)]
+    results = []
+    with interpreted():
+        for spread in (False, True):
+            x = _far_apart(tensors[0], tmp_path / "x") if spread else tensors[0]
+            y = operator([x], *tensors[1:], padding=1, backend="triton")
+            grad = torch.arange(y.numel(), dtype=y.dtype).view(y.shape) / 64
+            grad = _far_apart(grad[:, :, 1:2], tmp_path / "g") if spread else grad[:, :, 1:2]
+            results.append([y, *torch.autograd.grad(y[:, :, 1:2], [x, *tensors[1:]], grad)])
+    for dense, far in zip(*results, strict=True):
+        assert torch.equal(dense, far)
+
+
+def _far_apart(x: Tensor, path: Path) -> Tensor:
+    """Copies a map of one row into a file, 2**30 elements from one pixel to the next."""
+    _, channels, _, width = x.shape
+    pitch = 2**30
+    size = (width - 1) * pitch + channels
+    memory = torch.from_file(str(path), shared=True, size=size, dtype=x.dtype)
+    view = memory.as_strided(x.shape, (size, 1, size, pitch))
+    view.copy_(x.detach())
+    return view.requires_grad_(x.requires_grad)
 
 
 def test_auto_passes_over_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
