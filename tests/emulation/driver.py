@@ -10,14 +10,11 @@ to its machine code; what runs, on tensors in the CPU's memory, is the PTX, in :
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -25,11 +22,7 @@ from triton.backends.driver import DriverBase
 from triton.compiler.compiler import CompiledKernel
 
 from .architectures import ARCHITECTURES, Architecture
-from .ptx_machine import Argument, launch
-from .ptx_memory import GlobalMemory
-from .ptx_parser import parse
-from .ptx_translator import Translation, translate
-from .ptx_types import PTXError
+from .ptx import PTXError, UndefinedBytes, run_ptx
 
 __all__ = ["Entry", "Log", "compiled_for", "emulated"]
 
@@ -67,7 +60,23 @@ class Entry:
 
 
 class Log(list[Entry]):
-    """The launches of a block, in order."""
+    """The launches of a block, in order.
+
+    Attributes:
+        undefined: Memory whose reading is an error until a kernel writes it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.undefined = UndefinedBytes()
+
+    def mark_uninitialised(self, *tensors: torch.Tensor) -> None:
+        """Makes it an error that a kernel of this block reads elements that none has written.
+
+        What the host writes into these tensors is not noticed.
+        """
+        for tensor in tensors:
+            self.undefined.add(tensor)
 
     @property
     def steps(self) -> int:
@@ -203,7 +212,7 @@ class _Launcher:
         grid = (grid_x, grid_y, grid_z)
         steps = 0
         if driver.emulation is not None:
-            steps = _run(driver.emulation, compiled, grid, self._signature, arguments)
+            steps = _run(driver, compiled, grid, self._signature, arguments)
         driver.log.append(Entry(compiled.metadata.name, grid, steps, compiled))
 
 
@@ -255,11 +264,6 @@ class _Driver(DriverBase):
         cache.zero_()
 
 
-@functools.lru_cache(maxsize=512)
-def _translated(digest: bytes, text: str, name: str) -> Translation:
-    return translate(parse(text, name))
-
-
 def _flatten(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
     for kind, value in zip(types, values, strict=True):
         if isinstance(kind, tuple):
@@ -269,55 +273,49 @@ def _flatten(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _run(
-    emulation: _Emulation,
+    driver: _Driver,
     compiled: CompiledKernel,
     grid: tuple[int, int, int],
     signature: list[Any],
     arguments: tuple[Any, ...],
 ) -> int:
-    """Copies all storages into the machine's memory, runs, and copies them back."""
     name = compiled.metadata.name
     text = compiled.asm["ptx"]
+    emulation = driver.emulation
+    assert emulation is not None
     if emulation.rewrite is not None:
         text = emulation.rewrite(text, name)
-    translation = _translated(hashlib.sha256(text.encode()).digest(), text, name)
-    memory = GlobalMemory()
-    places: dict[int, tuple[int, np.ndarray, torch.UntypedStorage]] = {}
-    values: list[Argument] = []
-    for kind, argument in _flatten(signature, arguments):
-        if kind == "constexpr":
-            continue
-        if isinstance(argument, torch.Tensor):
-            storage = argument.untyped_storage()
-            start = storage.data_ptr()
-            if start not in places:
-                contents = _bytes(storage)
-                address = memory.allocate(contents, alignment=start)
-                places[start] = (address, contents, storage)
-            values.append(places[start][0] + argument.data_ptr() - start)
-        elif argument is None:
-            values.append(0)
-        else:
-            values.append(float(argument) if kind.startswith("f") else int(argument))
+    values = [
+        _value(kind, argument)
+        for kind, argument in _flatten(signature, arguments)
+        if kind != "constexpr"
+    ]
     try:
-        steps = launch(
-            translation,
-            memory,
+        return run_ptx(
+            text,
+            name,
             grid,
-            (32 * compiled.metadata.num_warps,),
+            (compiled.metadata.target.warp_size * compiled.metadata.num_warps,),
             values,
             dynamic_shared=compiled.metadata.shared,
             races=emulation.races,
+            undefined=driver.log.undefined,
         )
     except PTXError as error:
         raise PTXError(f"{name}: {error}") from error
-    for address, contents, _ in places.values():
-        contents[:] = memory.read(address, len(contents))
-    return steps
 
 
-def _bytes(storage: torch.UntypedStorage) -> np.ndarray:
-    if storage.nbytes() == 0:
-        return np.zeros(0, np.uint8)
-    pointer = ctypes.cast(storage.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
-    return np.ctypeslib.as_array(pointer, (storage.nbytes(),))
+def _value(kind: str, argument: Any) -> Any:
+    """Returns a kernel's argument as :func:`.ptx.run_ptx` takes it, given its type."""
+    if argument is None or isinstance(argument, torch.Tensor):
+        return argument
+    if kind.startswith("*"):
+        raise TypeError(f"a pointer is {type(argument).__name__}: expected a tensor or None")
+    if kind in ("fp16", "bf16", "fp32", "f32", "fp64"):
+        # Triton's launcher passes both 16-bit types as they are stored.
+        if kind == "bf16":
+            return torch.tensor(argument, dtype=torch.bfloat16).view(torch.int16).item()
+        return float(argument)
+    if kind[0] not in "iu":
+        raise TypeError(f"an argument has the type {kind}, which cannot be emulated")
+    return int(argument)

@@ -76,6 +76,8 @@ def launch(
     if program.threads not in (None, threads):
         raise PTXError(f"a block has {threads} threads: the program requires {program.threads}")
     blocks = x * y * z
+    if min(x, y, z) < 0 or x >= 2**31 or max(y, z) >= 2**16:
+        raise PTXError(f"the grid is {x}, {y}, {z}: expected less than 2**31, 2**16, 2**16 blocks")
     started = Launch(
         translation,
         memory,

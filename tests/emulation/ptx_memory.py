@@ -230,6 +230,8 @@ class GlobalRaces:
 
     def __init__(self, size: int) -> None:
         self._writer = np.full(size, _NOBODY, np.int32)
+        # Of what is written.
+        self._first, self._end = size, 0
         self._reads: list[_Reads] = []
         self._logged = 0
         self._reader: np.ndarray | None = None
@@ -245,6 +247,8 @@ class GlobalRaces:
         """Notes writes of ``size`` bytes at each place by the blocks ``owners``."""
         places, owners = np.broadcast_arrays(places, owners)
         places, owners = chosen(places, mask).reshape(-1), chosen(owners, mask).reshape(-1)
+        self._first = min(self._first, int(places.min()))
+        self._end = max(self._end, int(places.max()) + size)
         for byte in range(size):
             index = places + byte
             before = self._writer.take(index)
@@ -286,15 +290,17 @@ class GlobalRaces:
                 raise PTXError("global-memory race: a block reads a byte that another writes")
 
     def _compare(self) -> None:
-        written = np.zeros(len(self._writer) + 1, np.int32)
-        np.cumsum(self._writer != _NOBODY, out=written[1:])
-        if not written[-1]:
+        if self._first >= self._end:
             return
+        first, end = self._first, self._end
+        written = np.zeros(end - first + 1, np.int32)
+        np.cumsum(self._writer[first:end] != _NOBODY, out=written[1:])
         for reads in self._reads:
-            low, high = int(reads.places.min()), int(reads.places.max()) + reads.size
-            if written[low] == written[high]:
+            if reads.places.min() >= end or reads.places.max() + reads.size <= first:
                 continue
-            suspect = written.take(reads.places + reads.size) != written.take(reads.places)
+            begin = np.clip(reads.places - first, 0, end - first)
+            stop = np.clip(reads.places + (reads.size - first), 0, end - first)
+            suspect = written.take(stop) != written.take(begin)
             if reads.mask is not None:
                 suspect = suspect & reads.mask
             if not suspect.any():

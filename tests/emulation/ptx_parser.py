@@ -106,6 +106,8 @@ _PARAMETER = re.compile(
 )
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
 _DYNAMIC = re.compile(r"^\s*\.extern\s+\.shared\s+\.align\s+\d+\s+\.\w+\s+(\w+)\[\]", re.MULTILINE)
+# A brace that is not within an instruction, a label, or an instruction.
+_STATEMENT = re.compile(r"\s*(?:[{}]|[$%\w]+:(?!:)|[^;{}\s][^;]*;)")
 _LABEL = re.compile(r"^([$%\w]+):\s*(?!:)")
 _GUARD = re.compile(r"@(!?)([%$\w]+)\s+(.*)$", re.DOTALL)
 _NAME = re.compile(r"[%$\w@.]+$")
@@ -167,28 +169,25 @@ def _declare_shared(program: Program, align: str, kind: str, name: str, count: s
 
 
 def _body(text: str, start: int) -> str:
-    depth, end = 1, start
-    while depth:
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        end += 1
-    return text[start : end - 1]
+    """Returns the text from a place on, behind an opening brace, to the brace that closes it."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return text[start : start + brace.start()]
+    raise PTXError("a brace is not closed")
 
 
 def _statements(body: str) -> Iterator[str]:
     """Splits into statements, labels, and braces that open and close scopes."""
-    current, depth = "", 0
-    for character in body:
-        if character in "{}" and not current.strip():
-            yield character
-            current = ""
-            continue
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        current += character
-        if (character == ";" and depth == 0) or (
-            character == ":" and re.match(r"^\s*[$%\w]+:$", current)
-        ):
-            yield current.strip()
-            current = ""
+    place = 0
+    for match in _STATEMENT.finditer(body):
+        if match.start() != place:
+            raise PTXError(f"not understood: {body[place : match.start()].strip()}")
+        place = match.end()
+        yield match.group().strip()
+    if body[place:].strip():
+        raise PTXError(f"not understood: {body[place:].strip()}")
 
 
 def _split_operands(text: str) -> list[str]:

@@ -1,0 +1,129 @@
+"""Runs kernels given as PTX on tensors in the CPU's memory.
+
+    run_ptx(text, "kernel", grid=(4,), block=(128,), arguments=[x, y, x.numel()])
+
+The text may come from Triton or from ``nvcc --ptx``. See :mod:`.ptx_machine` for what is checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ptx_machine import launch
+from .ptx_memory import GlobalMemory
+from .ptx_parser import parse
+from .ptx_translator import Translation, translate
+from .ptx_types import PTXError
+
+__all__ = ["PTXError", "UndefinedBytes", "entries", "run_ptx"]
+
+
+class UndefinedBytes:
+    """Which bytes of which storages nothing has written yet."""
+
+    def __init__(self) -> None:
+        # The storages are kept so that their addresses mean nothing else.
+        self._storages: dict[int, tuple[torch.UntypedStorage, np.ndarray]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Adds the elements of a tensor, which may be a view."""
+        storage = tensor.untyped_storage()
+        which = self.of(storage)
+        if which is None:
+            which = np.zeros(storage.nbytes(), np.bool_)
+            self._storages[storage.data_ptr()] = storage, which
+        size = tensor.element_size()
+        elements = torch.zeros(len(which) // size, dtype=torch.bool)
+        view = elements.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+        view.fill_(True)
+        which[: len(elements) * size] |= elements.numpy().repeat(size)
+
+    def of(self, storage: torch.UntypedStorage) -> np.ndarray | None:
+        """Returns which bytes of a storage are undefined, an array to update; None for none."""
+        found = self._storages.get(storage.data_ptr())
+        return None if found is None else found[1]
+
+
+def entries(text: str) -> list[str]:
+    """Returns the names of the kernels in a PTX module."""
+    return re.findall(r"\.entry\s+([\w$]+)", text)
+
+
+def run_ptx(
+    text: str,
+    name: str,
+    grid: Sequence[int],
+    block: Sequence[int],
+    arguments: Sequence[Tensor | int | float | bytes | None],
+    *,
+    dynamic_shared: int = 0,
+    races: bool = True,
+    undefined: UndefinedBytes | None = None,
+) -> int:
+    """Runs a kernel; all memory that it may access are the storages of its tensors.
+
+    Args:
+        text: A PTX module.
+        name: The kernel, as :func:`entries` names it.
+        grid: Blocks along x, y and z; missing axes are 1.
+        block: Threads of a block along x, y and z; their product is a multiple of 32.
+        arguments: A tensor stands for its address, None for the null pointer, bytes for a struct
+            that is passed by value.
+        dynamic_shared: Bytes of shared memory beside what the program declares.
+        races: Whether to look for races.
+        undefined: Memory whose reading is an error until it is written.
+
+    Returns:
+        Instructions executed, each for many threads at once.
+
+    Raises:
+        PTXError: The program did what a GPU forbids or leaves undefined, or cannot be executed.
+    """
+    translation = _translated(hashlib.sha256(text.encode()).digest(), text, name)
+    memory = GlobalMemory()
+    places: dict[int, tuple[int, np.ndarray, np.ndarray | None]] = {}
+    values: list[int | float | bytes] = []
+    for number, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            storage = argument.untyped_storage()
+            start = storage.data_ptr()
+            if start not in places:
+                contents = _contents(storage)
+                address = memory.allocate(
+                    contents, alignment=start, label=f"the storage of argument {number}"
+                )
+                which = None if undefined is None else undefined.of(storage)
+                if which is not None:
+                    memory.mark_undefined(address, which)
+                places[start] = address, contents, which
+            values.append(places[start][0] + argument.data_ptr() - start)
+        else:
+            values.append(0 if argument is None else argument)
+    steps = launch(
+        translation, memory, grid, block, values, dynamic_shared=dynamic_shared, races=races
+    )
+    for address, contents, which in places.values():
+        contents[:] = memory.read(address, len(contents))
+        if which is not None:
+            which[:] = memory.undefined(address, len(which))
+    return steps
+
+
+@functools.lru_cache(maxsize=512)
+def _translated(digest: bytes, text: str, name: str) -> Translation:
+    return translate(parse(text, name))
+
+
+def _contents(storage: torch.UntypedStorage) -> np.ndarray:
+    if storage.nbytes() == 0:
+        return np.zeros(0, np.uint8)
+    pointer = ctypes.cast(storage.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
+    return np.ctypeslib.as_array(pointer, (storage.nbytes(),))
