@@ -16,6 +16,7 @@ from .operands import (
     gather,
     of_segments,
     pack_affine,
+    pack_weight,
     scatter,
     sum_rows,
     unpack_vector,
@@ -53,7 +54,7 @@ def forward(
     channels = [x.shape[1] for x in segments]
     return convolve(
         segments,
-        layout.pack_weight(weight, channels, weight.dtype),
+        pack_weight(weight, channels),
         window_of(xs[0], weight, stride, padding),
         target,
         prologue=pack_affine(scale, shift, channels),
@@ -121,7 +122,7 @@ def _input_gradients(
 
     segments = gather(xs)
     channels = [x.shape[1] for x in segments]
-    packed = layout.pack_weight(weight, channels, weight.dtype)
+    packed = pack_weight(weight, channels)
     configuration = gradients.choose_input_gradient(
         window, grad.shape[0], packed, target.architecture, target.multiprocessors
     )
@@ -174,7 +175,7 @@ def _weight_gradient(
     weight_gradient(
         grad,
         segments,
-        layout.pack_weight(weight, channels, weight.dtype),
+        pack_weight(weight, channels),
         window,
         target,
         dw=dw,

@@ -17,6 +17,8 @@ from .operands import (
     empty_map,
     gather,
     of_segments,
+    pack_vector,
+    pack_weight,
     scatter,
     sum_pixels,
     sum_rows,
@@ -56,11 +58,11 @@ def forward(
     out = [weight.shape[0]]
     return convolve(
         segments,
-        layout.pack_weight(weight, [x.shape[1] for x in segments], weight.dtype),
+        pack_weight(weight, [x.shape[1] for x in segments]),
         window_of(xs[0], weight, stride, padding),
         target,
-        output_scale=layout.pack_vector(scale, out),
-        bias=layout.pack_vector(shift, out),
+        output_scale=pack_vector(scale, out),
+        bias=pack_vector(shift, out),
         relu=relu,
     )
 
@@ -99,7 +101,7 @@ def backward(
     grad = layout.to_pitched(grad)
     window = window_of(xs[0], weight, stride, padding)
     out = weight.shape[0]
-    gate = Gate(layout.to_pitched(output) if relu else None, layout.pack_vector(scale, [out]))
+    gate = Gate(layout.to_pitched(output) if relu else None, pack_vector(scale, [out]))
     results = []
     if any(needs_xs):
         results += _input_gradients(
@@ -125,7 +127,7 @@ def _input_gradients(
     batch, _, height, width = xs[0].shape
     counts = [x.shape[1] for x in xs]
     channels = counts if len(xs) <= MAX_SEGMENTS else [sum(counts)]
-    packed = layout.pack_weight(weight, channels, weight.dtype)
+    packed = pack_weight(weight, channels)
     configuration = gradients.choose_input_gradient(
         window, batch, packed, target.architecture, target.multiprocessors
     )
@@ -155,7 +157,7 @@ def _parameter_gradients(
     target: Target,
 ) -> list[Tensor]:
     segments = gather(xs)
-    packed = layout.pack_weight(weight, [x.shape[1] for x in segments], weight.dtype)
+    packed = pack_weight(weight, [x.shape[1] for x in segments])
     needs_weight, needs_scale = needs
     out = weight.shape[0]
     dw = torch.empty_like(weight) if needs_weight else None

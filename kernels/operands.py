@@ -25,6 +25,8 @@ __all__ = [
     "gather",
     "of_segments",
     "pack_affine",
+    "pack_vector",
+    "pack_weight",
     "scatter",
     "sum_pixels",
     "sum_rows",
@@ -78,9 +80,25 @@ def empty_map(like: Tensor, shape: Sequence[int]) -> Tensor:
     )
 
 
+def pack_weight(weight: Tensor, channels: Sequence[int]) -> PackedWeight:
+    """Packs a weight for segments of these numbers of channels, in one copy where it can."""
+    out_channels, in_channels, height, width = weight.shape
+    if any(count % layout.GROUP for count in (*channels, out_channels)):
+        return layout.pack_weight(weight, channels, weight.dtype)
+    data = weight.detach().permute(2, 3, 1, 0).reshape(height * width, in_channels, out_channels)
+    return PackedWeight(data.contiguous(), (height, width), tuple(channels), out_channels)
+
+
+def pack_vector(vector: Tensor, channels: Sequence[int]) -> Tensor:
+    """Packs a vector for segments of these numbers of channels; no copy where none is needed."""
+    if any(count % layout.GROUP for count in channels):
+        return layout.pack_vector(vector, channels)
+    return vector.detach().to(torch.float32).contiguous()
+
+
 def pack_affine(scale: Tensor, shift: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Packs scale and shift for segments of these numbers of channels."""
-    return layout.pack_vector(scale, channels), layout.pack_vector(shift, channels)
+    return pack_vector(scale, channels), pack_vector(shift, channels)
 
 
 def unpack_vector(vector: Tensor, channels: Sequence[int]) -> Tensor:

@@ -466,7 +466,7 @@ BUGS = {
     ),
     "affine not applied to the sums": (
         cat_conv_bn_relu,
-        "output_scale=layout.pack_vector(scale, out)",
+        "output_scale=pack_vector(scale, out)",
         "output_scale=None",
         "cat_conv_bn_relu",
     ),
