@@ -303,16 +303,16 @@ def extract_bits(
     """``bfe``: some bits, moved to the lowest."""
     width = 8 * bits.dtype.itemsize
     value = bits.astype(np.uint64)
-    start = (position & np.uint32(255)).astype(np.uint64)
-    count = (length & np.uint32(255)).astype(np.uint64)
+    start = np.minimum(position & np.uint32(255), np.uint32(width)).astype(np.int64)
+    length = (length & np.uint32(255)).astype(np.int64)
+    # What lies behind the last bit is 0, or a copy of the sign.
+    count = np.minimum(length, width - start).astype(np.uint64)
     one = np.uint64(1)
     ones = np.where(count >= 64, ~np.uint64(0), (one << np.minimum(count, np.uint64(63))) - one)
-    result = np.where(
-        start >= width, np.uint64(0), (value >> np.minimum(start, np.uint64(63))) & ones
-    )
+    result = (value >> np.minimum(start, 63).astype(np.uint64)) & ones
     if signed:
-        last = np.minimum(start + count - one, np.uint64(width - 1))
-        negative = (count > 0) & ((value >> last) & one == 1)
+        last = np.clip(start + length - 1, 0, width - 1).astype(np.uint64)
+        negative = (length > 0) & ((value >> last) & one == 1)
         result = np.where(negative, result | ~ones, result)
     return result.astype(bits.dtype)
 

@@ -8,7 +8,7 @@ took different branches meet again. Found and reported as :class:`PTXError`:
 - reads of global memory that was marked as uninitialised and that nothing wrote;
 - reads of shared memory that nothing wrote, or whose asynchronous copy has not been waited for, and
   writes of shared memory to which a copy is in flight;
-- barriers that not all threads of a block reach, or reach at different places; deadlock;
+- barriers that not all threads of a block reach, or reach at different places; endless loops;
 - warp-wide instructions with inactive lanes;
 - operands of asynchronous matrix products that change before their wait;
 - on request, between barriers, accesses of two warps to the same byte of shared memory, one of them
@@ -36,6 +36,9 @@ Argument = int | float | bytes
 """Of a kernel; bytes are a struct that is passed by value."""
 
 _MAX_THREADS = 8192
+
+# Kernels in tests take some hundred thousand.
+_MAX_STEPS = 3_000_000
 
 
 def launch(
@@ -248,9 +251,9 @@ class Run:
 
     def set(self, entry: int, bits: np.ndarray, mask: np.ndarray | None) -> None:
         """Writes a register where the mask is set."""
-        self.registers[entry] = (
-            bits if mask is None else np.where(mask, bits, self.registers[entry])
-        )
+        old = self.registers[entry]
+        # It was forgotten if nothing reads it unless it is written again.
+        self.registers[entry] = bits if mask is None or old is None else np.where(mask, bits, old)
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Returns values for every thread of every block."""
@@ -439,7 +442,7 @@ class Run:
                 continue
             block = blocks[self.place]
             self._execute_block(block)
-            self.steps += block.steps
+            self._count(block)
             control = block.control
             if control is None:
                 self.place += 1
@@ -455,6 +458,11 @@ class Run:
             raise
         except Exception as error:
             raise PTXError(_explain(error, block)) from error
+
+    def _count(self, block: Block) -> None:
+        self.steps += block.steps
+        if self.steps > _MAX_STEPS:
+            raise PTXError(f"still running after {self.steps} instructions: an endless loop?")
 
     def _guard(self, operation: Operation) -> np.ndarray:
         assert operation.guard is not None
@@ -546,9 +554,9 @@ class Run:
         before = {entry: self.registers[entry] for entry in operation.targets}
         function(self.registers)
         for entry, old in before.items():
-            # Forgotten by an earlier execution: nothing reads it unless it is written again.
-            if old is not None:
-                self.registers[entry] = np.where(mask, self.registers[entry], old)
+            new = self.registers[entry]
+            self.registers[entry] = old
+            self.set(entry, new, mask)
 
     def _step_diverged(self, blocks: list[Block]) -> bool:
         """Executes one block for the threads that are farthest behind; False at the end."""
@@ -569,7 +577,7 @@ class Run:
             self._divergence, self.place = None, place
             return True
         block = blocks[place]
-        self.steps += block.steps
+        self._count(block)
         for operation in block.operations:
             active = mask if operation.guard is None else mask & self._guard(operation)
             if active.any():

@@ -487,17 +487,17 @@ class SharedMemory:
         before = writer.take(granules)
         wrong = (before >= base) & (before != tags)
         if wrong.any() and not self._holds(offsets, data, mask, wrong):
-            self._race("both write", before[wrong], tags, wrong, text)
+            self._race("wrote", before[wrong], "writes", tags, wrong, text)
         before = reader.take(granules)
         wrong = (before >= base) & (before != tags)
         if wrong.any():
-            self._race("reads, and the other writes,", before[wrong], tags, wrong, text)
+            self._race("read", before[wrong], "writes", tags, wrong, text)
         writer[granules] = tags
         if data is None:
             after = writer.take(granules)
             wrong = after != tags
             if wrong.any():
-                self._race("both write", after[wrong], tags, wrong, text)
+                self._race("wrote", after[wrong], "writes", tags, wrong, text)
 
     def _holds(
         self,
@@ -524,7 +524,7 @@ class SharedMemory:
         before = writer.take(granules)
         wrong = (before >= base) & (before != tags)
         if wrong.any():
-            self._race("writes, and the other reads,", before[wrong], tags, wrong, text)
+            self._race("wrote", before[wrong], "reads", tags, wrong, text)
         before = reader.take(granules)
         others = (before >= base) & (before != tags)
         noted = np.where(others, base + _SEVERAL_WARPS, tags) if others.any() else tags
@@ -535,12 +535,20 @@ class SharedMemory:
             everyone = np.broadcast_to(base + _SEVERAL_WARPS, granules.shape)
             reader[granules[several]] = everyone[several]
 
-    def _race(self, what: str, others: np.ndarray, tags: Any, wrong: np.ndarray, text: str) -> None:
+    def _race(
+        self,
+        did: str,
+        others: np.ndarray,
+        does: str,
+        tags: Any,
+        wrong: np.ndarray,
+        text: str,
+    ) -> None:
         other = int(others.flat[0]) % _TAGS
         first = "several warps" if other == _SEVERAL_WARPS else f"warp {other}"
         second = int(np.broadcast_to(tags, wrong.shape)[wrong].flat[0]) % _TAGS
         raise PTXError(
-            f"shared-memory race: of {first} and warp {second} one {what} a byte: {text}"
+            f"shared-memory race: {first} {did} and warp {second} {does} the same byte: {text}"
         )
 
     def _granules_of(

@@ -1,0 +1,451 @@
+"""What the PTX interpreter reports: each check on a planted fault, and on the same without it."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+
+from emulation import ptx_machine, ptx_memory
+from emulation.programs import assemble, kernel, module
+from emulation.ptx import PTXError, UndefinedBytes, run_ptx
+
+SHARED = ".shared .align 16 .b8 buffer[1024]; .reg .b32 %s; .reg .b32 %u;"
+"""``%s`` is to hold the address of the thread's word, ``%u`` of the word of a later warp."""
+
+PLACES = """
+mov.u32 %s, buffer; mad.lo.u32 %s, %t, 4, %s;
+xor.b32 %u, %t, 32; mov.u32 %r60, buffer; mad.lo.u32 %u, %u, 4, %r60;
+mad.wide.u32 %d1, %t, 4, %q0;
+"""
+
+
+def run(
+    body: str,
+    *tensors: torch.Tensor,
+    blocks: int = 1,
+    threads: int = 64,
+    races: bool = True,
+    undefined: UndefinedBytes | None = None,
+    **options: str,
+) -> int:
+    """Runs a body that ``%q0``, ... name tensors in; there are two if none are given."""
+    tensors = tensors or (torch.zeros(64, dtype=torch.int32),) * 2
+    text = module(kernel(body, pointers=len(tensors), declarations=SHARED, **options))
+    assemble(text)
+    return run_ptx(text, "kernel", (blocks,), (threads,), tensors, races=races, undefined=undefined)
+
+
+# Global memory.
+
+
+def words(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("count", "offset"), [(63, 0), (64, 4), (64, -4)])
+@pytest.mark.parametrize("operation", ["ld.global.b32 %r1, [%d1]", "st.global.b32 [%d1], %r1"])
+def test_out_of_bounds_by_one_element(operation: str, count: int, offset: int) -> None:
+    body = "mov.b32 %r1, 0; mad.wide.s32 %d1, %t, 4, %q1; add.s64 %d1, %d1, {}; " + operation + ";"
+    # Between two others: what lies beside it is not what happens to be there.
+    tensors = words(64), words(count), words(64)
+    message = r"out of bounds \(byte -?\d+ of the \d+ of the storage of argument 1"
+    with pytest.raises(PTXError, match=message):
+        run(body.format(offset), *tensors)
+    run(body.format(0), words(64), words(64), words(64))
+
+
+def test_out_of_bounds_by_one_byte() -> None:
+    body = "cvt.u64.u32 %d1, %t; add.u64 %d1, %d1, %q0; ld.global.u8 %h1, [%d1];"
+    run(body, torch.zeros(64, dtype=torch.uint8))
+    with pytest.raises(PTXError, match="byte 63 of the 63 of the storage of argument 0"):
+        run(body, torch.zeros(63, dtype=torch.uint8))
+
+
+def test_last_vector_out_of_bounds() -> None:
+    body = "mad.wide.u32 %d1, %t, 16, %q0; ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d1];"
+    run(body, words(256))
+    with pytest.raises(PTXError, match="out of bounds"):
+        run(body, words(255))
+
+
+def test_guarded_threads_access_nothing() -> None:
+    body = """
+    mad.wide.u32 %d1, %t, 4, %q0; setp.lt.u32 %p1, %t, 5;
+    @%p1 st.global.b32 [%d1], %t; @!%p1 mov.b32 %r1, 0; @%p1 ld.global.b32 %r1, [%d1];
+    """
+    y = words(5)
+    run(body, y)
+    assert y.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(PTXError, match="out of bounds"):
+        run(body, words(4))
+
+
+def test_wild_addresses() -> None:
+    with pytest.raises(PTXError, match="wild address"):
+        run("mov.u64 %d1, 0; ld.global.b32 %r1, [%d1];")
+    with pytest.raises(PTXError, match="wild address"):
+        # Never written, so whatever is in it is no address.
+        run("ld.global.b32 %r1, [%d9];")
+
+
+def test_every_view_of_a_storage_is_in_bounds() -> None:
+    storage = words(128)
+    body = "mad.wide.u32 %d1, %t, 4, %q0; ld.global.b32 %r1, [%d1+-256]; st.global.b32 [%d1], %r1;"
+    storage[:64] = torch.arange(64)
+    run(body, storage[64:])
+    assert torch.equal(storage[:64], storage[64:])
+
+
+@pytest.mark.parametrize("offset", [0, 4, 8, 12])
+def test_misaligned_vector(offset: int) -> None:
+    storage = words(400)
+    start = -(storage.data_ptr() // 4) % 4
+    view = storage[start + offset // 4 :]
+    body = "mad.wide.u32 %d1, %t, 16, %q0; ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d1];"
+    if offset == 0:
+        run(body, view)
+    else:
+        with pytest.raises(PTXError, match="misaligned 16-byte access"):
+            run(body, view)
+
+
+def test_uninitialised_global_memory() -> None:
+    y = words(64)
+    undefined = UndefinedBytes()
+    undefined.add(y[10:12])
+    body = "mad.wide.u32 %d1, %t, 4, %q0; ld.global.b32 %r1, [%d1];"
+    run(body, y)
+    with pytest.raises(PTXError, match="uninitialised global memory"):
+        run(body, y, undefined=undefined)
+    # What a kernel writes is initialised, also for the next kernel.
+    run("setp.lt.u32 %p1, %t, 11; @!%p1 ret; " + WRITE, y, undefined=undefined)
+    with pytest.raises(PTXError, match="uninitialised global memory"):
+        run(body, y, undefined=undefined)
+    run(WRITE + body, y, undefined=undefined)
+    run(body, y, undefined=undefined)
+
+
+WRITE = "mad.wide.u32 %d2, %t, 4, %q0; st.global.b32 [%d2], %t;"
+
+
+def test_strided_views_are_uninitialised_element_by_element() -> None:
+    y = torch.zeros(64, 2, dtype=torch.int16)
+    undefined = UndefinedBytes()
+    undefined.add(y[:, 1])
+    body = "mad.wide.u32 %d1, %t, 4, %q0; ld.global.b16 %h1, [%d1{}];"
+    run(body.format(""), y, undefined=undefined)
+    with pytest.raises(PTXError, match="uninitialised"):
+        run(body.format("+2"), y, undefined=undefined)
+
+
+# Shared memory.
+
+
+def test_shared_memory_read_before_it_is_written() -> None:
+    run(PLACES + "st.shared.b32 [%s], %t; ld.shared.b32 %r1, [%s];")
+    with pytest.raises(PTXError, match="shared memory is read that nothing wrote"):
+        run(PLACES + "ld.shared.b32 %r1, [%s];")
+    with pytest.raises(PTXError, match="shared memory is read that nothing wrote"):
+        run(PLACES + "st.shared.b32 [%s], %t; bar.sync 0; ld.shared.b32 %r1, [%s+256];")
+
+
+def test_shared_memory_out_of_bounds_and_misaligned() -> None:
+    run(PLACES + "st.shared.b32 [%s+768], %t;")
+    with pytest.raises(PTXError, match=r"shared access out of bounds \(byte 1024 of 1024\)"):
+        run(PLACES + "st.shared.b32 [%s+772], %t;")
+    with pytest.raises(PTXError, match="shared access out of bounds"):
+        run(PLACES + "st.shared.b32 [%s+-4], %t;")
+    with pytest.raises(PTXError, match="misaligned 4-byte access"):
+        run(PLACES + "st.shared.b32 [%s+2], %t;")
+
+
+# The same word of shared memory is written by one warp and read by another.
+EXCHANGE = (
+    PLACES
+    + """
+st.shared.b32 [%s], %t; {} ld.shared.b32 %r1, [%u]; {} st.shared.b32 [%s], %r1;
+"""
+)
+
+
+def test_race_between_warps() -> None:
+    run(EXCHANGE.format("bar.sync 0;", "bar.sync 0;"))
+    with pytest.raises(
+        PTXError, match=r"shared-memory race: warp \d wrote and warp \d reads the same"
+    ):
+        run(EXCHANGE.format("", "bar.sync 0;"))
+    with pytest.raises(
+        PTXError, match=r"shared-memory race: warp \d read and warp \d writes the same"
+    ):
+        run(EXCHANGE.format("bar.sync 0;", ""))
+    run(EXCHANGE.format("", ""), races=False)
+
+
+def test_no_race_within_a_warp() -> None:
+    body = PLACES + "st.shared.b32 [%s], %t; xor.b32 %r1, %t, 1; mov.u32 %r2, buffer;"
+    run(body + "mad.lo.u32 %r1, %r1, 4, %r2; ld.shared.b32 %r3, [%r1];")
+
+
+def test_several_readers_and_then_a_writer() -> None:
+    """Warps 0 and 1 read what was written before a barrier; a write after them races with both."""
+    body = PLACES + "st.shared.b32 [%s], %t; bar.sync 0; ld.shared.b32 %r1, [buffer]; {}"
+    body += "setp.eq.u32 %p1, %t, 0; @%p1 st.shared.b32 [buffer], 9;"
+    run(body.format("bar.sync 0;"))
+    with pytest.raises(PTXError, match="several warps read and warp 0 writes the same byte"):
+        run(body.format(""))
+
+
+def test_writes_to_one_place() -> None:
+    same = PLACES + "mov.b32 %r1, 7; {} st.shared.b32 [buffer], %r1;"
+    run(same.format(""))
+    with pytest.raises(PTXError, match="store different values to one place"):
+        run(same.format("mov.b32 %r1, %t;"))
+    # One warp after the other, without a barrier between them.
+    body = (
+        PLACES
+        + """
+    setp.lt.u32 %p1, %t, 32; @%p1 st.shared.b32 [buffer], 7; @!%p1 st.shared.b32 [buffer], {};
+    """
+    )
+    run(body.format(7))
+    with pytest.raises(PTXError, match="race: warp 0 wrote and warp 1 writes the same byte"):
+        run(body.format(8))
+    with pytest.raises(PTXError, match="store different values to one place"):
+        run("st.global.b32 [%q0], %t;")
+
+
+def test_blocks_that_pass_different_numbers_of_barriers() -> None:
+    """What a block has synchronised does not count for another."""
+    body = (
+        PLACES
+        + """
+    st.shared.b32 [%s], %t; setp.eq.u32 %p1, %c, {}; @%p1 bra JOIN; bar.sync 0;
+    JOIN: ld.shared.b32 %r1, [%u];
+    """
+    )
+    y = words(64)
+    run(body.format(9), y, blocks=3)
+    with pytest.raises(PTXError, match="shared-memory race"):
+        run(body.format(1), y, blocks=3)
+
+
+# Asynchronous copies.
+
+COPY = PLACES + "cp.async.ca.shared.global [%s], [%d1], 4;"
+
+
+def test_copies_land_at_their_wait() -> None:
+    x, y = torch.arange(64, dtype=torch.int32), words(64)
+    body = COPY + "cp.async.commit_group; cp.async.wait_group 0; ld.shared.b32 %r1, [%s];"
+    run(body + "mad.wide.u32 %d2, %t, 4, %q1; st.global.b32 [%d2], %r1;", x, y)
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "synchronisation",
+    [
+        "",
+        "cp.async.commit_group;",
+        "cp.async.commit_group; cp.async.wait_group 1;",
+        # A wait for what is committed does not include what is not.
+        "cp.async.wait_group 0;",
+    ],
+)
+def test_copies_that_are_not_waited_for(synchronisation: str) -> None:
+    with pytest.raises(PTXError, match="read before its copy was waited for"):
+        run(COPY + synchronisation + "ld.shared.b32 %r1, [%s];")
+
+
+def test_wait_all_includes_what_is_not_committed() -> None:
+    run(COPY + "cp.async.wait_all; ld.shared.b32 %r1, [%s];")
+
+
+@pytest.mark.parametrize(("pending", "right"), [(0, True), (1, True), (2, False)])
+def test_two_stages(pending: int, right: bool) -> None:
+    body = COPY + "cp.async.commit_group; cp.async.ca.shared.global [%s+256], [%d1], 4;"
+    body += f"cp.async.commit_group; cp.async.wait_group {pending}; ld.shared.b32 %r1, [%s];"
+    if right:
+        run(body)
+    else:
+        with pytest.raises(PTXError, match="read before its copy was waited for"):
+            run(body)
+
+
+def test_copies_of_other_warps_need_a_barrier_too() -> None:
+    body = COPY + "cp.async.commit_group; cp.async.wait_group 0; {} ld.shared.b32 %r1, [%u];"
+    run(body.format("bar.sync 0;"))
+    with pytest.raises(PTXError, match="shared-memory race"):
+        run(body.format(""))
+
+
+def test_buffer_reused_before_all_have_read_it() -> None:
+    body = PLACES + "st.shared.b32 [%s], %t; bar.sync 0; ld.shared.b32 %r1, [%u]; {}"
+    body += "cp.async.ca.shared.global [%s], [%d1], 4;"
+    run(body.format("bar.sync 0;"))
+    with pytest.raises(PTXError, match="shared-memory race"):
+        run(body.format(""))
+
+
+def test_writes_to_the_target_of_a_copy() -> None:
+    with pytest.raises(PTXError, match="written while a copy to it is in flight"):
+        run(COPY + "st.shared.b32 [%s], %t;")
+    with pytest.raises(PTXError, match="written while a copy to it is in flight"):
+        run(COPY + "cp.async.ca.shared.global [%s], [%d1], 4;")
+
+
+def test_copies_fill_with_zeros() -> None:
+    x, y = torch.arange(1, 257, dtype=torch.int32), torch.full((256,), -1, dtype=torch.int32)
+    body = """
+    mov.u32 %r1, buffer; mad.lo.u32 %r1, %t, 16, %r1; mad.wide.u32 %d1, %t, 16, %q0;
+    and.b32 %r2, %t, 3; mul.lo.u32 %r2, %r2, 4; setp.eq.u32 %p1, %r2, 12; @%p1 mov.u32 %r2, 16;
+    cp.async.cg.shared.global [%r1], [%d1], 16, %r2; cp.async.wait_all;
+    ld.shared.v4.b32 {%r3, %r4, %r5, %r6}, [%r1];
+    mad.wide.u32 %d2, %t, 16, %q1; st.global.v4.b32 [%d2], {%r3, %r4, %r5, %r6};
+    """
+    run(body, x, y)
+    read = torch.tensor([0, 1, 2, 4]).repeat(16)
+    expected = x.view(64, 4) * (torch.arange(4) < read[:, None])
+    assert torch.equal(y.view(64, 4), expected.int())
+
+
+def test_copies_are_in_bounds_as_far_as_they_read() -> None:
+    body = PLACES + "mov.u32 %r1, {}; setp.lt.u32 %p1, %t, 50; @!%p1 mov.u32 %r1, 0;"
+    body += "cp.async.ca.shared.global [%s], [%d1], 4, %r1; cp.async.wait_all;"
+    run(body.format(4), words(50))
+    with pytest.raises(PTXError, match="out of bounds"):
+        run(body.format(4), words(49))
+    with pytest.raises(PTXError, match="reads more than it writes"):
+        run(body.format(8), words(64))
+
+
+# Barriers, warps and loops.
+
+
+def test_divergent_barrier() -> None:
+    run("setp.lt.u32 %p1, %t, 64; @%p1 bar.sync 0;")
+    with pytest.raises(PTXError, match="divergent barrier"):
+        run("setp.lt.u32 %p1, %t, 63; @%p1 bra A; bra B; A: bar.sync 0; B: mov.b32 %r1, 0;")
+    with pytest.raises(PTXError, match="divergent barrier"):
+        run("setp.lt.u32 %p1, %t, 32; @%p1 bar.sync 0;")
+    with pytest.raises(PTXError, match="some threads of the block have ended"):
+        run("setp.lt.u32 %p1, %t, 32; @%p1 ret; bar.sync 0;")
+    with pytest.raises(PTXError, match="wait at different barriers"):
+        run("setp.lt.u32 %p1, %t, 32; @%p1 bra A; bar.sync 0; ret; A: bar.sync 0;")
+
+
+def test_barrier_in_a_branch_that_all_take() -> None:
+    """Threads of a block that went apart and met again, and whole blocks that went apart."""
+    run(
+        """
+        setp.lt.u32 %p1, %t, 9; @%p1 bra A; add.u32 %r1, %t, 1; A: bar.sync 0;
+        setp.lt.u32 %p2, %c, 1; @%p2 bra B; bar.sync 0; B: bar.sync 0;
+        """,
+        blocks=3,
+    )
+
+
+def test_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptx_machine, "_MAX_STEPS", 1000)
+    with pytest.raises(PTXError, match="an endless loop"):
+        run("A: add.u32 %r1, %r1, 1; bra A;")
+    with pytest.raises(PTXError, match="an endless loop"):
+        run("setp.eq.u32 %p1, %t, 3; A: add.u32 %r1, %r1, 1; @%p1 bra A;")
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "shfl.sync.bfly.b32 %r1, %t, 1, 31, -1",
+        "vote.sync.any.pred %p2, %p3, -1",
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%s]",
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1,%f2,%f3,%f4}, {%r1,%r2,%r3,%r4},"
+        " {%r5,%r6}, {%f1,%f2,%f3,%f4}",
+    ],
+)
+def test_inactive_lanes(instruction: str) -> None:
+    body = f"""
+    mov.u32 %s, buffer; setp.eq.u32 %p3, %t, %t; st.shared.v4.b32 [%s], {{%r1, %r1, %r1, %r1}};
+    bar.sync 0; setp.lt.u32 %p1, %t, COUNT; @!%p1 bra END; {instruction}; END: mov.b32 %r2, 0;
+    """
+    run(body.replace("COUNT", "32"))
+    with pytest.raises(PTXError, match="inactive lane"):
+        run(body.replace("COUNT", "31"))
+
+
+def test_division_by_zero_and_trap() -> None:
+    with pytest.raises(PTXError, match="division by zero"):
+        run("div.s32 %r1, %t, %t;")
+    run("setp.ne.u32 %p1, %t, 0; @%p1 div.s32 %r1, %t, %t;")
+    with pytest.raises(PTXError, match="trapped"):
+        run("setp.eq.u32 %p1, %t, 7; @%p1 trap;")
+
+
+# Races between blocks.
+
+# Block c writes the words from 32 * {} * c on and reads those from {} bytes on.
+BETWEEN = """
+mad.lo.u32 %r1, %c, {}, %t; mad.wide.u32 %d1, %r1, 4, %q0; {}
+"""
+
+
+@pytest.mark.parametrize("threads_at_once", [8192, 64])
+def test_race_between_blocks(threads_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between blocks that the interpreter does not run at the same time."""
+    monkeypatch.setitem(ptx_machine.launch.__kwdefaults__, "threads_at_once", threads_at_once)
+    y = words(64 * 5)
+    write = "st.global.b32 [%d1], %t;"
+    run(BETWEEN.format(64, write), y, blocks=5)
+    with pytest.raises(PTXError, match=r"global-memory race: blocks \d and \d both write a byte"):
+        run(BETWEEN.format(63, write), y, blocks=5)
+    run(BETWEEN.format(63, write), y, blocks=5, races=False)
+    for order in ("{read} {write}", "{write} {read}"):
+        for offset, right in ((0, True), (64 * 4, False), (-64 * 4, False)):
+            read = f"setp.ne.u32 %p1, %c, {4 if offset > 0 else 0};"
+            read += f"@%p1 ld.global.b32 %r2, [%d1+{offset}];"
+            body = BETWEEN.format(64, order.format(read=read, write=write))
+            if right:
+                run(body, y, blocks=5)
+            else:
+                message = r"global-memory race: block \d reads a byte that block \d writes"
+                with pytest.raises(PTXError, match=message):
+                    run(body, y, blocks=5)
+
+
+def test_blocks_may_read_the_same_and_their_own() -> None:
+    body = "ld.global.b32 %r2, [%q0];" + BETWEEN.format(
+        64, "add.u64 %d1, %d1, 16; st.global.b32 [%d1], %t; ld.global.b32 %r3, [%d1];"
+    )
+    run(body, words(64 * 3 + 4), blocks=3)
+    with pytest.raises(PTXError, match="global-memory race"):
+        run(body.replace("%d1, 16", "%d1, 0"), words(64 * 3 + 4), blocks=3)
+
+
+def test_neighbouring_bytes_are_no_race() -> None:
+    """Each block writes every third byte."""
+    body = """
+    mad.lo.u32 %r1, %t, 3, %c; cvt.u64.u32 %d1, %r1; add.u64 %d1, %d1, %q0;
+    st.global.u8 [%d1], %c; ld.global.u8 %h1, [%d1];
+    """
+    y = torch.zeros(192, dtype=torch.uint8)
+    run(body, y, blocks=3)
+    assert torch.equal(y, torch.arange(3, dtype=torch.uint8).repeat(64))
+    with pytest.raises(PTXError, match="global-memory race: block"):
+        run(body + "ld.global.u8 %h1, [%q0+1];", y, blocks=3)
+
+
+def test_atomics_are_no_race() -> None:
+    run("red.global.add.u32 [%q0], 1;", words(1), blocks=3)
+
+
+def test_many_reads_are_condensed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptx_memory, "_MAX_LOGGED_BYTES", 1)
+    read = "mad.wide.u32 %d2, %t, 4, %q0; ld.global.b32 %r2, [%d2]; ld.global.b32 %r2, [%d2];"
+    body = BETWEEN.format(64, "add.u64 %d1, %d1, {}; st.global.b32 [%d1], %t;") + read
+    before = read + BETWEEN.format(64, "add.u64 %d1, %d1, {}; st.global.b32 [%d1], %t;")
+    for text in (body, before):
+        run(text.format(256), words(64 * 4), blocks=3)
+        with pytest.raises(PTXError, match="global-memory race"):
+            run(text.format(252), words(64 * 4), blocks=3)
