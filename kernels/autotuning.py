@@ -6,7 +6,9 @@ measured is kept in a JSON file in the user's cache folder, so that a program me
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -19,11 +21,12 @@ from typing import Any
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from . import configurations, implicit_gemm, launch, layout
 from .configurations import Configuration, Problem
 
-__all__ = ["VARIABLE", "Cache", "cache_path", "choose", "enabled", "measure"]
+__all__ = ["VARIABLE", "Cache", "cache_path", "choose", "configuration_for", "enabled", "measure"]
 
 VARIABLE = "THRESHNET_FAST_AUTOTUNE"
 """Environment variable that asks for measuring."""
@@ -48,7 +51,8 @@ def cache_path() -> Path:
 class Cache:
     """Configurations by problem and device, in a JSON file.
 
-    A file that cannot be read or written is as good as none: a warning says so.
+    A file that cannot be read or written is as good as none: a warning says so. What this process
+    has found is remembered without.
 
     Args:
         path: The file; it need not exist.
@@ -56,26 +60,35 @@ class Cache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._known: dict[str, Configuration] = {}
 
     def get(self, key: str) -> Configuration | None:
         """Returns what was found for a key, or None."""
-        fields = self._read().get(key)
-        try:
-            return (
-                None if fields is None else Configuration(**{k: int(v) for k, v in fields.items()})
-            )
-        except (AttributeError, TypeError, ValueError):
-            return None
+        known = self._known.get(key)
+        return _configuration(self._read().get(key)) if known is None else known
 
-    def put(self, key: str, configuration: Configuration) -> None:
-        """Adds an entry; other processes see the file before or after, never in between."""
+    def put(self, key: str, configuration: Configuration, *, keep: bool = True) -> None:
+        """Adds an entry; other processes see the file before or after, never in between.
+
+        Args:
+            key: What it was found for.
+            configuration: What was found.
+            keep: Whether to write it into the file.
+        """
+        self._known[key] = configuration
+        if not keep:
+            return
         entries = {**self._read(), key: dataclasses.asdict(configuration)}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=self._path.parent, suffix=".json")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(entries, file, indent=1, sort_keys=True)
-            Path(name).replace(self._path)
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    json.dump(entries, file, indent=1, sort_keys=True)
+                Path(name).replace(self._path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
         except OSError as error:
             warnings.warn(f"tile sizes cannot be kept in {self._path}: {error}", stacklevel=2)
 
@@ -84,13 +97,48 @@ class Cache:
             entries = json.loads(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             warnings.warn(f"{self._path} is ignored: {error}", stacklevel=2)
             return {}
         if not isinstance(entries, dict):
             warnings.warn(f"{self._path} is ignored: it holds no table", stacklevel=2)
             return {}
         return entries
+
+
+def _configuration(fields: Any) -> Configuration | None:
+    names = {field.name for field in dataclasses.fields(Configuration)}
+    if not isinstance(fields, dict) or set(fields) != names:
+        return None
+    return Configuration(**fields) if all(type(v) is int for v in fields.values()) else None
+
+
+@functools.lru_cache(maxsize=8)
+def _cache(path: Path) -> Cache:
+    return Cache(path)
+
+
+def configuration_for(
+    problem: Problem,
+    architecture: str,
+    multiprocessors: int,
+    device: torch.device,
+    *,
+    measured: bool | None = None,
+) -> Configuration:
+    """Returns the configuration of a problem: measured where asked for, else that of the model.
+
+    Args:
+        problem: What to compute.
+        architecture: ``"sm_90"``, ``"gfx942"``, ``"interpreter"``.
+        multiprocessors: Of the device.
+        device: What it is computed on; only GPUs are measured on.
+        measured: Whether to measure; None means :func:`enabled`.
+    """
+    measured = enabled() if measured is None else measured
+    if measured and device.type == "cuda":
+        return choose(problem, architecture, multiprocessors, device)
+    return configurations.choose(problem, architecture, multiprocessors)
 
 
 def choose(
@@ -104,6 +152,9 @@ def choose(
 ) -> Configuration:
     """Returns the fastest configuration, measured now or before.
 
+    Where nothing can be measured, since a CUDA graph is being captured or nothing of the table
+    runs, it is the model's choice.
+
     Args:
         problem: What to compute.
         architecture: ``"sm_90"``, ``"gfx942"``.
@@ -112,15 +163,29 @@ def choose(
         cache: Where measurements are kept; None means :func:`cache_path`.
         time: Takes the time of a configuration; None means :func:`measure`.
     """
-    cache = Cache(cache_path()) if cache is None else cache
+    cache = _cache(cache_path()) if cache is None else cache
     time = measure if time is None else time
     key = _key(problem, architecture, device)
+    every = configurations.configurations_for(
+        problem, configurations.find_architecture(architecture)
+    )
     with _lock:
         found = cache.get(key)
-        if found is None:
-            considered = _considered(problem, architecture, multiprocessors)
-            found = min(considered, key=lambda each: time(problem, each, device))
+        # A file may have been edited, or be of another version's table.
+        if found in every:
+            return found
+        if _capturing(device):
+            return configurations.choose(problem, architecture, multiprocessors)
+        times = {
+            each: time(problem, each, device)
+            for each in _considered(every, problem, architecture, multiprocessors)
+        }
+        found = min(times, key=times.__getitem__)
+        if math.isfinite(times[found]):
             cache.put(key, found)
+            return found
+        found = configurations.choose(problem, architecture, multiprocessors)
+        cache.put(key, found, keep=False)
         return found
 
 
@@ -130,9 +195,17 @@ def _key(problem: Problem, architecture: str, device: torch.device) -> str:
     return f"triton {triton.__version__}/{architecture}/{name}/{fields}"
 
 
-def _considered(problem: Problem, architecture: str, multiprocessors: int) -> list[Configuration]:
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _considered(
+    every: list[Configuration], problem: Problem, architecture: str, multiprocessors: int
+) -> list[Configuration]:
     found = configurations.find_architecture(architecture)
-    every = configurations.configurations_for(problem, found)
     return sorted(
         every, key=lambda each: configurations.estimate(problem, each, found, multiprocessors)
     )[:_MEASURED]
@@ -166,7 +239,13 @@ def measure(problem: Problem, configuration: Configuration, device: torch.device
         configuration=configuration,
         partials=torch.empty(size, device=device) if size else None,
     )
-    try:
-        return float(triton.testing.do_bench(lambda: launch.run(launches), return_mode="min"))
-    except triton.runtime.errors.OutOfResources:
-        return math.inf
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        try:
+            return float(triton.testing.do_bench(lambda: launch.run(launches), return_mode="min"))
+        except TritonError:
+            return math.inf
+        except RuntimeError as error:
+            # So the compiler reports what it cannot lower.
+            if "PassManager" not in str(error):
+                raise
+            return math.inf

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import configurations, gradients, implicit_gemm, launch, layout
+from . import autotuning, configurations, gradients, implicit_gemm, launch, layout
 from .gradients import Gate, Window
 from .layout import PackedWeight
 
@@ -157,7 +157,9 @@ def convolve(
         dtype=first.dtype,
         precision=target.precision,
     )
-    configuration = configurations.choose(problem, target.architecture, target.multiprocessors)
+    configuration = autotuning.configuration_for(
+        problem, target.architecture, target.multiprocessors, first.device
+    )
     y = empty_map(first, (first.shape[0], weight.out_channels, *window.out_size))
     size = implicit_gemm.partials_size(y, configuration.split_k)
     launch.run(

@@ -35,7 +35,7 @@ def cache(tmp_path) -> Cache:
     return Cache(tmp_path / "folder" / "tiles.json")
 
 
-def pick(cache: Cache, clock: Clock, problem=PROBLEM, architecture="sm_90"):
+def pick(cache: Cache | None, clock: Clock, problem=PROBLEM, architecture="sm_90"):
     return choose(problem, architecture, 132, CPU, cache=cache, time=clock)
 
 
@@ -70,15 +70,37 @@ def test_a_broken_file_is_ignored(tmp_path, content: str) -> None:
     assert json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("entry", [None, 3, {"block_m": "x"}, {"unknown": 1}, {}])
+def tile(**fields: object) -> dict[str, object]:
+    best = configurations.choose(PROBLEM, "sm_90", 132)
+    return {**dataclasses.asdict(best), **fields}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        3,
+        {"block_m": "x"},
+        {"unknown": 1},
+        {},
+        tile(unknown=1),
+        tile(block_m="64"),
+        tile(block_m=64.5),
+        tile(split_k=True),
+        tile(block_m=48),
+        tile(block_m=-64),
+        tile(split_k=10**9),
+    ],
+)
 def test_a_broken_entry_is_measured_again(cache: Cache, tmp_path, entry: object) -> None:
     pick(cache, Clock())
     path = tmp_path / "folder" / "tiles.json"
     entries = json.loads(path.read_text())
     path.write_text(json.dumps(dict.fromkeys(entries, entry)))
     clock = Clock()
-    pick(cache, clock)
+    pick(Cache(path), clock)
     assert clock.timed
+    assert json.loads(path.read_text()) == entries
 
 
 def test_a_folder_that_cannot_be_written_only_warns(tmp_path) -> None:
@@ -86,6 +108,78 @@ def test_a_folder_that_cannot_be_written_only_warns(tmp_path) -> None:
     file.write_text("")
     with pytest.warns(UserWarning, match=r"tiles\.json"):
         assert pick(Cache(file / "tiles.json"), Clock())
+
+
+def test_a_folder_that_cannot_be_written_does_not_measure_again(tmp_path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    cache = Cache(file / "tiles.json")
+    with pytest.warns(UserWarning, match=r"tiles\.json"):
+        best = pick(cache, Clock())
+    clock = Clock()
+    assert pick(cache, clock) == best
+    assert not clock.timed
+
+
+def test_nothing_is_left_behind(cache: Cache, tmp_path) -> None:
+    pick(cache, Clock())
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["tiles.json"]
+
+
+def test_another_process_finds_what_was_kept(cache: Cache, tmp_path) -> None:
+    best = pick(cache, Clock(configurations.choose(PROBLEM, "sm_90", 132)))
+    clock = Clock()
+    assert pick(Cache(tmp_path / "folder" / "tiles.json"), clock) == best
+    assert not clock.timed
+
+
+def test_nothing_that_runs_leaves_the_choice_to_the_model(cache: Cache, tmp_path) -> None:
+    class Broken(Clock):
+        def __call__(self, problem, configuration, device) -> float:
+            super().__call__(problem, configuration, device)
+            return float("inf")
+
+    assert pick(cache, Broken()) == configurations.choose(PROBLEM, "sm_90", 132)
+    assert not (tmp_path / "folder").exists()
+    clock = Clock()
+    pick(cache, clock)
+    assert not clock.timed
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotuning, "_capturing", lambda device: True)
+    clock = Clock()
+    assert pick(cache, clock) == configurations.choose(PROBLEM, "sm_90", 132)
+    assert not clock.timed
+    monkeypatch.setattr(autotuning, "_capturing", lambda device: False)
+    pick(cache, clock)
+    assert clock.timed
+
+
+@pytest.mark.parametrize(
+    ("variable", "argument", "device", "expected"),
+    [
+        ("1", None, "cuda", True),
+        ("1", False, "cuda", False),
+        ("0", None, "cuda", False),
+        ("0", True, "cuda", True),
+        ("1", True, "cpu", False),
+    ],
+)
+def test_the_variable_and_the_argument(
+    monkeypatch: pytest.MonkeyPatch, variable: str, argument, device: str, expected: bool
+) -> None:
+    measured = configurations.Configuration(1, 2, 3, 4, 5)
+    monkeypatch.setenv(autotuning.VARIABLE, variable)
+    monkeypatch.setattr(autotuning, "choose", lambda *_: measured)
+    found = autotuning.configuration_for(
+        PROBLEM, "sm_90", 132, torch.device(device), measured=argument
+    )
+    assert (found == measured) is expected
+    if not expected:
+        assert found == configurations.choose(PROBLEM, "sm_90", 132)
 
 
 def test_threads_lose_no_entry(cache: Cache) -> None:
@@ -115,6 +209,17 @@ def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_file_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert autotuning.cache_path() == tmp_path / "threshnet_fast" / "tiles.json"
+
+
+def test_what_does_not_compile_is_never_the_fastest() -> None:
+    from emulation.driver import compiled_for
+
+    problem = dataclasses.replace(PROBLEM, pixels=9, channels=32, out_channels=16)
+    # More shared memory than the architecture has.
+    configuration = configurations.Configuration(128, 256, 128, 8, 4)
+    with compiled_for("sm_86"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autotuning.triton.testing, "do_bench", lambda function, **_: function())
+        assert autotuning.measure(problem, configuration, CPU) == float("inf")
 
 
 def test_measuring_runs_the_problem() -> None:

@@ -262,10 +262,9 @@ def _group(plan: Plan, target: Target) -> list[_Prepared]:
 
 
 def _choose(problem: configurations.Problem, target: Target) -> configurations.Configuration:
-    arguments = problem, target.architecture, target.multiprocessors
-    if target.device.type == "cuda" and autotuning.enabled():
-        return autotuning.choose(*arguments, target.device)
-    return configurations.choose(*arguments)
+    return autotuning.configuration_for(
+        problem, target.architecture, target.multiprocessors, target.device
+    )
 
 
 def _dense_layer(
