@@ -549,7 +549,15 @@ def _convert(t: Translator, it: Instruction) -> list[str]:
 # Effects: functions of the run and of a mask.
 
 
-@effect("membar", "fence", "griddepcontrol", "prefetch", "prefetchu", "nanosleep", "setmaxnreg")
+@effect("fence")
+def _fence(t: Translator, it: Instruction) -> Effect:
+    """Memory is in order in lockstep execution; only proxies have to be told of each other."""
+    if it.modifiers[0] == "proxy" and "async" in it.modifiers[1]:
+        return lambda run, mask: run.shared.fence()
+    return lambda run, mask: None
+
+
+@effect("membar", "griddepcontrol", "prefetch", "prefetchu", "nanosleep", "setmaxnreg")
 def _nothing(t: Translator, it: Instruction) -> Effect:
     """Orders or hints what lockstep execution does anyway."""
     return lambda run, mask: None

@@ -10,7 +10,8 @@ took different branches meet again. Found and reported as :class:`PTXError`:
   writes of shared memory to which a copy is in flight;
 - barriers that not all threads of a block reach, or reach at different places; endless loops;
 - warp-wide instructions with inactive lanes;
-- operands of asynchronous matrix products that change before their wait;
+- operands of asynchronous matrix products that no fence made visible to them, or that change
+  before their wait;
 - on request, between barriers, accesses of two warps to the same byte of shared memory, one of them
   a write; within a launch, accesses of two blocks to the same byte of global memory, one of them a
   write and not both atomic; and threads that store different values to one place at once.
@@ -210,6 +211,7 @@ class Run:
             translation.granule,
             thread // 32,
             races=launch.races,
+            proxies=translation.proxies,
         )
         self.place = 0
         self.steps = 0

@@ -270,6 +270,8 @@ class PendingProducts:
             now = run.shared.gather(addresses, 16)
             if now.tobytes() != held.tobytes():
                 raise PTXError(f"an operand changes before the product was waited for: {text}")
+            # Each warp waits for its own part only: others may still be reading.
+            _note_group_read(run, addresses, text)
         self.operands = remaining
 
 
@@ -317,6 +319,7 @@ def _group_product(t: Translator, it: Instruction) -> Effect:
     targets, a, b, keep, *flags = it.operands
     sign_a, sign_b, *majors = (_integer(flag[0], it) for flag in flags)
     t.granule = min(t.granule, 16)
+    t.proxies = True
     entries = [t.register(each) for each in targets]
     before = [t.reader(each, "b32") for each in targets]
     in_registers = len(a) > 1
@@ -363,6 +366,14 @@ def _integer(operand: Operand, it: Instruction) -> int:
     return int(operand.value)
 
 
+def _note_group_read(run: Run, offsets: np.ndarray, text: str) -> None:
+    """Notes that warp groups, one after the other, read vectors, as several of their warps."""
+    groups = run.threads // 128
+    first = np.repeat(4 * np.arange(groups), offsets.shape[1] // groups)[None, :]
+    for warp in (0, 1):
+        run.shared.note_read(offsets, 16, None, text, warps=first + warp)
+
+
 class _SharedMatrix:
     """Reads a matrix that a descriptor means.
 
@@ -386,12 +397,11 @@ class _SharedMatrix:
         places = [[self._find(int(one)) for one in row] for row in each]
         vectors = np.array([[one[0] for one in row] for row in places])
         within = np.array([[one[1] for one in row] for row in places])
-        count = vectors.shape[-1]
         offsets = vectors.reshape(rows, -1)
         if offsets.min() < 0 or offsets.max() + 16 > run.shared.size:
             raise PTXError(f"matrix descriptor out of shared memory: {self._text}")
-        warps = np.repeat(np.arange(groups) * 4, count)[None, :]
-        run.shared.note_read(offsets, 16, None, self._text, warps=warps)
+        run.shared.check_fenced(offsets, self._text)
+        _note_group_read(run, offsets, self._text)
         loaded = run.shared.gather(offsets, 16)
         run.products.operands.append((None, offsets, loaded, self._text))
         blocks = len(loaded)

@@ -30,6 +30,9 @@ _UNWRITTEN, _WRITTEN, _IN_FLIGHT = range(3)
 _TAGS = 64
 _SEVERAL_WARPS = _TAGS - 1
 
+# Arrays of granules.
+_KEPT = ("_state", "_writer", "_reader", "_unfenced")
+
 _MAX_LOGGED_BYTES = 100_000_000
 
 
@@ -342,7 +345,14 @@ class SharedMemory:
     """
 
     def __init__(
-        self, blocks: int, size: int, granule: int, warps: np.ndarray, *, races: bool
+        self,
+        blocks: int,
+        size: int,
+        granule: int,
+        warps: np.ndarray,
+        *,
+        races: bool,
+        proxies: bool,
     ) -> None:
         """Makes memory that nothing has written yet.
 
@@ -352,6 +362,8 @@ class SharedMemory:
             granule: Bytes of the smallest access.
             warps: ``[1, threads]``, the warp of each thread.
             races: Whether to look for races.
+            proxies: Whether something reads through the asynchronous proxy, which sees what was
+                written otherwise only behind a fence.
         """
         self.size = size
         # Behind the end is room for what threads outside the mask write.
@@ -367,6 +379,9 @@ class SharedMemory:
         self._state = np.full((1, self._granules), _UNWRITTEN, np.uint8)
         self._writer = np.full((1, self._granules), -1, np.int32)
         self._reader = np.full((1, self._granules), -1, np.int32)
+        # Of no use, and not kept up, where there is only one proxy.
+        self._proxies = proxies
+        self._unfenced = np.zeros((1, self._granules), np.bool_)
 
     def select(self, rows: np.ndarray) -> SharedMemory:
         """Returns the memory of some of the blocks."""
@@ -374,7 +389,7 @@ class SharedMemory:
         other.__dict__.update(self.__dict__)
         other.bytes = self.bytes[rows]
         other._rows = np.arange(len(other.bytes))[:, None]
-        for name in ("_state", "_writer", "_reader"):
+        for name in _KEPT:
             array = getattr(self, name)
             setattr(other, name, array[rows] if len(array) > 1 else array.copy())
         if isinstance(self.epoch, np.ndarray):
@@ -481,6 +496,8 @@ class SharedMemory:
         if stage != "landing" and (state.take(granules) == _IN_FLIGHT).any():
             raise PTXError(f"shared memory is written while a copy to it is in flight: {text}")
         state[granules] = _IN_FLIGHT if stage == "issue" else _WRITTEN
+        if self._proxies:
+            self._unfenced.reshape(-1)[granules] = True
         if not self.races:
             return
         writer, reader = self._writer.reshape(-1), self._reader.reshape(-1)
@@ -518,6 +535,16 @@ class SharedMemory:
             same = same.all(0, keepdims=True)
         shape = np.broadcast_shapes(same.shape, offsets.shape)
         return not (wrong.any(-1) & ~chosen(np.broadcast_to(same, shape), mask)).any()
+
+    def fence(self) -> None:
+        """Makes what was written visible to the asynchronous proxy."""
+        self._unfenced[:] = False
+
+    def check_fenced(self, offsets: np.ndarray, text: str) -> None:
+        """Checks that 16-byte vectors are visible to the asynchronous proxy."""
+        granules, _, _ = self._granules_of(offsets, 16, None, np.zeros((1, 1), np.int64))
+        if self._unfenced.reshape(-1).take(granules).any():
+            raise PTXError(f"shared memory is read by another proxy without a fence: {text}")
 
     def _note_read(self, granules: np.ndarray, tags: Any, base: Any, text: str) -> None:
         writer, reader = self._writer.reshape(-1), self._reader.reshape(-1)
@@ -586,7 +613,7 @@ class SharedMemory:
     def _keep_every_block(self) -> None:
         if len(self._state) == len(self.bytes):
             return
-        for name in ("_state", "_writer", "_reader"):
+        for name in _KEPT:
             setattr(self, name, np.repeat(getattr(self, name), len(self.bytes), axis=0))
 
     def check_agreement(

@@ -132,6 +132,7 @@ class Translation:
         special: Entries of special registers, by name.
         parameters: (entry, offset, bits) of the parameters that are read.
         granule: Bytes of the smallest access to shared memory.
+        proxies: Whether something reads shared memory through the asynchronous proxy.
         source: The Python source of all blocks.
     """
 
@@ -141,6 +142,7 @@ class Translation:
     special: dict[str, int]
     parameters: list[tuple[int, int, int]]
     granule: int
+    proxies: bool
     source: str
 
 
@@ -153,6 +155,7 @@ class Translator:
         self.special: dict[str, int] = {}
         self.parameters: list[tuple[int, int, int]] = []
         self.granule = 16
+        self.proxies = False
         self.read: set[int] = set()
         self.written: set[int] = set()
         self._entries: dict[str, int] = {}
@@ -409,6 +412,7 @@ def translate(program: Program) -> Translation:
         translator.special,
         translator.parameters,
         translator.granule,
+        translator.proxies,
         text,
     )
 

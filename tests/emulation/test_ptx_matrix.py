@@ -287,6 +287,9 @@ def test_wgmma_operands_must_stay() -> None:
     group_multiply(COMMIT + WAIT + "bar.sync 0;" + overwrite)
     with pytest.raises(PTXError, match="an operand changes before the product was waited for"):
         group_multiply(COMMIT + "bar.sync 0;" + overwrite + WAIT)
+    # Each warp waits for its own part of the product.
+    with pytest.raises(PTXError, match="shared-memory race"):
+        group_multiply(COMMIT + WAIT + overwrite)
 
 
 def test_wgmma_reads_are_checked() -> None:
@@ -307,6 +310,8 @@ def test_wgmma_reads_are_checked() -> None:
         run(GROUP, "bar.sync 0;", "")
     with pytest.raises(PTXError, match="shared memory is read that nothing wrote"):
         run(GROUP, "@!%p1 bra B_DONE;", "bra B_DONE;")
+    with pytest.raises(PTXError, match="read by another proxy without a fence"):
+        run(GROUP, "fence.proxy.async;", "")
     with pytest.raises(PTXError, match="matrix descriptor out of shared memory"):
         run(GROUP, f"add.u64 %d3, %d2, {2048 >> 4};", f"add.u64 %d3, %d2, {2064 >> 4};")
 
