@@ -3,9 +3,11 @@
     python benchmarks/compile_kernels.py [--architecture sm_90 ...] [--check]
 
 No GPU is needed. What is compiled are the real launches: every tile of the table of configurations
-in every class of arithmetic, a network, and both operators with their gradients. The report is
-``benchmarks/results/kernels.csv``; the exit status is 1 if a kernel spills registers, exceeds
-shared memory, or does without tensor cores or asynchronous copies that the architecture has.
+in every class of arithmetic, a network, dense layers in one kernel, and both operators with their
+gradients; of bfloat16, whose code is that of float16 but for conversions, fewer shapes.
+
+The report is ``benchmarks/results/kernels.csv``; the exit status is 1 if a kernel spills registers
+or exceeds shared memory, or lacks tensor cores or asynchronous copies that the architecture has.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 from emulation.architectures import ARCHITECTURES  # noqa: E402, the line above finds it
 from emulation.driver import compiled_for  # noqa: E402
 from emulation.resources import resources, shared_limit  # noqa: E402
-from threshnet_fast.kernels import configurations, implicit_gemm, launch, layout  # noqa: E402
+from threshnet_fast.kernels import (  # noqa: E402
+    checksum,
+    configurations,
+    dense_layer,
+    head,
+    implicit_gemm,
+    launch,
+    layout,
+    stem_convolution,
+)
 from threshnet_fast.kernels.configurations import Configuration  # noqa: E402
 
 import threshnet_fast as tf  # noqa: E402
@@ -47,6 +58,7 @@ MATRIX_KERNELS = (
     "implicit_gemm_kernel",
     "stem_kernel",
     "dense_layer_kernel",
+    "many_images_kernel",
     "input_gradient_kernel",
     "weight_gradient_kernel",
 )
@@ -73,7 +85,7 @@ class Row:
         stack_bytes: Memory of a thread outside of registers.
         shared_bytes: Of a program.
         shared_limit: What a program may have.
-        programs_at_once: On a multiprocessor, by registers, warps and shared memory; NVIDIA only.
+        programs_at_once: On a multiprocessor, by registers, warps and shared memory.
         tensor_instructions: Names and numbers.
         asynchronous_copies: From global to shared memory.
     """
@@ -91,7 +103,7 @@ class Row:
     stack_bytes: int
     shared_bytes: int
     shared_limit: int
-    programs_at_once: int | str
+    programs_at_once: int
     tensor_instructions: str
     asynchronous_copies: int
 
@@ -107,11 +119,15 @@ def problems(row: Row) -> list[str]:
         found.append(f"{row.spills} spills")
     if row.shared_bytes > row.shared_limit:
         found.append(f"{row.shared_bytes} bytes of shared memory, limit {row.shared_limit}")
-    half = row.dtype in ("float16", "bfloat16")
-    rate = architecture.half if half else architecture.tf32 if row.precision == "tf32" else 0
-    if row.kernel in MATRIX_KERNELS and rate > architecture.full and not row.tensor_instructions:
+    if row.programs_at_once < 1:
+        found.append("no program fits on a multiprocessor")
+    if row.dtype == "float32":
+        tensor_cores = row.precision == "tf32" and architecture.tf32 > 0
+    else:
+        tensor_cores = architecture.half > architecture.full
+    if row.kernel in MATRIX_KERNELS and tensor_cores and not row.tensor_instructions:
         found.append("no tensor-core instruction")
-    asynchronous = row.architecture.startswith("sm_") and row.architecture != "sm_75"
+    asynchronous = architecture.backend == "cuda" and row.architecture != "sm_75"
     # The operators' gradients load gathered, gated tiles, which registers have to pass.
     if row.kernel == "implicit_gemm_kernel" and asynchronous and not row.asynchronous_copies:
         found.append("no asynchronous copy")
@@ -119,20 +135,12 @@ def problems(row: Row) -> list[str]:
 
 
 def matrix_launches(
-    architecture: str, dtype: torch.dtype, precision: str, configuration: Configuration
+    dtype: torch.dtype, precision: str, configuration: Configuration
 ) -> Iterator[launch.Launch]:
     """Yields the convolution kernel in the variants that networks use, with one configuration."""
 
     def convolve(channels: list[int], kernel: int, *, prologue: bool, split: bool) -> list:
         parts = 2 if split else 1
-        tile = Configuration(
-            configuration.block_m,
-            configuration.block_n,
-            configuration.block_k,
-            configuration.num_warps,
-            configuration.num_stages,
-            parts,
-        )
         buffer = channels_last(1, sum(channels) + 16, 14, 14, dtype)
         ends = [sum(channels[: index + 1]) for index in range(len(channels))]
         xs = [buffer[:, end - count : end] for end, count in zip(ends, channels, strict=True)]
@@ -149,14 +157,60 @@ def matrix_launches(
             bias=torch.empty(96) if prologue or len(channels) > 1 else None,
             relu=prologue or len(channels) > 1,
             precision=precision,
-            configuration=tile,
+            configuration=replace(configuration, split_k=parts),
             partials=torch.empty(implicit_gemm.partials_size(y, parts)) if split else None,
         )
 
-    yield from convolve([256], 1, prologue=True, split=False)
-    yield from convolve([128], 3, prologue=False, split=False)
-    yield from convolve([48, 80, 128, 208, 336], 3, prologue=False, split=False)
-    yield from convolve([48, 80], 3, prologue=False, split=True)
+    for split in (False, True):
+        yield from convolve([256], 1, prologue=True, split=split)
+        for segments in (1, 2, 3, 4, 5) if dtype != torch.bfloat16 else (1, 5):
+            yield from convolve([48, 80, 128, 208, 336][:segments], 3, prologue=False, split=split)
+
+
+def stem_launches(
+    dtype: torch.dtype, precision: str, configuration: Configuration
+) -> list[launch.Launch]:
+    """Returns the launches of a network's first convolution, with one configuration."""
+    return stem_convolution.convolve_stem(
+        torch.empty(1, 3, 32, 32, dtype=dtype),
+        stem_convolution.pack_stem(torch.empty(32, 3, 3, 3), dtype),
+        channels_last(1, 32, 16, 16, dtype),
+        stride=2,
+        padding=1,
+        bias=torch.empty(32),
+        relu=True,
+        precision=precision,
+        configuration=configuration,
+    )
+
+
+def dense_layer_launches(
+    architecture: str, dtype: torch.dtype, precision: str
+) -> Iterator[launch.Launch]:
+    """Yields dense layers in one kernel, of the sizes of ThreshNet and of wider networks."""
+    for channels, bottleneck, growth, size in ((160, 128, 32, 56), (192, 192, 48, 28)):
+        buffer = channels_last(1, channels + layout.padded(growth), size, size, dtype)
+        packed = torch.empty(channels)
+        yield from dense_layer.dense_layer(
+            buffer[:, :channels],
+            layout.pack_weight(torch.empty(bottleneck, channels, 1, 1), [channels], dtype),
+            (packed, packed),
+            torch.empty(bottleneck),
+            layout.pack_weight(torch.empty(growth, bottleneck, 3, 3), [bottleneck], dtype),
+            buffer[:, channels:],
+            scratch=torch.empty(2**20, dtype=dtype),
+            precision=precision,
+            configuration=dense_layer.choose(dtype, precision, architecture),
+        )
+
+
+def head_launches(dtype: torch.dtype, precision: str) -> Iterator[launch.Launch]:
+    """Yields pooling with classifier, of an image and of many."""
+    for images in (1, 64):
+        x = channels_last(images, 512, 7, 7, dtype)
+        weight = head.pack_head(torch.empty(1000, 512), dtype)
+        y = torch.empty(images, 1000, dtype=dtype)
+        yield from head.head(x, weight, torch.empty(1000), y, precision=precision)
 
 
 def channels_last(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
@@ -164,32 +218,50 @@ def channels_last(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(n, c, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
-def run_network(dtype: torch.dtype) -> None:
-    """Launches everything that a network does, on large and small maps, one image and many."""
+def run_network(dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> None:
+    """Launches everything that a network does for some batches and sizes of square images."""
     model = tf.ThreshNet95(num_classes=10).eval().to(dtype)
-    for shape in ((1, 3, 224, 224), (64, 3, 224, 224), (1, 3, 32, 32)):
+    for batch, size in shapes:
         with torch.no_grad():
-            model(torch.empty(shape, dtype=dtype))
+            model(torch.empty(batch, 3, size, size, dtype=dtype))
 
 
-def run_operators(dtype: torch.dtype) -> None:
-    """Launches both operators and their gradients on shapes of a network's layers."""
+def run_operators(
+    dtype: torch.dtype, shapes: Sequence[tuple[int, int, Sequence[int], int]]
+) -> None:
+    """Launches both operators and their gradients.
+
+    Args:
+        dtype: Of the features.
+        shapes: Batch, height and width, channels of the segments, output channels.
+    """
 
     def leaf(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
-    def features(channels: int) -> Tensor:
-        x = channels_last(8, channels, 14, 14, dtype)
-        return x.zero_().requires_grad_()
+    for batch, size, channels, out_channels in shapes:
+        whole = sum(channels)
+        for kernel in (1, 3):
+            xs = [channels_last(batch, each, size, size, dtype) for each in channels]
+            xs = [x.zero_().requires_grad_() for x in xs]
+            weight = leaf(out_channels, whole, kernel, kernel)
+            if kernel == 1:
+                y = tf.ops.cat_bn_relu_conv(xs, leaf(whole), leaf(whole), weight)
+            else:
+                y = tf.ops.cat_conv_bn_relu(xs, weight, leaf(out_channels), leaf(out_channels))
+            y.backward(torch.zeros_like(y))
 
-    y = tf.ops.cat_bn_relu_conv(
-        [features(64), features(32)], leaf(96), leaf(96), leaf(128, 96, 1, 1)
-    )
-    y.backward(torch.zeros_like(y))
-    y = tf.ops.cat_conv_bn_relu(
-        [features(48), features(80)], leaf(64, 128, 3, 3), leaf(64), leaf(64)
-    )
-    y.backward(torch.zeros_like(y))
+
+# One image, and as many as occupy a device, on maps large and small.
+_NETWORKS = ((1, 224), (64, 224), (1, 32))
+
+# Tiles of gradients follow the numbers of channels, with limits at 64, and of pixels.
+_OPERATORS = (
+    (8, 14, (64, 32), 128),
+    (8, 14, (48, 80), 32),
+    (32, 14, (32,), 64),
+    (1, 7, (16,), 16),
+)
 
 
 def compile_all(architecture: str, say: Callable[[str], None]) -> list[Row]:
@@ -199,12 +271,17 @@ def compile_all(architecture: str, say: Callable[[str], None]) -> list[Row]:
     for dtype, precision in CLASSES:
         if configurations.precision_for(architecture, precision) != precision:
             continue
+        shapes = 1 if dtype == torch.bfloat16 else None
         with compiled_for(architecture) as log, allow_tf32(precision == "tf32"):
             for configuration in configurations.candidates(found, dtype, precision):
-                launch.run(list(matrix_launches(architecture, dtype, precision, configuration)))
+                launch.run(list(matrix_launches(dtype, precision, configuration)))
+                launch.run(stem_launches(dtype, precision, configuration))
+            launch.run(list(dense_layer_launches(architecture, dtype, precision)))
+            launch.run(list(head_launches(dtype, precision)))
+            checksum.checksum(checksum.sample_addresses([torch.zeros(1, dtype=dtype)]))
             with tf.use_backend("triton"):
-                run_network(dtype)
-                run_operators(dtype)
+                run_network(dtype, _NETWORKS[:shapes])
+                run_operators(dtype, _OPERATORS[:shapes])
         for entry in log:
             if entry.compiled.hash not in rows:
                 rows[entry.compiled.hash] = describe(architecture, dtype, precision, entry.compiled)
@@ -264,19 +341,25 @@ def describe(architecture: str, dtype: torch.dtype, precision: str, compiled: An
     )
 
 
-_WARPS = {"sm_75": 32, "sm_86": 48, "sm_89": 48, "sm_120": 48}
+# Warps of a multiprocessor.
+_WARPS = {"sm_80": 64, "sm_86": 48, "sm_89": 48, "sm_90": 64, "sm_100": 64, "sm_120": 48}
+_OTHER_WARPS = 32
 
 
-def programs_at_once(architecture: str, registers: int, shared: int, num_warps: int) -> int | str:
-    """Returns how many programs an NVIDIA multiprocessor holds: its occupancy, in programs."""
-    if not architecture.startswith("sm_"):
-        return ""
-    warps = _WARPS.get(architecture, 64)
-    # Registers are given to warps in units of 256; a block takes 1 KB of shared memory itself.
-    per_warp = -(-registers * 32 // 256) * 256
-    by_registers = 65536 // (per_warp * num_warps)
-    by_shared = (shared_limit(architecture) + 1024) // (shared + 1024)
-    return min(by_registers, by_shared, warps // num_warps)
+def programs_at_once(architecture: str, registers: int, shared: int, num_warps: int) -> int:
+    """Returns how many programs a multiprocessor holds: its occupancy, in programs.
+
+    Registers are given to a warp in units, within one of a multiprocessor's partitions.
+    """
+    found = configurations.ARCHITECTURES[architecture]
+    partitions, unit = (2, 24) if architecture == "gfx1100" else (4, 8)
+    of_warp = -(-max(1, registers) // unit) * unit * found.warp_size
+    by_registers = partitions * (found.registers // partitions // of_warp)
+    warps = min(_WARPS.get(architecture, _OTHER_WARPS), by_registers)
+    # From sm_80 on, each program takes 1 KiB of shared memory itself.
+    own = 1024 if architecture in _WARPS else 0
+    by_shared = (found.shared_bytes + own) // max(1, shared + own)
+    return min(warps // num_warps, by_shared)
 
 
 def read(path: Path = RESULTS) -> list[Row]:
@@ -286,7 +369,7 @@ def read(path: Path = RESULTS) -> list[Row]:
         for fields in csv.DictReader(file):
             typed: dict[str, Any] = dict(fields)
             for name, field in Row.__dataclass_fields__.items():
-                if field.type == "int" or (field.type == "int | str" and fields[name]):
+                if field.type == "int":
                     typed[name] = int(fields[name])
             rows.append(Row(**typed))
         return rows

@@ -131,7 +131,7 @@ _INTERPRETER = Configuration(128, 128, 128, 4, 1)
 # Tiles without which no network was predicted to take 3% longer have been left out.
 _HALF = (
     (128, 128, 32, 8),
-    (128, 64, 32, 4),
+    (128, 64, 32, 8),
     (128, 32, 32, 4),
     (64, 32, 64, 4),
     (32, 32, 64, 4),
