@@ -39,8 +39,9 @@ _MAX_WORKSPACES = 4
 # PyTorch captures one graph at a time in a process.
 _capturing = threading.Lock()
 
-# Indices of pixels are 32-bit in the kernels; offsets are 64-bit.
-_MAX_PIXELS = 2**31 - 1
+# Indices of pixels are 32-bit in the kernels, those behind the last pixel in the last tile too;
+# offsets are 64-bit.
+_MAX_PIXELS = 2**31 - 1024
 
 
 @dataclass(frozen=True)
