@@ -1,7 +1,8 @@
-"""Triton's interpreter, made honest: bfloat16, TF32 and the bounds of memory.
+"""Triton's interpreter, made honest: bfloat16, TF32, NaN and the bounds of memory.
 
 As it comes, the interpreter of Triton 3.7 multiplies the bits of bfloat16 as if they were integers,
-truncates where hardware rounds, does not round for TF32, and lets accesses out of bounds pass.
+truncates where hardware rounds, does not round for TF32, propagates NaN where hardware does not,
+fills what a masked load leaves undefined with zeros, and lets accesses out of bounds pass.
 """
 
 from __future__ import annotations
@@ -95,18 +96,29 @@ def _patched() -> Iterator[None]:
         (InterpreterBuilder, "binary_op", _binary),
         (InterpreterBuilder, "unary_op", _unary),
         (InterpreterBuilder, "create_fma", _fused_multiply_add),
+        (InterpreterBuilder, "create_minnumf", _minimum_of_numbers),
+        (InterpreterBuilder, "create_maxnumf", _maximum_of_numbers),
+        (InterpreterBuilder, "get_bf16", _bfloat16_constant),
         (InterpreterBuilder, "create_masked_load", _masked_load),
         (InterpreterBuilder, "create_masked_store", _masked_store),
+        (InterpreterBuilder, "create_atomic_rmw", _atomic_update),
+        (InterpreterBuilder, "create_atomic_cas", _atomic_exchange),
+        (interpreter.ReduceOps, "apply_impl", _reduce),
+        (interpreter.ScanOps, "apply_impl", _scan),
         (interpreter.GridExecutor, "_init_args_hst", _arguments),
     ]
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    saved = [(owner, name, vars(owner).get(name)) for owner, name, _ in patches]
     for owner, name, replacement in patches:
         setattr(owner, name, replacement)
     try:
-        yield
+        with np.errstate(all="ignore"):
+            yield
     finally:
         for owner, name, original in saved:
-            setattr(owner, name, original)
+            if original is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
         language.restore()
 
 
@@ -115,9 +127,12 @@ _original_convert = InterpreterBuilder.create_fp_to_fp
 _original_dot = InterpreterBuilder.create_dot
 _original_binary = InterpreterBuilder.binary_op
 _original_unary = InterpreterBuilder.unary_op
-_original_fma = InterpreterBuilder.create_fma
 _original_load = InterpreterBuilder.create_masked_load
 _original_store = InterpreterBuilder.create_masked_store
+_original_update = InterpreterBuilder.create_atomic_rmw
+_original_exchange = InterpreterBuilder.create_atomic_cas
+_original_reduce = interpreter.ReduceOps.apply_impl
+_original_scan = interpreter.ScanOps.apply_impl
 _original_arguments = interpreter.GridExecutor._init_args_hst
 
 
@@ -190,9 +205,54 @@ def _unary(self: InterpreterBuilder, argument: TensorHandle, function: Any) -> T
 def _fused_multiply_add(
     self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle
 ) -> TensorHandle:
-    if not _is_bfloat16(z):
-        return _original_fma(self, x, y, z)
-    return _narrow(_widen(x).data * _widen(y).data + _widen(z).data)
+    # Rounded once; float64 has no wider type.
+    exact = _widen(x).data.astype(np.float64) * _widen(y).data + _widen(z).data
+    if _is_bfloat16(z):
+        return _narrow(exact.astype(np.float32))
+    return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
+def _minimum_of_numbers(
+    self: InterpreterBuilder, left: TensorHandle, right: TensorHandle
+) -> TensorHandle:
+    # As it comes, the interpreter propagates NaN where a GPU does not.
+    return self.binary_op(left, right, np.fmin)
+
+
+def _maximum_of_numbers(
+    self: InterpreterBuilder, left: TensorHandle, right: TensorHandle
+) -> TensorHandle:
+    return self.binary_op(left, right, np.fmax)
+
+
+def _bfloat16_constant(self: InterpreterBuilder, value: float) -> TensorHandle:
+    return _narrow(np.array([value]))
+
+
+def _in_float32(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a reduction or a scan compute with the values of bfloat16."""
+
+    def apply(self: Any, inputs: Any) -> Any:
+        if not any(_is_bfloat16(each.handle) for each in inputs):
+            return original(self, inputs)
+        results = original(self, tuple(_retyped(each, _widen(each.handle)) for each in inputs))
+        several = isinstance(results, tuple | list)
+        narrowed = [
+            _retyped(each, _narrow(each.handle.data)) if each.dtype == tl.float32 else each
+            for each in (results if several else [results])
+        ]
+        return narrowed if several else narrowed[0]
+
+    return apply
+
+
+def _retyped(tensor: tl.tensor, handle: TensorHandle) -> tl.tensor:
+    shape = [int(size) for size in tensor.shape]
+    return tl.tensor(handle, tl.block_type(handle.dtype, shape) if shape else handle.dtype)
+
+
+_reduce = _in_float32(_original_reduce)
+_scan = _in_float32(_original_scan)
 
 
 def _arguments(self: Any, positional: Any, keywords: Any) -> Any:
@@ -209,9 +269,8 @@ def _arguments(self: Any, positional: Any, keywords: Any) -> Any:
 
     collect(list(on_host[0]))
     collect(list(on_host[1].values()))
-    _bounds.starts, _bounds.ends = (
-        np.array(column, np.uint64) for column in zip(*sorted(ranges), strict=True)
-    )
+    limits = np.array(sorted(ranges) or [(0, 0)], np.uint64)
+    _bounds.starts, _bounds.ends = limits[:, 0], limits[:, 1]
     return on_host
 
 
@@ -222,7 +281,7 @@ class _Bounds:
     ends = np.zeros(0, np.uint64)
 
     def check(self, pointers: TensorHandle, mask: TensorHandle) -> None:
-        size = pointers.get_element_ty().primitive_bitwidth // 8
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses = np.broadcast_to(pointers.data, np.shape(mask.data))[mask.data.astype(bool)]
         if addresses.size == 0:
             return
@@ -238,10 +297,39 @@ _bounds = _Bounds()
 
 
 def _masked_load(
-    self: InterpreterBuilder, pointers: TensorHandle, mask: TensorHandle, *rest: Any
+    self: InterpreterBuilder,
+    pointers: TensorHandle,
+    mask: TensorHandle,
+    other: TensorHandle | None,
+    *rest: Any,
 ) -> TensorHandle:
     _bounds.check(pointers, mask)
-    return _original_load(self, pointers, mask, *rest)
+    if other is None:
+        # A GPU leaves there what happens to be in its registers. All bits set are NaN.
+        kind = pointers.get_element_ty()
+        dtype = interpreter._get_np_dtype(kind)
+        undefined = np.full((*np.shape(pointers.data), dtype.itemsize), 0xFF, np.uint8)
+        if dtype == np.bool_:
+            undefined[:] = 1
+        other = TensorHandle(undefined.view(dtype)[..., 0], kind)
+    return _original_load(self, pointers, mask, other, *rest)
+
+
+def _atomic_update(
+    self: InterpreterBuilder,
+    operation: Any,
+    pointers: TensorHandle,
+    value: TensorHandle,
+    mask: TensorHandle,
+    *rest: Any,
+) -> TensorHandle:
+    _bounds.check(pointers, mask)
+    return _original_update(self, operation, pointers, value, mask, *rest)
+
+
+def _atomic_exchange(self: InterpreterBuilder, pointers: TensorHandle, *rest: Any) -> TensorHandle:
+    _bounds.check(pointers, TensorHandle(np.ones_like(pointers.data, bool), tl.int1))
+    return _original_exchange(self, pointers, *rest)
 
 
 def _masked_store(
