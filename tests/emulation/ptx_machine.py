@@ -349,17 +349,19 @@ class Run:
         offsets = self.shared.locate(target, size, mask, text)
         self.shared.note_write(offsets, size, mask, text, stage="issue")
         data = np.zeros((1, 1), BYTES[size])
-        for count in np.unique(chosen(sizes, mask)):
-            if count == 0:
-                continue
+        wanted = chosen(sizes, mask)
+        counts = {size} if np.count_nonzero(wanted == size) else set()
+        if np.count_nonzero((wanted != 0) & (wanted != size)):
+            counts.update(np.unique(wanted[wanted != 0]).tolist())
+        for count in sorted(counts):
             if count > size:
                 raise PTXError(f"an asynchronous copy reads more than it writes: {text}")
             reading: np.ndarray | None = sizes == count
             if mask is not None:
                 reading = reading & mask
-            if reading.all():
+            if np.count_nonzero(reading) == reading.size:
                 reading = None
-            data = self._copied(begin, size, int(count), reading, data, text)
+            data = self._copied(begin, size, count, reading, data, text)
         self._copies.append(_Copies(offsets, data, mask, np.full((1, 1), -1, np.int32), text))
 
     def _copied(

@@ -36,12 +36,19 @@ _KEPT = ("_state", "_writer", "_reader", "_unfenced")
 _MAX_LOGGED_BYTES = 100_000_000
 
 
+def _spread(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    # numpy takes its time to find out that there is nothing to do.
+    return values if values.shape == shape else np.broadcast_to(values, shape)
+
+
 def chosen(values: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Returns the values of the threads in the mask: all as they are, or a flat selection."""
     if mask is None:
         return values
+    if values.shape == mask.shape:
+        return values[mask]
     shape = np.broadcast_shapes(values.shape, mask.shape)
-    return np.broadcast_to(values, shape)[np.broadcast_to(mask, shape)]
+    return _spread(values, shape)[_spread(mask, shape)]
 
 
 def _harmless(addresses: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -175,8 +182,8 @@ class GlobalMemory:
         if mask is not None:
             places = np.where(mask, places, 0)
         index = places >> (size.bit_length() - 1)
-        data = np.broadcast_to(data, np.broadcast_shapes(data.shape, index.shape))
-        index = np.broadcast_to(index, data.shape)
+        if data.shape != index.shape:
+            index = _spread(index, np.broadcast_shapes(data.shape, index.shape))
         self.view(size)[index] = data
         if self._undefined is not None:
             for byte in range(size):
@@ -432,10 +439,9 @@ class SharedMemory:
         if mask is not None:
             offsets = np.where(mask, offsets, self._scratch)
         index = (offsets >> (size.bit_length() - 1)) + self._rows * (self.pitch // size)
-        shape = np.broadcast_shapes(data.shape, index.shape)
-        if index.shape != shape:
-            index = np.broadcast_to(index, shape)
-        self.bytes.view(BYTES[size]).reshape(-1)[index] = np.broadcast_to(data, shape)
+        if data.shape != index.shape:
+            index = _spread(index, np.broadcast_shapes(data.shape, index.shape))
+        self.bytes.view(BYTES[size]).reshape(-1)[index] = data
 
     def note_read(
         self,
@@ -463,8 +469,8 @@ class SharedMemory:
     def check_defined(self, granules: np.ndarray, text: str) -> None:
         """Checks that granules, as numbers within all that are kept, are written."""
         state = self._state.reshape(-1).take(granules)
-        if (state != _WRITTEN).any():
-            if (state == _IN_FLIGHT).any():
+        if np.count_nonzero(state != _WRITTEN):
+            if np.count_nonzero(state == _IN_FLIGHT):
                 raise PTXError(f"shared memory is read before its copy was waited for: {text}")
             raise PTXError(f"shared memory is read that nothing wrote: {text}")
 
@@ -493,7 +499,7 @@ class SharedMemory:
         """
         granules, tags, base = self._granules_of(offsets, size, mask, warps)
         state = self._state.reshape(-1)
-        if stage != "landing" and (state.take(granules) == _IN_FLIGHT).any():
+        if stage != "landing" and np.count_nonzero(state.take(granules) == _IN_FLIGHT):
             raise PTXError(f"shared memory is written while a copy to it is in flight: {text}")
         state[granules] = _IN_FLIGHT if stage == "issue" else _WRITTEN
         if self._proxies:
@@ -503,11 +509,11 @@ class SharedMemory:
         writer, reader = self._writer.reshape(-1), self._reader.reshape(-1)
         before = writer.take(granules)
         wrong = (before >= base) & (before != tags)
-        if wrong.any() and not self._holds(offsets, data, mask, wrong):
+        if np.count_nonzero(wrong) and not self._holds(offsets, data, mask, wrong):
             self._race("wrote", before[wrong], "writes", tags, wrong, text)
         before = reader.take(granules)
         wrong = (before >= base) & (before != tags)
-        if wrong.any():
+        if np.count_nonzero(wrong):
             self._race("read", before[wrong], "writes", tags, wrong, text)
         writer[granules] = tags
         if data is None:
@@ -550,16 +556,18 @@ class SharedMemory:
         writer, reader = self._writer.reshape(-1), self._reader.reshape(-1)
         before = writer.take(granules)
         wrong = (before >= base) & (before != tags)
-        if wrong.any():
+        if np.count_nonzero(wrong):
             self._race("wrote", before[wrong], "reads", tags, wrong, text)
         before = reader.take(granules)
         others = (before >= base) & (before != tags)
-        noted = np.where(others, base + _SEVERAL_WARPS, tags) if others.any() else tags
-        reader[granules] = noted
+        if np.count_nonzero(others):
+            reader[granules] = np.where(others, base + _SEVERAL_WARPS, tags)
+        else:
+            reader[granules] = tags
         # Of several warps in this very instruction the last has been noted.
         several = reader.take(granules) != tags
-        if several.any():
-            everyone = np.broadcast_to(base + _SEVERAL_WARPS, granules.shape)
+        if np.count_nonzero(several):
+            everyone = _spread(np.asarray(base + _SEVERAL_WARPS), granules.shape)
             reader[granules[several]] = everyone[several]
 
     def _race(
@@ -593,22 +601,18 @@ class SharedMemory:
             self._keep_every_block()
             numbers = numbers + self._rows * self._granules
         tags = (self._warps if warps is None else warps) + base
-        shape = np.broadcast_shapes(
-            numbers.shape, tags.shape, *([] if mask is None else [mask.shape])
-        )
-        numbers, tags = np.broadcast_to(numbers, shape), np.broadcast_to(tags, shape)
+        shape = np.broadcast_shapes(numbers.shape, tags.shape, () if mask is None else mask.shape)
+        numbers, tags = _spread(numbers, shape), _spread(tags, shape)
         if mask is not None:
             if isinstance(base, np.ndarray):
-                base = chosen(np.broadcast_to(base, shape), mask)[:, None]
-            numbers, tags = chosen(numbers, mask)[:, None], chosen(tags, mask)[:, None]
-        elif isinstance(base, np.ndarray):
-            base = base[:, :, None]
-        if mask is None:
-            numbers, tags = numbers[:, :, None], tags[:, :, None]
+                base = chosen(_spread(base, shape), mask)
+            numbers, tags = chosen(numbers, mask), chosen(tags, mask)
         count = size >> self._shift
-        if count > 1:
-            numbers = numbers + np.arange(count)
-        return numbers, np.broadcast_to(tags, numbers.shape), base
+        # The granules of an access are the last axis.
+        if isinstance(base, np.ndarray):
+            base = base[..., None]
+        numbers, tags = numbers[..., None], tags[..., None]
+        return numbers + np.arange(count) if count > 1 else numbers, tags, base
 
     def _keep_every_block(self) -> None:
         if len(self._state) == len(self.bytes):
