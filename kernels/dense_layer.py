@@ -56,7 +56,8 @@ _PROGRAMS = 2
 _HALF = Configuration(64, 128, 32, 4, 3)
 _HALF_ON_AMD = Configuration(64, 128, 16, 8, 2)
 _TF32 = Configuration(64, 64, 16, 8, 2)
-_FULL = Configuration(32, 64, 16, 4, 2)
+_FULL = Configuration(64, 64, 16, 8, 2)
+_FULL_ON_SM_100 = Configuration(32, 64, 16, 4, 1)
 _INTERPRETER = Configuration(64, 128, 64, 4, 1)
 
 
@@ -65,7 +66,6 @@ def dense_layer_kernel(
     x_ptr,
     x_pitch,
     weight1_ptr,
-    weight1_columns,
     scale_ptr,
     shift_ptr,
     bias_ptr,
@@ -104,12 +104,11 @@ def dense_layer_kernel(
     lanes = tl.arange(0, BLOCK_M)
     for step in range(0, steps):
         slot = step % (LEAD + 1) * BLOCK_M
-        for column in tl.static_range(0, BOTTLENECK, BLOCK_B):
+        for column in range(0, BOTTLENECK, BLOCK_B):
             bottleneck_tile(
                 x_ptr,
                 x_pitch,
                 weight1_ptr,
-                weight1_columns,
                 scale_ptr,
                 shift_ptr,
                 bias_ptr,
@@ -160,7 +159,6 @@ def bottleneck_tile(
     x_ptr,
     x_pitch,
     weight_ptr,
-    weight_columns,
     scale_ptr,
     shift_ptr,
     bias_ptr,
@@ -200,7 +198,7 @@ def bottleneck_tile(
         normalised = x.to(tl.float32) * scale[None, :] + shift[None, :]
         activation = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
         weight = tl.load(
-            weight_ptr + k[:, None] * weight_columns + n[None, :],
+            weight_ptr + k[:, None] * BOTTLENECK + n[None, :],
             mask=k_exists[:, None] & n_exists[None, :],
             other=0.0,
         )
@@ -317,7 +315,9 @@ def choose(dtype: torch.dtype, precision: str, architecture: str) -> Configurati
     if architecture == "interpreter":
         return _INTERPRETER
     if dtype == torch.float32:
-        return _TF32 if precision == "tf32" else _FULL
+        if precision == "tf32":
+            return _TF32
+        return _FULL_ON_SM_100 if architecture == "sm_100" else _FULL
     return _HALF_ON_AMD if architecture.startswith("gfx") else _HALF
 
 
@@ -424,7 +424,8 @@ def dense_layer(
     Args:
         x: Pitched ``[N, C, H, W]``; ``C`` as of ``weight1``, or up to whole groups, which are not
             read.
-        weight1: ``[bottleneck, C, 1, 1]``, packed in the dtype of ``x``.
+        weight1: ``[bottleneck, C, 1, 1]``, packed in the dtype of ``x``, without more columns than
+            whole groups.
         prologue: Scale and shift, float32, packed as :func:`.layout.pack_vector` does.
         bias1: float32 of whole groups, or None.
         weight2: ``[growth, bottleneck, 3, 3]``, packed likewise.
@@ -433,15 +434,15 @@ def dense_layer(
         scratch: For the rings, in the dtype of ``x``: best :func:`scratch_size` elements; as many
             programs run as have room, at least one.
         precision: ``"ieee"`` or ``"tf32"``, how float32 is multiplied.
-        configuration: Tile sizes; ``block_n`` is that of the bottleneck, and the 3x3 convolution
-            adds twice ``block_k`` products at a time. The reduction is never split.
+        configuration: Tile sizes. ``block_n`` is that of the bottleneck; in half precision the 3x3
+            convolution adds twice ``block_k`` products at a time. The reduction is never split.
 
     Returns:
         One launch.
     """
     batch, _, height, width = x.shape
     (in_channels,) = weight1.channels
-    bottleneck = weight2.data.shape[1]
+    _, bottleneck, _ = weight2.data.shape
     out_channels = y.shape[1]
     pixels = batch * height * width
     block_m = configuration.block_m
@@ -455,7 +456,6 @@ def dense_layer(
                 "x_ptr": x,
                 "x_pitch": pitch(x),
                 "weight1_ptr": weight1.data,
-                "weight1_columns": weight1.data.shape[2],
                 "scale_ptr": prologue[0],
                 "shift_ptr": prologue[1],
                 "bias_ptr": bias1,
@@ -479,7 +479,7 @@ def dense_layer(
                 "BLOCK_B": min(configuration.block_n, triton.next_power_of_2(bottleneck)),
                 "BLOCK_N": min(triton.next_power_of_2(padded(out_channels)), _MAX_BLOCK_N),
                 "BLOCK_K1": configuration.block_k,
-                "BLOCK_K2": min(2 * configuration.block_k, triton.next_power_of_2(bottleneck)),
+                "BLOCK_K2": configuration.block_k * 4 // x.element_size(),
             },
             configuration.num_warps,
             configuration.num_stages,
