@@ -486,6 +486,15 @@ class TestBenchOnGPU:
             ):
                 build(job)
 
+    def test_version_says_what_the_kernels_are_for(self, monkeypatch):
+        pytest.importorskip("triton")
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+        monkeypatch.setattr(triton, "architecture", lambda: "sm_90")
+        monkeypatch.delenv("THRESHNET_FAST_AUTOTUNE", raising=False)
+        assert cuda_providers._own_version() == f"{tf.__version__} sm_90"
+        monkeypatch.setenv("THRESHNET_FAST_AUTOTUNE", "1")
+        assert cuda_providers._own_version() == f"{tf.__version__} sm_90 measured tiles"
+
     @pytest.mark.parametrize("name", ["eager", "channels-last", "eager-graph"])
     def test_providers_run_the_weights_of_the_job(self, fake_gpu, name):
         job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 40, 48), 1)

