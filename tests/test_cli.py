@@ -514,6 +514,17 @@ def test_without_a_cuda_device(capsys, monkeypatch):
         arguments.check_device(torch.device("cuda"))
 
 
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precision_reaches_the_kernels(name):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    expected = "tf32" if name == "tf32" else "ieee"
+    with PRECISIONS[name].active():
+        assert triton.float32_precision() == expected
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (name == "tf32", name == "tf32")
+    assert (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == before
+
+
 class TestMachine:
     class Properties:
         uuid = "8b0c-17"
