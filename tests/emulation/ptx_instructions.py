@@ -70,7 +70,7 @@ def _binary(operator: str) -> Callable[[Translator, Instruction], list[str]]:
         (target,), (a,), (b,), *rest = it.operands
         if rest or "cc" in it.modifiers or (not is_float(it.kind) and "sat" in it.modifiers):
             raise unsupported(it)
-        if is_float(it.kind):
+        if is_float(it.kind) or it.kind in PAIRS:
             result = f"({t.values(a, it.kind)} {operator} {t.values(b, it.kind)})"
             return t.assign_values(target, _clamped(it, result), it.kind)
         result = f"({t.bits(a, it.kind)} {operator} {t.bits(b, it.kind)})"

@@ -13,8 +13,9 @@ took different branches meet again. Found and reported as :class:`PTXError`:
 - operands of asynchronous matrix products that no fence made visible to them, or that change
   before their wait;
 - on request, between barriers, accesses of two warps to the same byte of shared memory, one of them
-  a write; within a launch, accesses of two blocks to the same byte of global memory, one of them a
-  write and not both atomic; and threads that store different values to one place at once.
+  a write; the same of global memory; within a launch, accesses of two blocks to the same byte of
+  global memory, one of them a write and not both atomic; and threads that store different values to
+  one place at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import ptx_instructions, ptx_matrix  # noqa: F401 - they register the instructions
-from .ptx_memory import GlobalMemory, GlobalRaces, SharedMemory, chosen
+from .ptx_memory import GlobalMemory, GlobalRaces, SharedMemory, WarpRaces, chosen
 from .ptx_parser import Program
 from .ptx_translator import Block, Operation, Translation, single
 from .ptx_types import BYTES, UNSIGNED, PTXError, encode
@@ -213,6 +214,9 @@ class Run:
             races=launch.races,
             proxies=translation.proxies,
         )
+        self.warp_races = (
+            WarpRaces(self.memory, self.block_ids, thread // 32) if launch.races else None
+        )
         self.place = 0
         self.steps = 0
         self._divergence: _Divergence | None = None
@@ -281,6 +285,8 @@ class Run:
         places = self.memory.locate(addresses, size, mask, text)
         if self.launch.global_races is not None:
             self.launch.global_races.read(places, size, self.block_ids, mask, text)
+        if self.warp_races is not None:
+            self.warp_races.read(places, size, mask, text)
         if size <= 16:
             return self.memory.gather(places, size, text)
         units = [self.memory.gather(places + first, 16, text) for first in range(0, size, 16)]
@@ -303,6 +309,8 @@ class Run:
         places = self.memory.locate(addresses, unit * count, mask, text)
         if self.launch.global_races is not None:
             self.launch.global_races.write(places, unit * count, self.block_ids, mask, text)
+        if self.warp_races is not None:
+            self.warp_races.write(places, data, mask, text)
         for number in range(count):
             start = places + unit * number
             self.memory.scatter(start, data[..., number], mask, text)
@@ -442,7 +450,7 @@ class Run:
         while self.place < end:
             if self._divergence is not None:
                 if not self._step_diverged(blocks):
-                    return
+                    break
                 continue
             block = blocks[self.place]
             self._execute_block(block)
@@ -454,6 +462,13 @@ class Run:
                 self._obey(block)
             else:
                 self._branch(block, others)
+        if self.warp_races is not None:
+            self.warp_races.pass_barrier()
+
+    def _pass_barrier(self, rows: np.ndarray | None = None) -> None:
+        self.shared.pass_barrier(rows)
+        if self.warp_races is not None:
+            self.warp_races.pass_barrier(rows)
 
     def _execute_block(self, block: Block) -> None:
         try:
@@ -484,7 +499,7 @@ class Run:
             self.place = len(self.launch.translation.blocks)
         else:
             _check_barrier(block.control)
-            self.shared.pass_barrier()
+            self._pass_barrier()
             self.place += 1
 
     def _branch(self, block: Block, others: list[Run]) -> None:
@@ -529,6 +544,8 @@ class Run:
         other.block_ids = self.block_ids[rows]
         other.registers = [part(each) for each in self.registers]  # type: ignore[misc]
         other.shared = self.shared.select(rows)
+        if self.warp_races is not None:
+            other.warp_races = self.warp_races.select(rows)
         other._copy_group = part(self._copy_group)  # type: ignore[assignment]
         other._copies = [
             _Copies(
@@ -640,7 +657,7 @@ class Run:
             raise PTXError("divergent barrier: threads of a block wait at different barriers")
         state.waiting = waiting & ~arrived[:, None]
         everyone = arrived.all()
-        self.shared.pass_barrier(None if everyone else np.broadcast_to(arrived, (self.blocks,)))
+        self._pass_barrier(None if everyone else np.broadcast_to(arrived, (self.blocks,)))
 
 
 def _check_barrier(operation: Operation) -> None:

@@ -7,14 +7,21 @@ threads, has one entry. A mask of the threads that take part is None where all d
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .ptx_types import BYTES, PTXError
 
-__all__ = ["GLOBAL_BASE", "GlobalMemory", "GlobalRaces", "SharedMemory", "chosen"]
+__all__ = [
+    "GLOBAL_BASE",
+    "GlobalMemory",
+    "GlobalRaces",
+    "SharedMemory",
+    "WarpRaces",
+    "chosen",
+]
 
 GLOBAL_BASE = 0x10_0000_0000
 """Addresses below this are of shared memory."""
@@ -342,6 +349,165 @@ class GlobalRaces:
                 self._reader[index[self._reader.take(index) != owners]] = _SEVERAL
         self._reads.clear()
         self._logged = 0
+
+
+@dataclass
+class _Access:
+    """One instruction's accesses to global memory; the data, in units along the last axis."""
+
+    places: np.ndarray
+    size: int
+    mask: np.ndarray | None
+    text: str
+    data: np.ndarray | None = None
+
+    def without(self, rows: np.ndarray) -> _Access:
+        """Returns the same without some blocks."""
+        others = ~rows[:, None]
+        mask = others if self.mask is None else self.mask & others
+        return replace(self, mask=mask)
+
+    def select(self, rows: np.ndarray) -> _Access:
+        """Returns the same of some blocks alone."""
+
+        def part(array: np.ndarray | None) -> np.ndarray | None:
+            return array if array is None or len(array) != len(rows) else array[rows]
+
+        return replace(self, places=part(self.places), mask=part(self.mask), data=part(self.data))
+
+
+class WarpRaces:
+    """Finds bytes of global memory that two warps of a block access between two barriers.
+
+    One of them writing, that is, unless both write the same value. Accesses are noted, and compared
+    when the barrier is reached.
+    """
+
+    def __init__(self, memory: GlobalMemory, owners: np.ndarray, warps: np.ndarray) -> None:
+        """Begins for some blocks.
+
+        Args:
+            memory: Global memory.
+            owners: ``[blocks, 1]``, the number of each block.
+            warps: ``[1, threads]``, the warp of each thread.
+        """
+        self._memory = memory
+        # Of no other warp of any block, and not 0.
+        self._tags = (owners.astype(np.int64) * _TAGS + warps + 1).astype(np.int64)
+        self._reads: list[_Access] = []
+        self._writes: list[_Access] = []
+
+    def select(self, rows: np.ndarray) -> WarpRaces:
+        """Returns those of some of the blocks."""
+        other = object.__new__(WarpRaces)
+        other._memory, other._tags = self._memory, self._tags[rows]
+        other._reads, other._writes = (
+            [each.select(rows) for each in accesses] for accesses in (self._reads, self._writes)
+        )
+        return other
+
+    def read(self, places: np.ndarray, size: int, mask: np.ndarray | None, text: str) -> None:
+        """Notes reads of ``size`` bytes at each place."""
+        self._reads.append(_Access(places, size, mask, text))
+
+    def write(
+        self, places: np.ndarray, data: np.ndarray, mask: np.ndarray | None, text: str
+    ) -> None:
+        """Notes writes of all units of the data at each place."""
+        size = data.dtype.itemsize * data.shape[-1]
+        self._writes.append(_Access(places, size, mask, text, data))
+
+    def pass_barrier(self, rows: np.ndarray | None = None) -> None:
+        """Compares the accesses before a barrier of all blocks, or of some.
+
+        Raises:
+            PTXError: There is a race.
+        """
+        if self._writes:
+            self._compare()
+        if rows is None:
+            self._reads.clear()
+            self._writes.clear()
+        else:
+            self._reads = [each.without(rows) for each in self._reads]
+            self._writes = [each.without(rows) for each in self._writes]
+
+    def _bytes(self, access: _Access) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first bytes and the tags of the threads that access something."""
+        shape = np.broadcast_shapes(
+            access.places.shape,
+            self._tags.shape,
+            () if access.mask is None else access.mask.shape,
+        )
+        places, tags = _spread(access.places, shape), _spread(self._tags, shape)
+        if access.mask is None:
+            return places.reshape(-1), tags.reshape(-1)
+        return chosen(places, access.mask), chosen(tags, access.mask)
+
+    def _compare(self) -> None:
+        first = min(int(each.places.min()) for each in self._writes)
+        end = max(int(each.places.max()) + each.size for each in self._writes)
+        writer = np.zeros(end - first, np.int64)
+        several = np.zeros(end - first, np.bool_)
+        for access in self._writes:
+            places, tags = self._bytes(access)
+            for byte in range(access.size):
+                index = places + (byte - first)
+                before = writer.take(index)
+                writer[index] = tags
+                # Two in this very instruction, or one in an earlier one. Those of other blocks are
+                # looked for elsewhere.
+                conflict = (writer.take(index) != tags) | ((before != 0) & (before != tags))
+                several[index[conflict]] = True
+        if several.any():
+            self._check_values(several, first)
+        written = np.zeros(end - first + 1, np.int64)
+        np.cumsum(writer != 0, out=written[1:])
+        for access in self._reads:
+            if access.places.min() >= end or access.places.max() + access.size <= first:
+                continue
+            places, tags = self._bytes(access)
+            begin = np.clip(places - first, 0, end - first)
+            stop = np.clip(places + (access.size - first), 0, end - first)
+            suspect = written.take(stop) != written.take(begin)
+            places, tags = places[suspect], tags[suspect]
+            for byte in range(access.size if len(places) else 0):
+                index = places + (byte - first)
+                inside = (index >= 0) & (index < end - first)
+                other = np.where(inside, writer.take(index, mode="clip"), 0)
+                same_block = (other - 1) // _TAGS == (tags - 1) // _TAGS
+                wrong = (other != 0) & same_block & (other != tags)
+                if wrong.any():
+                    one, two = ((int(tag[wrong][0]) - 1) % _TAGS for tag in (other, tags))
+                    raise PTXError(
+                        f"global-memory race: between two barriers, warp {one} writes and warp "
+                        f"{two} of the same block reads a byte: {access.text}"
+                    )
+
+    def _check_values(self, several: np.ndarray, first: int) -> None:
+        """Checks that what several warps wrote is what is there now."""
+        for access in self._writes:
+            assert access.data is not None
+            shape = np.broadcast_shapes(
+                access.places.shape,
+                access.data.shape[:2],
+                () if access.mask is None else access.mask.shape,
+            )
+            data = np.ascontiguousarray(
+                np.broadcast_to(access.data, (*shape, access.data.shape[-1]))
+            )
+            data = data.view(np.uint8).reshape(*shape, access.size)
+            places = _spread(access.places, shape)
+            for byte in range(access.size):
+                wrong = several.take(places + (byte - first), mode="clip")
+                wrong = wrong & (data[..., byte] != self._memory.bytes.take(places + byte))
+                if access.mask is not None:
+                    wrong = wrong & access.mask
+                if wrong.any():
+                    raise PTXError(
+                        "global-memory race: between two barriers, warps of a block write "
+                        f"different values to a byte: {access.text}"
+                    )
 
 
 class SharedMemory:

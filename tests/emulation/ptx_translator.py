@@ -21,7 +21,7 @@ import numpy as np
 
 from . import ptx_types
 from .ptx_parser import Address, Immediate, Instruction, Operand, Parameter, Program, Register
-from .ptx_types import PAIRS, SIGNED, UNSIGNED, WIDTH, PTXError, encode, is_float
+from .ptx_types import FLOATS, PAIRS, SIGNED, UNSIGNED, WIDTH, PTXError, encode, is_float
 
 if TYPE_CHECKING:
     from .ptx_machine import Run
@@ -320,10 +320,10 @@ class Translator:
 
         The values must be of the numpy type of :func:`.ptx_types.decode`.
         """
-        if kind in ("f32", "f64", "tf32") or kind[0] == "s":
-            text = f"{text}.view({UNSIGNED[WIDTH[kind]].__name__})"
-        elif is_float(kind):
+        if (is_float(kind) and kind not in FLOATS) or kind in PAIRS:
             text = f"encode({text}, {kind!r})"
+        elif kind in FLOATS or kind[0] == "s":
+            text = f"{text}.view({UNSIGNED[WIDTH[kind]].__name__})"
         return self.assign(target, text, WIDTH[kind])
 
 

@@ -39,7 +39,8 @@ WIDTH = {
     "pred": 1,
     **dict.fromkeys(("b8", "u8", "s8"), 8),
     **dict.fromkeys(("b16", "u16", "s16", "f16", "bf16"), 16),
-    **dict.fromkeys(("b32", "u32", "s32", "f32", "tf32", "f16x2", "bf16x2"), 32),
+    **dict.fromkeys(("b32", "u32", "s32", "f32", "tf32"), 32),
+    **dict.fromkeys(("f16x2", "bf16x2", "u16x2", "s16x2"), 32),
     **dict.fromkeys(("b64", "u64", "s64", "f64", "f32x2"), 64),
     "b128": 128,
 }
@@ -47,7 +48,7 @@ WIDTH = {
 
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOATS = {"f32": np.float32, "tf32": np.float32, "f64": np.float64}
-PAIRS = {"f16x2": "f16", "bf16x2": "bf16", "f32x2": "f32"}
+PAIRS = {"f16x2": "f16", "bf16x2": "bf16", "f32x2": "f32", "u16x2": "u16", "s16x2": "s16"}
 
 
 class PTXError(Exception):
@@ -56,7 +57,8 @@ class PTXError(Exception):
 
 def is_float(kind: str) -> bool:
     """Returns whether a type is of floating point, packed or not."""
-    return kind in FLOATS or kind in PAIRS or kind in ("f16", "bf16")
+    kind = PAIRS.get(kind, kind)
+    return kind in FLOATS or kind in ("f16", "bf16")
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:

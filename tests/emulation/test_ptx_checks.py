@@ -232,6 +232,55 @@ def test_blocks_that_pass_different_numbers_of_barriers() -> None:
         run(body.format(1), y, blocks=3)
 
 
+# The same word of global memory is written by one warp and read by another.
+THROUGH_MEMORY = """
+mad.lo.u32 %r1, %c, 64, %t; mad.wide.u32 %d1, %r1, 4, %q0;
+xor.b32 %r2, %t, 32; mad.lo.u32 %r2, %c, 64, %r2; mad.wide.u32 %d2, %r2, 4, %q0;
+st.global.b32 [%d1], %t; {} ld.global.b32 %r3, [%d2]; {} st.global.b32 [%d1], %r3;
+"""
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_race_between_warps_on_global_memory(blocks: int) -> None:
+    y = words(64 * blocks)
+    run(THROUGH_MEMORY.format("bar.sync 0;", "bar.sync 0;"), y, blocks=blocks)
+    assert torch.equal(y.view(-1, 64)[0], torch.arange(64, dtype=torch.int32) ^ 32)
+    message = "warp . writes and warp . of the same block reads a byte"
+    for barriers in (("", "bar.sync 0;"), ("bar.sync 0;", "")):
+        with pytest.raises(PTXError, match=message):
+            run(THROUGH_MEMORY.format(*barriers), y, blocks=blocks)
+        run(THROUGH_MEMORY.format(*barriers), y, blocks=blocks, races=False)
+
+
+def test_only_blocks_that_pass_a_barrier_are_synchronised() -> None:
+    """Blocks 0 and 2 jump over it, together or with threads of their own under way."""
+    for branch in (
+        "and.b32 %r5, %c, 1; setp.eq.u32 %p1, %r5, 0; @%p1 bra JOIN; bar.sync 0; JOIN: {}",
+        """
+        and.b32 %r5, %c, 1; setp.lt.u32 %p2, %t, 7; @%p2 bra APART; mov.u32 %r6, 1;
+        APART: setp.eq.u32 %p1, %r5, 0; @%p1 bra JOIN; bar.sync 0; JOIN: {}
+        """,
+    ):
+        barrier = branch.format("setp.ne.u32 %p1, %r5, 0; @%p1 bra OVER; {} OVER:")
+        run(
+            THROUGH_MEMORY.format(barrier.format("bar.sync 0;"), "bar.sync 0;"),
+            words(192),
+            blocks=3,
+        )
+        with pytest.raises(PTXError, match="of the same block reads a byte"):
+            run(THROUGH_MEMORY.format(barrier.format(""), "bar.sync 0;"), words(192), blocks=3)
+
+
+def test_warps_that_write_the_same_to_global_memory() -> None:
+    body = """
+    setp.lt.u32 %p1, %t, 32; @%p1 st.global.b32 [%q0], 7; @!%p1 st.global.b32 [%q0], {};
+    """
+    run(body.format(7), words(1))
+    with pytest.raises(PTXError, match="warps of a block write different values"):
+        run(body.format(8), words(1))
+    run(body.format(8).replace("@!%p1", "bar.sync 0; @!%p1"), words(1))
+
+
 # Asynchronous copies.
 
 COPY = PLACES + "cp.async.ca.shared.global [%s], [%d1], 4;"
@@ -433,7 +482,7 @@ def test_neighbouring_bytes_are_no_race() -> None:
     run(body, y, blocks=3)
     assert torch.equal(y, torch.arange(3, dtype=torch.uint8).repeat(64))
     with pytest.raises(PTXError, match="global-memory race: block"):
-        run(body + "ld.global.u8 %h1, [%q0+1];", y, blocks=3)
+        run(body + "bar.sync 0; ld.global.u8 %h1, [%q0+1];", y, blocks=3)
 
 
 def test_atomics_are_no_race() -> None:

@@ -322,6 +322,21 @@ CASES = {
     "popc": Case("popc.b32 %o0, %i0;", (U32,), python(lambda a: a.bit_count(), "u4")),
     "clz": Case("clz.b32 %o0, %i0;", (U32,), python(lambda a: 32 - a.bit_length(), "u4")),
     "brev": Case("brev.b32 %o0, %i0;", (U32,), python(lambda a: int(f"{a:032b}"[::-1], 2), "u4")),
+    "add.s16x2": Case(
+        "add.s16x2 %o0, %i0, %i1;",
+        (U32, V32),
+        lambda a, b: (a.view(np.int16) + b.view(np.int16)).view(np.uint32),
+    ),
+    "max.s16x2": Case(
+        "max.s16x2 %o0, %i0, %i1;",
+        (U32, V32),
+        lambda a, b: np.maximum(a.view(np.int16), b.view(np.int16)).view(np.uint32),
+    ),
+    "min.u16x2": Case(
+        "min.u16x2 %o0, %i0, %i1;",
+        (U32, V32),
+        lambda a, b: np.minimum(a.view(np.uint16), b.view(np.uint16)).view(np.uint32),
+    ),
     # Moves.
     "mov pack": Case(
         "mov.b64 %o0, {%i0, %i1};", (U32, V32), python(lambda a, b: a | b << 32, np.uint64)
