@@ -487,7 +487,7 @@ class _Workspace:
             first.bias,
             second.weight,
             self._view(prepared.steps[1].output, None, y),
-            scratch=self._scratch,
+            scratch=self._scratch[: self._scratch_of(prepared)],
             precision=self._target.precision,
             configuration=prepared.configuration,
         )
