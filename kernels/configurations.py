@@ -156,6 +156,15 @@ _HALF_WITHOUT_TENSOR_CORES = (
     (32, 32, 16, 4),
     (16, 32, 16, 4),
 )
+# Tiles that spill on one architecture of their class, and what serves there instead.
+_EXCEPTIONS = {
+    "sm_120": {
+        (128, 32, 32, 4): (128, 32, 32, 8),
+        (64, 32, 64, 4): (64, 32, 64, 8),
+        (128, 64, 16, 8): (64, 64, 32, 8),
+        (128, 32, 16, 4): (128, 32, 16, 8),
+    },
+}
 _SPLITS = (1, 2, 4, 8, 16)
 
 # Cycles. Rounded figures of the published micro-benchmarks of the architectures: only how they
@@ -224,7 +233,10 @@ def candidates(
         tiles = _HALF
     else:
         tiles = _HALF_WITHOUT_TENSOR_CORES
-    return tuple(Configuration(*tile, architecture.num_stages) for tile in tiles)
+    exceptions = _EXCEPTIONS.get(architecture.name, {})
+    return tuple(
+        Configuration(*exceptions.get(tile, tile), architecture.num_stages) for tile in tiles
+    )
 
 
 def shared_bytes(configuration: Configuration, dtype: torch.dtype) -> int:

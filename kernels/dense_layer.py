@@ -54,7 +54,8 @@ _PROGRAMS = 2
 
 # block_m, bottleneck channels, block_k, num_warps, num_stages; none spills registers.
 _HALF = Configuration(64, 128, 32, 4, 3)
-_HALF_ON_AMD = Configuration(64, 128, 16, 8, 2)
+_HALF_ON_SM_120 = Configuration(64, 128, 32, 8, 3)
+_HALF_ON_AMD = Configuration(64, 64, 16, 8, 2)
 _TF32 = Configuration(64, 64, 16, 8, 2)
 _FULL = Configuration(64, 64, 16, 8, 2)
 _FULL_ON_SM_100 = Configuration(32, 64, 16, 4, 1)
@@ -318,6 +319,8 @@ def choose(dtype: torch.dtype, precision: str, architecture: str) -> Configurati
         if precision == "tf32":
             return _TF32
         return _FULL_ON_SM_100 if architecture == "sm_100" else _FULL
+    if architecture == "sm_120":
+        return _HALF_ON_SM_120
     return _HALF_ON_AMD if architecture.startswith("gfx") else _HALF
 
 
