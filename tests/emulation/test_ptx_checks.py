@@ -252,23 +252,33 @@ def test_race_between_warps_on_global_memory(blocks: int) -> None:
         run(THROUGH_MEMORY.format(*barriers), y, blocks=blocks, races=False)
 
 
-def test_only_blocks_that_pass_a_barrier_are_synchronised() -> None:
-    """Blocks 0 and 2 jump over it, together or with threads of their own under way."""
-    for branch in (
-        "and.b32 %r5, %c, 1; setp.eq.u32 %p1, %r5, 0; @%p1 bra JOIN; bar.sync 0; JOIN: {}",
-        """
-        and.b32 %r5, %c, 1; setp.lt.u32 %p2, %t, 7; @%p2 bra APART; mov.u32 %r6, 1;
-        APART: setp.eq.u32 %p1, %r5, 0; @%p1 bra JOIN; bar.sync 0; JOIN: {}
-        """,
-    ):
-        barrier = branch.format("setp.ne.u32 %p1, %r5, 0; @%p1 bra OVER; {} OVER:")
-        run(
-            THROUGH_MEMORY.format(barrier.format("bar.sync 0;"), "bar.sync 0;"),
-            words(192),
-            blocks=3,
-        )
-        with pytest.raises(PTXError, match="of the same block reads a byte"):
-            run(THROUGH_MEMORY.format(barrier.format(""), "bar.sync 0;"), words(192), blocks=3)
+# Every second block jumps over a barrier: whole blocks, or after their threads went apart. Another
+# barrier follows for those that did.
+JUMPS = {
+    "together": """
+    and.b32 %r5, %c, 1; setp.eq.u32 %p1, %r5, 0; @%p1 bra JOIN; bar.sync 0;
+    JOIN: setp.ne.u32 %p1, %r5, 0; @%p1 bra OVER; {} OVER:
+    """,
+    "apart": """
+    and.b32 %r5, %c, 1; setp.eq.u32 %p1, %r5, 1; setp.lt.u32 %p2, %t, 7;
+    @%p2 bra FIRST; @%p1 bra JOIN;
+    FIRST: @%p1 bra JOIN; bar.sync 0;
+    JOIN: @!%p1 bra OVER; {} OVER:
+    """,
+}
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+@pytest.mark.parametrize("memory", ["shared", "global"])
+def test_only_blocks_that_pass_a_barrier_are_synchronised(jump: str, memory: str) -> None:
+    """Also when only some threads access the memory."""
+    right, wrong = (JUMPS[jump].format(barrier) for barrier in ("bar.sync 0;", ""))
+    program = EXCHANGE if memory == "shared" else THROUGH_MEMORY
+    some = program.replace("ld.", "setp.lt.u32 %p3, %t, 9; @%p3 ld.")
+    for text in (program, some):
+        run(text.format(right, "bar.sync 0;"), words(192), blocks=3)
+        with pytest.raises(PTXError, match=f"{memory}-memory race"):
+            run(text.format(wrong, "bar.sync 0;"), words(192), blocks=3)
 
 
 def test_warps_that_write_the_same_to_global_memory() -> None:
@@ -345,6 +355,48 @@ def test_writes_to_the_target_of_a_copy() -> None:
         run(COPY + "cp.async.ca.shared.global [%s], [%d1], 4;")
 
 
+def test_two_warps_copy_to_one_place() -> None:
+    body = PLACES + "and.b32 %r1, %t, {}; mov.u32 %r2, buffer; mad.lo.u32 %r1, %r1, 4, %r2;"
+    body += "cp.async.ca.shared.global [%r1], [%d1], 4;"
+    run(body.format(63))
+    with pytest.raises(PTXError, match="shared-memory race"):
+        run(body.format(31))
+
+
+def test_copies_of_threads_that_went_apart() -> None:
+    """One warp copies and waits while the other one does something else, or waits for less."""
+    x, y = torch.arange(1, 65, dtype=torch.int32), words(64)
+    body = (
+        PLACES
+        + """
+    setp.lt.u32 %p1, %t, 32; @%p1 bra ONE;
+    cp.async.ca.shared.global [%s], [%d1], 4; cp.async.commit_group;
+    cp.async.ca.shared.global [%s+256], [%d1], 4; cp.async.commit_group;
+    cp.async.wait_group {}; bra JOIN;
+    ONE: cp.async.ca.shared.global [%s], [%d1], 4; cp.async.commit_group; cp.async.wait_group {};
+    JOIN: ld.shared.b32 %r1, [%s]; mad.wide.u32 %d2, %t, 4, %q1; st.global.b32 [%d2], %r1;
+    """
+    )
+    for pending in ((0, 0), (1, 0)):
+        y.zero_()
+        run(body.format(*pending), x, y)
+        assert torch.equal(x, y)
+    for pending in ((2, 0), (0, 1)):
+        with pytest.raises(PTXError, match="read before its copy was waited for"):
+            run(body.format(*pending), x, y)
+    # All threads issue together, each warp waits on its own.
+    body = (
+        COPY
+        + """
+    cp.async.commit_group; setp.lt.u32 %p1, %t, 32; @%p1 bra ONE; cp.async.wait_group {};
+    ONE: ld.shared.b32 %r1, [%s{}]; cp.async.wait_group 0; ld.shared.b32 %r1, [%s];
+    """
+    )
+    with pytest.raises(PTXError, match="read before its copy was waited for"):
+        run(body.format(0, ""), x)
+    run(body.format(0, "").replace("ONE: ld", "bra TWO; ONE: cp.async.wait_group 0; TWO: ld"), x)
+
+
 def test_copies_fill_with_zeros() -> None:
     x, y = torch.arange(1, 257, dtype=torch.int32), torch.full((256,), -1, dtype=torch.int32)
     body = """
@@ -394,6 +446,19 @@ def test_barrier_in_a_branch_that_all_take() -> None:
         """,
         blocks=3,
     )
+
+
+def test_threads_that_end_apart() -> None:
+    y = words(64)
+    run(
+        """
+        mad.wide.u32 %d1, %t, 4, %q0; setp.lt.u32 %p1, %t, 5; @%p1 bra A; st.global.b32 [%d1], 1;
+        setp.lt.u32 %p2, %t, 40; @%p2 ret; st.global.b32 [%d1], 2; bra B;
+        A: st.global.b32 [%d1], 3; B: mov.u32 %r1, 0;
+        """,
+        y,
+    )
+    assert y.tolist() == [3] * 5 + [1] * 35 + [2] * 24
 
 
 def test_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,9 +557,11 @@ def test_atomics_are_no_race() -> None:
 def test_many_reads_are_condensed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptx_memory, "_MAX_LOGGED_BYTES", 1)
     read = "mad.wide.u32 %d2, %t, 4, %q0; ld.global.b32 %r2, [%d2]; ld.global.b32 %r2, [%d2];"
-    body = BETWEEN.format(64, "add.u64 %d1, %d1, {}; st.global.b32 [%d1], %t;") + read
-    before = read + BETWEEN.format(64, "add.u64 %d1, %d1, {}; st.global.b32 [%d1], %t;")
-    for text in (body, before):
+    write = BETWEEN.format(64, "add.u64 %d1, %d1, {}; st.global.b32 [%d1], %t;")
+    message = (
+        "global-memory race: (a block reads a byte that another|block . reads a byte that block)"
+    )
+    for text in (write + "bar.sync 0;" + read, read + "bar.sync 0;" + write):
         run(text.format(256), words(64 * 4), blocks=3)
-        with pytest.raises(PTXError, match="global-memory race"):
+        with pytest.raises(PTXError, match=message):
             run(text.format(252), words(64 * 4), blocks=3)

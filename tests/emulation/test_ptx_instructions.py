@@ -834,6 +834,38 @@ def test_unsupported_instructions_that_are_not_reached_do_no_harm() -> None:
     assert (actual == 2).all()
 
 
+def test_scopes() -> None:
+    """Braces hide registers of the same name, as inline assembly relies on."""
+    body = """
+    mov.u32 %r1, %i0; { .reg .b32 %r1; .reg .pred %p1; mov.u32 %r1, 7;
+    { .reg .b32 %r1, %r70; mov.u32 %r1, 100; add.u32 %r70, %r1, 0; mov.u32 %r2, %r70; }
+    add.u32 %r2, %r2, %r1; } add.u32 %o0, %r1, %r2;
+    """
+    (actual,) = evaluate(body, [U32], [np.uint32])
+    np.testing.assert_array_equal(actual, U32 + np.uint32(107))
+
+
+def test_constants() -> None:
+    body = """
+    mov.f64 %d1, 0d3FF8000000000000; cvt.rn.f32.f64 %r1, %d1; add.f32 %r1, %r1, 0f3F000000;
+    mov.b32 %r2, 0xFFFFFFFF; add.u32 %r2, %r2, 2; cvt.rn.f32.u32 %r3, %r2; add.f32 %o0, %r1, %r3;
+    """
+    (actual,) = evaluate(body, [U32], [np.float32])
+    assert (actual == 3).all()
+
+
+def test_errors_name_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of the interpreter itself."""
+    from emulation import ptx_translator
+
+    monkeypatch.setitem(ptx_translator.SOURCES, "add", lambda t, it: ["R[0] = 1 / 0"])
+    with pytest.raises(PTXError, match=r"ZeroDivisionError .* in: add\.s32 %o0, %i0, %i1"):
+        evaluate("mov.u32 %r40, 1; add.s32 %o0, %i0, %i1;", [U32, V32], [np.uint32])
+    apart = "setp.lt.u32 %p1, %t, 9; @%p1 bra A; add.s32 %o0, %i0, %i1; A: mov.u32 %o0, 1;"
+    with pytest.raises(PTXError, match=r"ZeroDivisionError .* in: add\.s32 %o0, %i0, %i1"):
+        evaluate(apart, [U32, V32], [np.uint32])
+
+
 def test_malformed_programs() -> None:
     y = torch.zeros(32)
     with pytest.raises(PTXError, match="there is no entry other"):
