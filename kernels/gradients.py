@@ -580,9 +580,11 @@ def _configuration(
 ) -> Configuration:
     # In float32 without tensor cores, more for each thread would not fit in registers.
     full = dtype == torch.float32
-    large = block_m * block_n > _SMALLEST_TILE * _LARGEST_TILE or architecture.startswith("gfx11")
-    num_warps = 8 if full and large else 4
+    num_warps = 8 if full and block_m * block_n > _SMALLEST_TILE * _LARGEST_TILE else 4
     num_stages = 2 if architecture.startswith("gfx") else 3
+    if full and architecture.startswith("gfx11"):
+        # What a pipeline needs of scalar registers is more than there are.
+        num_warps, num_stages = 8, 1
     return Configuration(block_m, block_n, 16 if full else 32, num_warps, num_stages, split_k)
 
 
