@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from triton.errors import TritonError
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..kernels import (
     autotuning,
@@ -35,6 +36,8 @@ __all__ = ["PackedNetwork", "Target", "TritonPlan", "pack_network"]
 
 # Workspaces kept for a plan, one for each stream that it was called on.
 _MAX_WORKSPACES = 4
+
+_COMPILING = CompilationError, OutOfResources, PTXASError
 
 # PyTorch captures one graph at a time in a process.
 _capturing = threading.Lock()
@@ -361,8 +364,8 @@ class _Workspace:
         for launch in launches:
             try:
                 launch()
-            except (TritonError, RuntimeError) as error:
-                if not isinstance(error, TritonError) and "PassManager" not in str(error):
+            except (*_COMPILING, RuntimeError) as error:
+                if not isinstance(error, _COMPILING) and "PassManager" not in str(error):
                     raise
                 name = launch.kernel.__name__
                 lines = str(error).strip().splitlines() or [type(error).__name__]
