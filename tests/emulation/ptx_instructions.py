@@ -65,14 +65,20 @@ def _move(t: Translator, it: Instruction) -> list[str]:
     return statements
 
 
+def _sum_kind(it: Instruction) -> str:
+    """The type of the result, and of what is added last: in ``add.f32.f16`` wider than the rest."""
+    return "f32" if it.kind in ("f16", "bf16") and "f32" in it.modifiers else it.kind
+
+
 def _binary(operator: str) -> Callable[[Translator, Instruction], list[str]]:
     def write(t: Translator, it: Instruction) -> list[str]:
         (target,), (a,), (b,), *rest = it.operands
         if rest or "cc" in it.modifiers or (not is_float(it.kind) and "sat" in it.modifiers):
             raise unsupported(it)
         if is_float(it.kind) or it.kind in PAIRS:
-            result = f"({t.values(a, it.kind)} {operator} {t.values(b, it.kind)})"
-            return t.assign_values(target, _clamped(it, result), it.kind)
+            kind = _sum_kind(it)
+            result = f"({t.values(a, it.kind)} {operator} {t.values(b, kind)})"
+            return t.assign_values(target, _clamped(it, result), kind)
         result = f"({t.bits(a, it.kind)} {operator} {t.bits(b, it.kind)})"
         return t.assign(target, result, WIDTH[it.kind])
 
@@ -189,6 +195,7 @@ def _multiply(t: Translator, it: Instruction) -> list[str]:
             # Twice rounded: numpy has no wider product.
             result = f"({x} * {y} + {t.values(third[0][0], kind)})"
         else:
+            kind = _sum_kind(it)
             result = f"fused_multiply_add({x}, {y}, {t.values(third[0][0], kind)})"
         return t.assign_values(target, _clamped(it, result), kind)
     if "sat" in it.modifiers or "cc" in it.modifiers:

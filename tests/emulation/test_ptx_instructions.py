@@ -511,6 +511,19 @@ NEWER = {
     "mul.rn.f32x2": Case(
         "mul.rn.f32x2 %o0, %i0, %i1;", (singles(0), singles(1)), on_singles(np.multiply)
     ),
+    "add.rn.f32.f16": Case(
+        "add.rn.f32.f16 %o0, %i0, %i1;", (F16, F32), lambda a, c: a.astype(np.float32) + c
+    ),
+    "sub.rn.f32.bf16": Case(
+        "sub.rn.f32.bf16 %o0, %i0, %i1;",
+        (to_bfloat16(PLAIN[0]), F32),
+        lambda a, c: from_bfloat16(a) - c,
+    ),
+    "fma.rn.f32.f16": Case(
+        "fma.rn.f32.f16 %o0, %i0, %i1, %i2;",
+        (PLAIN[0].astype(np.float16), PLAIN[1].astype(np.float16), PLAIN[2]),
+        fused(np.float32),
+    ),
 }
 
 
