@@ -159,7 +159,7 @@ _HALF_WITHOUT_TENSOR_CORES = (
 # Tiles that spill on one architecture of their class, and what serves there instead.
 _EXCEPTIONS = {
     "sm_100": {
-        (128, 64, 32, 4): (64, 64, 64, 4),
+        (128, 64, 32, 8): (128, 64, 32, 4),
         (128, 64, 16, 8): (64, 64, 32, 8),
         (64, 64, 16, 4): (64, 64, 16, 8),
         (32, 32, 32, 4): (32, 32, 32, 8),

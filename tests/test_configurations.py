@@ -219,3 +219,16 @@ def test_every_tile_is_of_use(architecture: str) -> None:
             for taps in (1, 9)
         }
         assert chosen == set(configurations.candidates(found, dtype, precision))
+
+
+def test_every_exception_is_of_a_tile_in_the_table() -> None:
+    ordinary = ARCHITECTURES["sm_80"]
+    tiles = {
+        (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
+        for dtype, precision in CLASSES
+        for tile in configurations.candidates(ordinary, dtype, precision)
+    }
+    for architecture, exceptions in configurations._EXCEPTIONS.items():
+        assert architecture in ARCHITECTURES
+        assert set(exceptions) <= tiles
+        assert all(tile != instead for tile, instead in exceptions.items())
