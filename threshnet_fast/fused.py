@@ -125,6 +125,10 @@ class FusedForward:
         if _transformed():
             raise Objection("a tracer, a transform or a tensor mode is active")
         backend = select.network_backend(x)
+        if backend == "cpu" and x.device.type != "cpu":
+            raise Objection(f"x is on {x.device}, and backend 'cpu' needs it on the CPU")
+        if x.device.type not in ("cpu", "cuda"):
+            raise Objection(f"x is on {x.device}, which no fused backend computes on")
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if backend == "triton":
@@ -132,8 +136,6 @@ class FusedForward:
             if error is not None:
                 raise Objection(str(error))
         else:
-            if x.device.type != "cpu":
-                raise Objection(f"x is on {x.device}, and backend 'cpu' needs it on the CPU")
             if autocast:
                 raise Objection("autocast is enabled")
             if x.dtype is not torch.float32:
