@@ -39,10 +39,11 @@ void launch(void (*kernel)(Parameters), int64_t blocks, int parts, int threads, 
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           "a kernel needs more shared memory than the device has");
   void* arguments[] = {const_cast<Parameters*>(&parameters)};
-  check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(parts)),
-                         dim3(static_cast<unsigned>(threads)), arguments,
-                         static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
-        "a kernel cannot be launched");
+  check(
+      cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(parts)),
+                       dim3(static_cast<unsigned>(threads)), arguments,
+                       static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
+      "a kernel cannot be launched");
 #endif
 }
 

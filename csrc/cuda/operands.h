@@ -1,5 +1,5 @@
-// What the launchers of csrc/cuda are given: plain structs of raw pointers, with no word of torch or
-// of CUDA's headers. All pointers are to the device's memory.
+// What the launchers of csrc/cuda are given: plain structs of raw pointers, with no word of torch
+// or of CUDA's headers. All pointers are to the device's memory.
 //
 // A feature map is NHWC with a pitch: pixel p of the whole batch begins at data + p * pitch. Its
 // channels come in whole groups of 16, those behind the map's own being zeros, and each pixel is
@@ -51,8 +51,8 @@ struct Window {
   int64_t out_pixels() const { return int64_t{batch} * out_height * out_width; }
 };
 
-// y = act(conv(prologue(cat(segments))) * output_scale + bias), prologue(x) = relu(x * scale + shift)
-// or none.
+// y = act(conv(prologue(cat(segments))) * output_scale + bias), prologue(x) = relu(x * scale +
+// shift) or none.
 struct Convolution {
   DType dtype;
   int32_t segment_count;
@@ -72,7 +72,8 @@ struct Convolution {
   int32_t relu;
 };
 
-// A network's first convolution, which reads an input of any strides. Neither prologue nor segments.
+// A network's first convolution, which reads an input of any strides. Neither prologue nor
+// segments.
 struct StemConvolution {
   DType dtype;
   Window window;
@@ -131,7 +132,7 @@ struct Packing {
   int32_t padded_in;               // kGroup: to whole groups; 1: not at all
   int32_t taps;
   int32_t out_channels;
-  int32_t columns;  // out_channels and what is padded
+  int32_t columns;           // out_channels and what is padded
   int32_t rows_are_outputs;  // 1: [columns][padded channels] instead, for Head; taps is 1
   const void* source;
   void* output;

@@ -34,8 +34,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // Copies 16 bytes from global to shared memory, or writes 16 zeros where they do not exist: then
-// nothing is read. Complete for the thread that asked for it after copy_async_wait, for others after
-// a barrier too. Both addresses are aligned to 16 bytes.
+// nothing is read. Complete for the thread that asked for it after copy_async_wait, for others
+// after a barrier too. Both addresses are aligned to 16 bytes.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool exists) {
 #if __CUDA_ARCH__ >= 800
   const int bytes = exists ? 16 : 0;
@@ -63,8 +63,9 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
-// Loads four 8 x 8 matrices of 16-bit elements, collectively for a warp: lane l gives the address of
-// row l % 8 of matrix l / 8, and gets the elements 2 * (l % 4) and the next of row l / 4 of each.
+// Loads four 8 x 8 matrices of 16-bit elements, collectively for a warp: lane l gives the address
+// of row l % 8 of matrix l / 8, and gets the elements 2 * (l % 4) and the next of row l / 4 of
+// each.
 __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
