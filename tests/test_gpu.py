@@ -23,7 +23,7 @@ from test_plan import small
 from torch import Tensor, nn
 
 import threshnet_fast as tf
-from threshnet_fast.backends import triton
+from threshnet_fast.backends import cuda_graphs, triton
 
 GPU = torch.device("cuda")
 
@@ -506,7 +506,7 @@ def test_replay_equals_launches_bit_by_bit(network, precision, monkeypatch) -> N
     with multiplied(arithmetic):
         replayed = [fused(network, each) for each in inputs * 2]
         assert captured_graphs(network) == 1
-        monkeypatch.setenv(triton.GRAPHS_VARIABLE, "0")
+        monkeypatch.setenv(cuda_graphs.VARIABLE, "0")
         twin = copy.deepcopy(network)
         launched = [fused(twin, each) for each in inputs * 2]
     assert captured_graphs(twin) == 0
@@ -732,7 +732,7 @@ def allocated() -> int:
 @pytest.mark.parametrize("kind", ["model", "frozen"])
 @pytest.mark.parametrize("graphs", ["1", "0"])
 def test_memory_does_not_grow(network, kind, graphs, monkeypatch) -> None:
-    monkeypatch.setenv(triton.GRAPHS_VARIABLE, graphs)
+    monkeypatch.setenv(cuda_graphs.VARIABLE, graphs)
     inputs = [photograph_like(2, size, 48).cuda() for size in (32, 48)]
     call = tf.optimize(network, inputs[0]) if kind == "frozen" else network
     with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from .backends import cpu, select, triton
+from .backends import cpu, cuda_graphs, select, triton
 from .nn import ConvBNReLU, DenseLayer, HarmonicBlock
 from .plan.lower import UnsupportedModule
 
@@ -96,7 +96,7 @@ class FusedForward:
             return None
         try:
             plan, packed = self.prepare(model, x, head=head)
-            if triton.capturing(x.device):
+            if cuda_graphs.capturing(x.device):
                 # The caller's graph reads these weights whenever it is replayed.
                 self._captured[id(packed)] = packed
             return plan(x, packed)

@@ -25,7 +25,7 @@ from threshnet_fast.kernels import launch
 
 import threshnet_fast as tf
 from emulation.interpreter import interpreted
-from threshnet_fast.backends import triton, triton_plan
+from threshnet_fast.backends import cuda_graphs, gpu_plan, triton, triton_plan
 from threshnet_fast.backends.triton_plan import Target, TritonPlan, pack_network
 from threshnet_fast.plan import lower
 
@@ -125,7 +125,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
             run(each)
 
     monkeypatch.setattr(launch.Launch, "__call__", launched)
-    monkeypatch.setattr(triton_plan, "torch", Torch(device))
+    for module in (cuda_graphs, gpu_plan, triton_plan):
+        monkeypatch.setattr(module, "torch", Torch(device))
     with interpreted():
         yield device
 
@@ -248,7 +249,7 @@ def test_streams_have_memory_of_their_own(model, x, device) -> None:
 
 def test_memory_of_the_oldest_stream_is_given_up(model, x, device) -> None:
     network = Network(model, x)
-    most = triton_plan._MAX_WORKSPACES
+    most = gpu_plan._MAX_WORKSPACES
     for device.stream in range(most + 1):
         network.check(x)
     assert list(network.plan._workspaces) == list(range(1, most + 1))
@@ -302,10 +303,10 @@ def test_without_graphs(model, x, device) -> None:
 
 @pytest.mark.parametrize(("value", "wanted"), [("0", False), ("", False), ("1", True)])
 def test_switch(monkeypatch, value: str, wanted: bool) -> None:
-    monkeypatch.setenv(triton.GRAPHS_VARIABLE, value)
-    assert triton._graphs() is wanted
-    monkeypatch.delenv(triton.GRAPHS_VARIABLE)
-    assert triton._graphs() is True
+    monkeypatch.setenv(cuda_graphs.VARIABLE, value)
+    assert cuda_graphs.enabled() is wanted
+    monkeypatch.delenv(cuda_graphs.VARIABLE)
+    assert cuda_graphs.enabled() is True
 
 
 def test_captured_in_inference_mode(model, x, device) -> None:
@@ -334,7 +335,7 @@ def test_one_capture_at_a_time(model, x, device, monkeypatch) -> None:
             inside.wait(0.2)
             yield
 
-    monkeypatch.setattr(triton_plan.torch.cuda, "graph", slow)
+    monkeypatch.setattr(cuda_graphs.torch.cuda, "graph", slow)
     # Only captures matter here, and the interpreter runs one kernel at a time.
     monkeypatch.setattr(launch.Launch, "__call__", lambda each: None)
 
@@ -355,7 +356,6 @@ def test_one_capture_at_a_time(model, x, device, monkeypatch) -> None:
 
 
 def test_weights_are_not_packed_within_a_capture(model, x, device, monkeypatch) -> None:
-    monkeypatch.setattr(triton, "torch", triton_plan.torch)
     goal = Target(GPU, torch.float16, "ieee", "interpreter", 1)
     monkeypatch.setattr(triton, "target", lambda *_: goal)
     cache = triton.PlanCache()
@@ -377,11 +377,11 @@ def test_weights_of_a_captured_call_are_kept(model, x, monkeypatch) -> None:
         model(x)
         kept = model._fused._captured
         assert not kept
-        monkeypatch.setattr(triton, "capturing", lambda _: True)
+        monkeypatch.setattr(cuda_graphs, "capturing", lambda _: True)
         model(x)
         model(x)
         (packed,) = kept.values()
-        monkeypatch.setattr(triton, "capturing", lambda _: False)
+        monkeypatch.setattr(cuda_graphs, "capturing", lambda _: False)
         model.base[1].conv.weight.mul_(-2)
         model(x)
         assert list(kept.values()) == [packed]

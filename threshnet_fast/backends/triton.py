@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import os
-import threading
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..models.threshnet import ThreshNet
-from ..plan.lower import lower
+from ..plan.ir import Plan
+from . import cuda_graphs
+from .gpu_plan import GpuPlanCache
 
 if TYPE_CHECKING:
     from .triton_plan import PackedNetwork, Target, TritonPlan
@@ -26,7 +25,6 @@ __all__ = [
     "CompilationFailed",
     "PlanCache",
     "architecture",
-    "capturing",
     "float32_precision",
     "interpreting",
     "objection",
@@ -37,13 +35,7 @@ __all__ = [
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes that the kernels compute in."""
 
-GRAPHS_VARIABLE = "THRESHNET_FAST_CUDA_GRAPHS"
-"""Environment variable that, at 0, keeps to launching the kernels one by one."""
-
 _LEAST_VERSION = (3, 7)
-
-# Prepared plans kept for a network: one for each input shape, dtype and precision.
-_MAX_PLANS = 16
 
 
 class CompilationFailed(RuntimeError):
@@ -168,72 +160,24 @@ def _multiprocessors(device: torch.device, architecture: str) -> int:
     return int(properties["multiprocessor_count"])
 
 
-def capturing(device: torch.device) -> bool:
-    """Returns whether what is called now on a device is captured in a CUDA graph."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return bool(torch.cuda.is_current_stream_capturing())
-
-
-class PlanCache:
+class PlanCache(GpuPlanCache["Target", "TritonPlan", "PackedNetwork"]):
     """Prepared plans and packed weights of a network that does not change.
 
     Calls may come from several threads at once.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._plans: dict[tuple[torch.Size, bool, Target], TritonPlan] = {}
-        self._packed: dict[torch.dtype, PackedNetwork] = {}
+    def _target(self, device: torch.device, dtype: torch.dtype) -> Target:
+        return target(device, dtype)
 
-    def __len__(self) -> int:
-        return len(self._plans)
+    def _prepare(self, plan: Plan, target: Target) -> TritonPlan:
+        from .triton_plan import TritonPlan
 
-    def get(
-        self, module: ThreshNet, x: Tensor, *, head: bool, dtype: torch.dtype
-    ) -> tuple[TritonPlan, PackedNetwork]:
-        """Returns the plan for an input and the weights, packed once for each dtype.
+        return TritonPlan(plan, target, graphs=cuda_graphs.enabled())
 
-        Args:
-            module: The network, always the same.
-            x: The input.
-            head: Whether to end with the logits rather than with the last features.
-            dtype: What to compute in.
+    def _pack(self, whole: Plan, target: Target) -> PackedNetwork:
+        from .triton_plan import pack_network
 
-        Raises:
-            UnsupportedModule: The network cannot be lowered, or the kernels cannot execute it.
-        """
-        key = (x.shape, head, target(x.device, dtype))
-        with self._lock:
-            plan = self._plans.get(key) or self._add(module, key)
-            return plan, self._packed[dtype]
-
-    def _add(self, module: ThreshNet, key: tuple[torch.Size, bool, Target]) -> TritonPlan:
-        from .triton_plan import TritonPlan, pack_network
-
-        shape, head, goal = key
-        plan = TritonPlan(lower(module, shape, head=head, fold=False), goal, graphs=_graphs())
-        if goal.dtype not in self._packed:
-            if capturing(goal.device):
-                raise RuntimeError(
-                    f"weights cannot be packed in {goal.dtype} while a CUDA graph is captured: "
-                    "call the network once before"
-                )
-            size = module.min_size
-            whole = lower(module, (1, module.in_chans, size, size))
-            self._packed[goal.dtype] = pack_network(whole, goal.dtype)
-            if goal.device.type == "cuda":
-                # The next call may be on another stream.
-                torch.cuda.current_stream(goal.device).synchronize()
-        if len(self._plans) >= _MAX_PLANS:
-            self._plans.pop(next(iter(self._plans)))
-        self._plans[key] = plan
-        return plan
-
-
-def _graphs() -> bool:
-    return os.environ.get(GRAPHS_VARIABLE, "1") not in ("", "0")
+        return pack_network(whole, target.dtype)
 
 
 def _device_type() -> str:

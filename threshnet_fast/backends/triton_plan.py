@@ -1,14 +1,7 @@
-"""Plans as lists of Triton launches over one preallocated arena.
-
-A segment of the arena is always whole groups of 16 channels: every step writes zeros behind its own
-channels up to the next multiple of 16, so that no step has to mask channels.
-"""
+"""Plans as lists of Triton launches over one preallocated arena."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,23 +21,13 @@ from ..kernels import (
 )
 from ..kernels.launch import Launch
 from ..plan.ir import FusedConv, Head, Plan, Segment, Step
-from ..plan.lower import UnsupportedModule
-from ..plan.memory import Arena, plan_memory
+from ..plan.memory import Arena
+from .gpu_plan import GpuPlan, Workspace, reads_input
 from .triton import CompilationFailed
 
 __all__ = ["PackedNetwork", "Target", "TritonPlan", "pack_network"]
 
-# Workspaces kept for a plan, one for each stream that it was called on.
-_MAX_WORKSPACES = 4
-
 _COMPILING = CompilationError, OutOfResources, PTXASError
-
-# PyTorch captures one graph at a time in a process.
-_capturing = threading.Lock()
-
-# Indices of pixels are 32-bit in the kernels, those behind the last pixel in the last tile too;
-# offsets are 64-bit.
-_MAX_PIXELS = 2**31 - 1024
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,7 @@ def _pack(step: Step, dtype: torch.dtype) -> _PackedStep | None:
         if step.bias is not None:
             bias = step.bias.new_zeros(layout.padded(columns))
             bias[: len(step.bias)] = step.bias
-        if _reads_input(step):
+        if reads_input(step):
             return _PackedStep(stem_convolution.pack_stem(step.weight, dtype), bias)
         prologue = None
         if step.prologue is not None:
@@ -113,15 +96,8 @@ def _stored_channels(segment: Segment) -> int:
     return layout.padded(segment.channel + segment.channels) - segment.channel
 
 
-def _reads_input(step: Step) -> bool:
-    return any(segment.buffer == 0 for segment in step.inputs)
-
-
-class TritonPlan:
-    """A plan prepared for one device.
-
-    Calls may come from several threads and on any stream: each stream has an arena of its own, and
-    a lock keeps the launches of two threads on one stream apart.
+class TritonPlan(GpuPlan):
+    """A plan prepared as Triton launches for one device.
 
     Args:
         plan: The plan, with or without the values of its weights.
@@ -139,15 +115,9 @@ class TritonPlan:
     def __init__(
         self, plan: Plan, target: Target, *, graphs: bool = True, arena: Arena | None = None
     ) -> None:
-        _check(plan)
-        self.plan = plan
+        super().__init__(plan, target, graphs=graphs, arena=arena)
         self.target = target
-        self.flat_output = plan.flat_output
-        self._arena = plan_memory(plan) if arena is None else arena
         self._steps = _group(plan, target)
-        self._graphs = graphs and target.device.type == "cuda"
-        self._lock = threading.Lock()
-        self._workspaces: OrderedDict[int, _Workspace] = OrderedDict()
 
     def describe(self) -> str:
         """One line: dtype, device, kernels, memory."""
@@ -159,65 +129,12 @@ class TritonPlan:
         )
 
     @property
-    def arena_bytes(self) -> int:
-        """Memory for features."""
-        return self._arena.size * self.target.dtype.itemsize
-
-    @property
     def algorithms(self) -> list[str]:
         """How each of the plan's steps is computed."""
         return [name for prepared in self._steps for name in prepared.algorithms]
 
-    def __call__(self, x: Tensor, packed: PackedNetwork) -> Tensor:
-        """Runs the plan on the current stream.
-
-        Args:
-            x: ``[N, C, H, W]`` of the plan's shape, on the target's device, in any strides and any
-                floating dtype.
-            packed: The plan's packed weights, see :func:`pack_network`.
-
-        Returns:
-            ``[N, channels]``, or ``[N, C, H, W]`` in channels_last format, in the target's dtype.
-        """
-        if self.target.device.type != "cuda":
-            return self._workspace(0, packed).run(x)
-        with torch.cuda.device(self.target.device):
-            if torch.cuda.is_current_stream_capturing():
-                # Memory of the capturing graph's own pool: a replay may overlap with other calls.
-                return _Workspace(self, packed, graphs=False).run(x)
-            stream = torch.cuda.current_stream().cuda_stream
-            return self._workspace(stream, packed).run(x)
-
-    def _workspace(self, stream: int, packed: PackedNetwork) -> _Workspace:
-        with self._lock:
-            workspace = self._workspaces.get(stream)
-            if workspace is None or workspace.packed is not packed:
-                workspace = _Workspace(self, packed, graphs=self._graphs)
-                self._workspaces[stream] = workspace
-            self._workspaces.move_to_end(stream)
-            if len(self._workspaces) > _MAX_WORKSPACES:
-                self._workspaces.popitem(last=False)
-            return workspace
-
-
-def _check(plan: Plan) -> None:
-    pixels = plan.input_shape[0] * max(buffer.pixels for buffer in plan.buffers)
-    if pixels > _MAX_PIXELS:
-        raise UnsupportedModule(f"a feature map has {pixels} pixels, more than {_MAX_PIXELS}")
-    first, *others = plan.steps
-    if not (
-        isinstance(first, FusedConv)
-        and _reads_input(first)
-        and len(first.inputs) == 1
-        and first.prologue is None
-    ):
-        raise UnsupportedModule("the network does not begin with a plain convolution")
-    if any(map(_reads_input, others)):
-        raise UnsupportedModule("the network reads its input more than once")
-    for step in others:
-        for segment in step.inputs:
-            if segment.channel % layout.GROUP:
-                raise UnsupportedModule(f"{step.name} reads from channel {segment.channel}")
+    def _new_workspace(self, packed: PackedNetwork, *, graphs: bool) -> TritonWorkspace:
+        return TritonWorkspace(self, packed, graphs=graphs)
 
 
 @dataclass(frozen=True)
@@ -257,7 +174,7 @@ def _group(plan: Plan, target: Target) -> list[_Prepared]:
         algorithm = "direct"
         if isinstance(step, FusedConv):
             configuration = _choose(_problem(plan, step, target), target)
-            if _reads_input(step):
+            if reads_input(step):
                 configuration = replace(configuration, split_k=1)
             algorithm = _describe(configuration)
         prepared.append(_Prepared((step,), (index,), (algorithm,), configuration))
@@ -318,45 +235,28 @@ def _describe(configuration: configurations.Configuration) -> str:
     return f"implicit GEMM {tile}" + (f", reduction in {parts} parts" if parts > 1 else "")
 
 
-class _Workspace:
+class TritonWorkspace(Workspace):
     """The memory of one call at a time, and the launches that use it."""
 
+    packed: PackedNetwork
+
     def __init__(self, owner: TritonPlan, packed: PackedNetwork, *, graphs: bool) -> None:
-        self.packed = packed
+        super().__init__(owner.plan.input_shape, owner.target, packed, graphs=graphs)
         self._plan = owner.plan
         self._steps = owner._steps
         self._target = owner.target
-        self._arena_plan = owner._arena
-        self._graphs = graphs
-        self._calls = 0
-        self._graph: _Graph | None = None
-        self._lock = threading.Lock()
-        # Written outside of inference mode later on, which inference tensors refuse.
-        with torch.inference_mode(False):
-            self._arena = self._empty(self._arena_plan.size, self._target.dtype)
-            self._floats = self._empty(max(map(self._floats_of, self._steps)), torch.float32)
-            self._scratch = self._empty(max(map(self._scratch_of, self._steps)), self._target.dtype)
+        self._arena_plan = owner.arena
+        self._arena = self._empty(self._arena_plan.size, self._target.dtype)
+        self._floats = self._empty(max(map(self._floats_of, self._steps)), torch.float32)
+        self._scratch = self._empty(max(map(self._scratch_of, self._steps)), self._target.dtype)
         self._middle = [
             launch
             for prepared in self._steps[1:-1]
             for launch in self._launches(prepared, None, None)
         ]
 
-    def run(self, x: Tensor) -> Tensor:
-        """Runs all steps; the result is a new tensor."""
-        with self._lock:
-            if not self._graphs:
-                return self._eager(x)
-            self._calls += 1
-            if self._graph is None:
-                # The first call compiles, which a capture must not.
-                if self._calls == 1:
-                    return self._eager(x)
-                self._graph = _Graph(self._eager, self._static_input())
-            return self._graph(x)
-
-    def _eager(self, x: Tensor) -> Tensor:
-        x = x.to(self._target.dtype)
+    def launch(self, x: Tensor) -> Tensor:
+        """Enqueues all steps for an input of the target's dtype; the result is a new tensor."""
         y = self._output()
         launches = self._launches(self._steps[0], x, y) + self._middle
         if len(self._steps) > 1:
@@ -373,15 +273,6 @@ class _Workspace:
                     f"Triton cannot compile {name} for {self._target.architecture}: {lines[-1]}"
                 ) from error
         return y
-
-    def _empty(self, elements: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(elements, dtype=dtype, device=self._target.device)
-
-    def _static_input(self) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.empty(
-                self._plan.input_shape, dtype=self._target.dtype, device=self._target.device
-            )
 
     def _output(self) -> Tensor:
         buffer = self._plan.output
@@ -450,7 +341,7 @@ class _Workspace:
                 "precision": self._target.precision,
                 "configuration": prepared.configuration,
             }
-            if _reads_input(step):
+            if reads_input(step):
                 return stem_convolution.convolve_stem(source, weights.weight, target, **shared)
             return implicit_gemm.convolve(
                 [self._view(segment, x, y) for segment in step.inputs],
@@ -494,29 +385,6 @@ class _Workspace:
             precision=self._target.precision,
             configuration=prepared.configuration,
         )
-
-
-class _Graph:
-    """Launches captured once and replayed on other contents of the same memory."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self._x = x
-        self._graph = torch.cuda.CUDAGraph()
-        # Kernels are compiled for an input of these strides, which a capture must not do.
-        function(x)
-        # PyTorch's own stream for captures is on the device that was the first to have one.
-        stream = torch.cuda.Stream(x.device)
-        # Other threads may go on allocating meanwhile.
-        with (
-            _capturing,
-            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            self._y = function(x)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self._x.copy_(x)
-        self._graph.replay()
-        return self._y.clone()
 
 
 def _dense_layer_problem(

@@ -1,0 +1,297 @@
+"""What the executors of plans on a GPU share: memory for each stream, CUDA graphs, caches.
+
+A segment of the arena is always whole groups of 16 channels: every step writes zeros behind its own
+channels up to the next multiple of 16, so that no step has to mask channels.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..models.threshnet import ThreshNet
+from ..plan.ir import FusedConv, Plan, Step
+from ..plan.lower import UnsupportedModule, lower
+from ..plan.memory import Arena, plan_memory
+from . import cuda_graphs
+
+__all__ = ["GpuPlan", "GpuPlanCache", "GpuTarget", "Workspace", "check", "reads_input"]
+
+# Channels come in groups of as many, see kernels/layout.py and csrc/cuda/operands.h.
+_GROUP = 16
+
+# Workspaces kept for a plan, one for each stream that it was called on.
+_MAX_WORKSPACES = 4
+
+# Prepared plans kept for a network: one for each input shape, dtype and precision.
+_MAX_PLANS = 16
+
+# Indices of pixels are 32-bit in the kernels, those behind the last pixel in the last tile too;
+# offsets are 64-bit.
+_MAX_PIXELS = 2**31 - 1024
+
+
+class GpuTarget(Protocol):
+    """What a plan is prepared for; equal where one prepared plan can serve for another."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of features and weights."""
+
+    def __hash__(self) -> int: ...
+
+
+def check(plan: Plan) -> None:
+    """Raises an error for what no kernel executes.
+
+    Args:
+        plan: The plan, with or without the values of its weights.
+
+    Raises:
+        UnsupportedModule: A map is too large, a segment begins within a group of channels, or the
+            input is read by anything but a plain convolution at the beginning.
+    """
+    pixels = plan.input_shape[0] * max(buffer.pixels for buffer in plan.buffers)
+    if pixels > _MAX_PIXELS:
+        raise UnsupportedModule(f"a feature map has {pixels} pixels, more than {_MAX_PIXELS}")
+    first, *others = plan.steps
+    if not (
+        isinstance(first, FusedConv)
+        and reads_input(first)
+        and len(first.inputs) == 1
+        and first.prologue is None
+    ):
+        raise UnsupportedModule("the network does not begin with a plain convolution")
+    if any(map(reads_input, others)):
+        raise UnsupportedModule("the network reads its input more than once")
+    for step in others:
+        for segment in step.inputs:
+            if segment.channel % _GROUP:
+                raise UnsupportedModule(f"{step.name} reads from channel {segment.channel}")
+
+
+def reads_input(step: Step) -> bool:
+    """Returns whether a step reads the network's input."""
+    return any(segment.buffer == 0 for segment in step.inputs)
+
+
+class GpuPlan(ABC):
+    """A plan prepared for one device.
+
+    Calls may come from several threads and on any stream: each stream has a workspace of its own,
+    and a lock keeps the launches of two threads on one stream apart.
+
+    Args:
+        plan: The plan, with or without the values of its weights.
+        target: What to prepare for.
+        graphs: Whether to capture the launches in a CUDA graph at the second call on a stream, and
+            to replay it from then on.
+        arena: Where the buffers lie; None plans it.
+
+    Attributes:
+        plan: The plan.
+        flat_output: Whether the result is ``[N, channels]``.
+        arena: Where the buffers lie.
+
+    Raises:
+        UnsupportedModule: The kernels cannot execute the plan.
+    """
+
+    backend: str
+
+    def __init__(self, plan: Plan, target: GpuTarget, *, graphs: bool, arena: Arena | None) -> None:
+        check(plan)
+        self.plan = plan
+        self.flat_output = plan.flat_output
+        self.arena = plan_memory(plan) if arena is None else arena
+        self._device = target.device
+        self._dtype = target.dtype
+        self._graphs = graphs and target.device.type == "cuda"
+        self._lock = threading.Lock()
+        self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line: dtype, device, kernels, memory."""
+
+    @property
+    @abstractmethod
+    def algorithms(self) -> list[str]:
+        """How each of the plan's steps is computed."""
+
+    @abstractmethod
+    def _new_workspace(self, packed: Any, *, graphs: bool) -> Workspace: ...
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory for features."""
+        return self.arena.size * self._dtype.itemsize
+
+    def __call__(self, x: Tensor, packed: Any) -> Tensor:
+        """Runs the plan on the current stream.
+
+        Args:
+            x: ``[N, C, H, W]`` of the plan's shape, on the target's device, in any strides and any
+                floating dtype.
+            packed: The plan's packed weights.
+
+        Returns:
+            ``[N, channels]``, or ``[N, C, H, W]`` in channels_last format, in the target's dtype.
+        """
+        if self._device.type != "cuda":
+            return self._workspace(0, packed).run(x)
+        with torch.cuda.device(self._device):
+            if torch.cuda.is_current_stream_capturing():
+                # Memory of the capturing graph's own pool: a replay may overlap with other calls.
+                return self._new_workspace(packed, graphs=False).run(x)
+            stream = torch.cuda.current_stream().cuda_stream
+            return self._workspace(stream, packed).run(x)
+
+    def _workspace(self, stream: int, packed: Any) -> Workspace:
+        with self._lock:
+            workspace = self._workspaces.get(stream)
+            if workspace is None or workspace.packed is not packed:
+                workspace = self._new_workspace(packed, graphs=self._graphs)
+                self._workspaces[stream] = workspace
+            self._workspaces.move_to_end(stream)
+            if len(self._workspaces) > _MAX_WORKSPACES:
+                self._workspaces.popitem(last=False)
+            return workspace
+
+
+class Workspace(ABC):
+    """The memory of one call at a time, and what runs in it.
+
+    Args:
+        input_shape: ``(N, C, H, W)``.
+        target: What its plan is prepared for.
+        packed: The plan's packed weights.
+        graphs: Whether to capture the launches at the second call.
+
+    Attributes:
+        packed: The plan's packed weights.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int, int],
+        target: GpuTarget,
+        packed: Any,
+        *,
+        graphs: bool,
+    ) -> None:
+        self.packed = packed
+        self._input_shape = input_shape
+        self._device = target.device
+        self._dtype = target.dtype
+        self._graphs = graphs
+        self._calls = 0
+        self._graph: cuda_graphs.Graph | None = None
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def launch(self, x: Tensor) -> Tensor:
+        """Enqueues all steps for an input of the target's dtype; the result is a new tensor."""
+
+    def run(self, x: Tensor) -> Tensor:
+        """Runs all steps, replaying a graph where there is one; the result is a new tensor."""
+        with self._lock:
+            if not self._graphs:
+                return self.launch(x.to(self._dtype))
+            self._calls += 1
+            if self._graph is None:
+                # The first call compiles, which a capture must not.
+                if self._calls == 1:
+                    return self.launch(x.to(self._dtype))
+                self._graph = cuda_graphs.Graph(self.launch, self._static_input())
+            return self._graph(x)
+
+    def _empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        # Written outside of inference mode later on, which inference tensors refuse.
+        with torch.inference_mode(False):
+            return torch.empty(elements, dtype=dtype, device=self._device)
+
+    def _static_input(self) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(self._input_shape, dtype=self._dtype, device=self._device)
+
+
+Target = TypeVar("Target", bound=GpuTarget)
+Prepared = TypeVar("Prepared", bound=GpuPlan)
+Packed = TypeVar("Packed")
+
+
+class GpuPlanCache(ABC, Generic[Target, Prepared, Packed]):
+    """Prepared plans and packed weights of a network that does not change.
+
+    Calls may come from several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._plans: dict[tuple[torch.Size, bool, Target], Prepared] = {}
+        self._packed: dict[torch.dtype, Packed] = {}
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    @abstractmethod
+    def _target(self, device: torch.device, dtype: torch.dtype) -> Target:
+        """What to prepare for on a device."""
+
+    @abstractmethod
+    def _prepare(self, plan: Plan, target: Target) -> Prepared:
+        """Prepares a plan without the values of its weights."""
+
+    @abstractmethod
+    def _pack(self, whole: Plan, target: Target) -> Packed:
+        """Packs the weights of a plan with its head, for every input shape."""
+
+    def get(
+        self, module: ThreshNet, x: Tensor, *, head: bool, dtype: torch.dtype
+    ) -> tuple[Prepared, Packed]:
+        """Returns the plan for an input and the weights, packed once for each dtype.
+
+        Args:
+            module: The network, always the same.
+            x: The input.
+            head: Whether to end with the logits rather than with the last features.
+            dtype: What to compute in.
+
+        Raises:
+            UnsupportedModule: The network cannot be lowered, or the kernels cannot execute it.
+            RuntimeError: Weights would have to be packed while a CUDA graph is captured.
+        """
+        key = (x.shape, head, self._target(x.device, dtype))
+        with self._lock:
+            plan = self._plans.get(key) or self._add(module, key)
+            return plan, self._packed[dtype]
+
+    def _add(self, module: ThreshNet, key: tuple[torch.Size, bool, Target]) -> Prepared:
+        shape, head, target = key
+        plan = self._prepare(lower(module, shape, head=head, fold=False), target)
+        if target.dtype not in self._packed:
+            if cuda_graphs.capturing(target.device):
+                raise RuntimeError(
+                    f"weights cannot be packed in {target.dtype} while a CUDA graph is captured: "
+                    "call the network once before"
+                )
+            size = module.min_size
+            whole = lower(module, (1, module.in_chans, size, size))
+            self._packed[target.dtype] = self._pack(whole, target)
+            if target.device.type == "cuda":
+                # The next call may be on another stream.
+                torch.cuda.current_stream(target.device).synchronize()
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.pop(next(iter(self._plans)))
+        self._plans[key] = plan
+        return plan
