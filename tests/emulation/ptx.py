@@ -1,6 +1,7 @@
 """Runs kernels given as PTX on tensors in the CPU's memory.
 
     run_ptx(text, "kernel", grid=(4,), block=(128,), arguments=[x, y, x.numel()])
+    run_ptx(text, "kernel", grid=(4,), block=(128,), arguments=[struct], memory=[x, y])
 
 The text may come from Triton or from ``nvcc --ptx``. See :mod:`.ptx_machine` for what is checked.
 """
@@ -64,11 +65,12 @@ def run_ptx(
     block: Sequence[int],
     arguments: Sequence[Tensor | int | float | bytes | None],
     *,
+    memory: Sequence[Tensor] = (),
     dynamic_shared: int = 0,
     races: bool = True,
     undefined: UndefinedBytes | None = None,
 ) -> int:
-    """Runs a kernel; all memory that it may access are the storages of its tensors.
+    """Runs a kernel; all memory that it may access are the storages of the tensors given.
 
     Args:
         text: A PTX module.
@@ -77,6 +79,8 @@ def run_ptx(
         block: Threads of a block along x, y and z; their product is a multiple of 32.
         arguments: A tensor stands for its address, None for the null pointer, bytes for a struct
             that is passed by value.
+        memory: Tensors whose storages the kernel sees at the addresses where they really are, for
+            pointers within structs.
         dynamic_shared: Bytes of shared memory beside what the program declares.
         races: Whether to look for races.
         undefined: Memory whose reading is an error until it is written.
@@ -88,33 +92,61 @@ def run_ptx(
         PTXError: The program did what a GPU forbids or leaves undefined, or cannot be executed.
     """
     translation = _translated(hashlib.sha256(text.encode()).digest(), text, name)
-    memory = GlobalMemory()
-    places: dict[int, tuple[int, np.ndarray, np.ndarray | None]] = {}
+    device = _Device(undefined)
+    for number, tensor in enumerate(memory):
+        device.add(tensor, f"the storage of tensor {number}", in_place=True)
     values: list[int | float | bytes] = []
     for number, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
-            storage = argument.untyped_storage()
-            start = storage.data_ptr()
-            if start not in places:
-                contents = _contents(storage)
-                address = memory.allocate(
-                    contents, alignment=start, label=f"the storage of argument {number}"
-                )
-                which = None if undefined is None else undefined.of(storage)
-                if which is not None:
-                    memory.mark_undefined(address, which)
-                places[start] = address, contents, which
-            values.append(places[start][0] + argument.data_ptr() - start)
+            values.append(device.add(argument, f"the storage of argument {number}"))
         else:
             values.append(0 if argument is None else argument)
     steps = launch(
-        translation, memory, grid, block, values, dynamic_shared=dynamic_shared, races=races
+        translation, device.memory, grid, block, values, dynamic_shared=dynamic_shared, races=races
     )
-    for address, contents, which in places.values():
-        contents[:] = memory.read(address, len(contents))
-        if which is not None:
-            which[:] = memory.undefined(address, len(which))
+    device.copy_back()
     return steps
+
+
+class _Device:
+    """Global memory that holds copies of storages."""
+
+    def __init__(self, undefined: UndefinedBytes | None) -> None:
+        self.memory = GlobalMemory()
+        self._undefined = undefined
+        # By where a storage really is: the address, its bytes, which of them are undefined.
+        self._copies: dict[int, tuple[int, np.ndarray, np.ndarray | None]] = {}
+
+    def add(self, tensor: Tensor, label: str, *, in_place: bool = False) -> int:
+        """Copies a storage unless it is there; returns the address of the tensor.
+
+        Args:
+            tensor: A view of the storage.
+            label: A name for messages.
+            in_place: Whether the copy has the address of the storage itself; there is none of a
+                storage without bytes.
+        """
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr()
+        if start not in self._copies:
+            contents = _contents(storage)
+            if in_place and len(contents) == 0:
+                return start
+            address = self.memory.allocate(
+                contents, address=start if in_place else None, alignment=start, label=label
+            )
+            which = None if self._undefined is None else self._undefined.of(storage)
+            if which is not None:
+                self.memory.mark_undefined(address, which)
+            self._copies[start] = address, contents, which
+        return self._copies[start][0] + tensor.data_ptr() - start
+
+    def copy_back(self) -> None:
+        """Gives the storages, and what is known of them, what is in memory now."""
+        for address, contents, which in self._copies.values():
+            contents[:] = self.memory.read(address, len(contents))
+            if which is not None:
+                which[:] = self.memory.undefined(address, len(which))
 
 
 @functools.lru_cache(maxsize=512)

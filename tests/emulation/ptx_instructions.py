@@ -690,7 +690,7 @@ def _load(t: Translator, it: Instruction) -> Effect:
     def load(run: Run, mask: np.ndarray | None) -> None:
         addresses = address(run.registers)
         if space == "param":
-            loaded = run.load_parameters(addresses, size, it.text)
+            loaded = run.load_parameters(addresses, size, mask, it.text)
         elif (space if space != "generic" else _resolve_space(addresses, mask, it)) == "shared":
             loaded = run.load_shared(addresses, size, mask, it.text)
         else:

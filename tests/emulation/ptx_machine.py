@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import ptx_instructions, ptx_matrix  # noqa: F401 - they register the instructions
-from .ptx_memory import GlobalMemory, GlobalRaces, SharedMemory, WarpRaces, chosen
+from .ptx_memory import GlobalMemory, GlobalRaces, SharedMemory, WarpRaces, chosen, harmless
 from .ptx_parser import Program
 from .ptx_translator import Block, Operation, Translation, single
 from .ptx_types import BYTES, UNSIGNED, PTXError, encode
@@ -80,6 +80,9 @@ def launch(
         raise PTXError(f"a block has {threads} threads: expected a multiple of 32")
     if program.threads not in (None, threads):
         raise PTXError(f"a block has {threads} threads: the program requires {program.threads}")
+    if program.most_threads is not None and threads > program.most_threads:
+        most = program.most_threads
+        raise PTXError(f"a block has {threads} threads: the program is for at most {most}")
     blocks = x * y * z
     if min(x, y, z) < 0 or x >= 2**31 or max(y, z) >= 2**16:
         raise PTXError(f"the grid is {x}, {y}, {z}: expected less than 2**31, 2**16, 2**16 blocks")
@@ -130,7 +133,8 @@ class Launch:
 def _parameter_memory(program: Program, arguments: Sequence[Argument]) -> np.ndarray:
     """Lays out the arguments as the program's parameters."""
     offsets = list(program.parameter_offsets.values())
-    memory = np.zeros((offsets[-1] if offsets else 0) + 4096, np.uint8)
+    # Whole vectors of 16 bytes.
+    memory = np.zeros(-(-program.parameter_end // 16) * 16, np.uint8)
     for offset, size, value in zip(offsets, program.parameters, arguments, strict=False):
         if isinstance(value, bytes):
             if len(value) != size:
@@ -292,10 +296,13 @@ class Run:
         units = [self.memory.gather(places + first, 16, text) for first in range(0, size, 16)]
         return np.stack(units, -1)
 
-    def load_parameters(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
+    def load_parameters(
+        self, addresses: np.ndarray, size: int, mask: np.ndarray | None, text: str
+    ) -> np.ndarray:
         """Loads ``size`` bytes of the parameters for each thread."""
+        addresses = harmless(addresses, mask)
         low, high = int(addresses.min()), int(addresses.max())
-        if low < 0 or high + size > len(self.launch.parameters) or size > 16:
+        if low < 0 or high + size > self.launch.translation.program.parameter_end or size > 16:
             raise PTXError(f"parameter out of bounds: {text}")
         if (addresses % size).any():
             raise PTXError(f"misaligned {size}-byte access: {text}")

@@ -21,12 +21,15 @@ __all__ = [
     "SharedMemory",
     "WarpRaces",
     "chosen",
+    "harmless",
 ]
 
 GLOBAL_BASE = 0x10_0000_0000
-"""Addresses below this are of shared memory."""
+"""Addresses below this are not of global memory."""
 
 _GUARD_BYTES = 512
+# An address that is farther from all allocations has nothing to do with them.
+_NEARBY_BYTES = 1 << 20
 _NOBODY = -1
 _SEVERAL = -2
 
@@ -58,8 +61,8 @@ def chosen(values: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     return _spread(values, shape)[_spread(mask, shape)]
 
 
-def _harmless(addresses: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Gives the threads outside the mask the address of one inside."""
+def harmless(addresses: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Returns addresses with, for the threads outside the mask, that of one inside."""
     if mask is None:
         return addresses
     return np.where(mask, addresses, chosen(addresses, mask)[0])
@@ -75,43 +78,76 @@ def _grown(array: np.ndarray) -> np.ndarray:
 
 
 class GlobalMemory:
-    """Allocations with gaps between them that nothing may touch."""
+    """Allocations with gaps between them that nothing may touch.
+
+    What the program calls an address is where the allocation was asked to lie; what methods call a
+    place is an index into ``bytes``, where allocations follow each other closely.
+    """
 
     def __init__(self) -> None:
         self.bytes = np.zeros(1 << 16, np.uint8)
         self.top = _GUARD_BYTES
-        self._allocated = np.zeros(1 << 16, np.bool_)
-        self._starts: list[int] = []
+        # In the order of addresses: first address, the one behind the last, address minus place.
+        self._addresses: list[int] = []
         self._ends: list[int] = []
+        self._shifts: list[int] = []
         self._labels: list[str] = []
+        self._arrays: tuple[np.ndarray, ...] | None = None
         self._undefined: np.ndarray | None = None
 
-    def allocate(self, contents: np.ndarray, *, alignment: int = 0, label: str = "") -> int:
+    def allocate(
+        self,
+        contents: np.ndarray,
+        *,
+        address: int | None = None,
+        alignment: int = 0,
+        label: str = "",
+    ) -> int:
         """Copies bytes into a new allocation.
 
         Args:
             contents: The bytes.
-            alignment: Of the address: its remainder modulo 256.
+            address: Where the program sees them; by default an address is chosen.
+            alignment: Of the address if it is chosen: its remainder modulo 256.
             label: A name for messages.
 
         Returns:
             The address.
+
+        Raises:
+            ValueError: The address is below :data:`GLOBAL_BASE`, or some of the bytes lie in
+                another allocation.
         """
-        start = -(-self.top // 256) * 256 + alignment % 256
+        start = -(-self.top // 256) * 256 + (alignment if address is None else address) % 256
+        if address is None:
+            address = GLOBAL_BASE + start
+        end = address + len(contents)
+        number = bisect_right(self._addresses, address)
+        if address < GLOBAL_BASE:
+            raise ValueError(f"address: expected at least {GLOBAL_BASE:#x}, got {address:#x}")
+        if (number > 0 and self._ends[number - 1] > address) or (
+            number < len(self._addresses) and end > self._addresses[number]
+        ):
+            raise ValueError(f"address: {address:#x} to {end:#x} lies in another allocation")
         self.top = start + len(contents) + _GUARD_BYTES
         # Room for a vector that begins at the last byte.
         while self.top + 256 > len(self.bytes):
-            self.bytes, self._allocated = _grown(self.bytes), _grown(self._allocated)
+            self.bytes = _grown(self.bytes)
         self.bytes[start : start + len(contents)] = contents
-        self._allocated[start : start + len(contents)] = True
-        self._starts.append(start)
-        self._ends.append(start + len(contents))
-        self._labels.append(label)
-        return GLOBAL_BASE + start
+        self._addresses.insert(number, address)
+        self._ends.insert(number, end)
+        self._shifts.insert(number, address - start)
+        self._labels.insert(number, label or f"allocation {len(self._labels)}")
+        self._arrays = None
+        return address
+
+    def _place(self, address: int) -> int:
+        return address - self._shifts[bisect_right(self._addresses, address) - 1]
 
     def read(self, address: int, count: int) -> np.ndarray:
         """Returns a view of ``count`` bytes."""
-        return self.bytes[address - GLOBAL_BASE : address - GLOBAL_BASE + count]
+        start = self._place(address)
+        return self.bytes[start : start + count]
 
     def mark_undefined(self, address: int, which: np.ndarray) -> None:
         """Makes reads of the bytes from an address on for which the mask is set an error."""
@@ -120,14 +156,14 @@ class GlobalMemory:
             self._undefined = np.zeros(len(self.bytes), np.bool_)
             if before is not None:
                 self._undefined[: len(before)] = before
-        start = address - GLOBAL_BASE
+        start = self._place(address)
         self._undefined[start : start + len(which)] = which
 
     def undefined(self, address: int, count: int) -> np.ndarray:
         """Returns which bytes are still undefined."""
-        start = address - GLOBAL_BASE
         if self._undefined is None:
             return np.zeros(count, np.bool_)
+        start = self._place(address)
         return self._undefined[start : start + count]
 
     def view(self, size: int) -> np.ndarray:
@@ -137,40 +173,48 @@ class GlobalMemory:
     def locate(
         self, addresses: np.ndarray, size: int, mask: np.ndarray | None, text: str
     ) -> np.ndarray:
-        """Checks accesses of ``size`` bytes; returns where they begin, in bytes.
+        """Checks accesses of ``size`` bytes; returns the places where they begin.
 
         Threads outside the mask get the place of one inside.
         """
-        places = _harmless(addresses, mask) - GLOBAL_BASE
-        self._check_bounds(places, size, text)
+        addresses = harmless(addresses, mask)
+        first = int(addresses.min())
+        number = bisect_right(self._addresses, first) - 1
+        if number >= 0 and int(addresses.max()) + size <= self._ends[number]:
+            places = addresses - self._shifts[number]
+        else:
+            places = self._locate_each(addresses, size, text)
         _check_alignment(places, size, text)
         return places
 
-    def _check_bounds(self, places: np.ndarray, size: int, text: str) -> None:
-        first, last = int(places.min()), int(places.max()) + size
-        number = bisect_right(self._starts, first) - 1
-        if number >= 0 and last <= self._ends[number]:
-            return
-        if first < 0 or last > len(self.bytes):
-            outside = first if first < 0 else last - size
-            raise PTXError(f"global access to a wild address ({self._describe(outside)}): {text}")
-        # Gaps are wider than an access, so what begins and ends inside is inside.
-        inside = self._allocated[places] & self._allocated[places + (size - 1)]
-        if not inside.all():
-            outside = int(places[~inside].flat[0])
-            raise PTXError(f"global access out of bounds ({self._describe(outside)}): {text}")
+    def _locate_each(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
+        if not self._addresses:
+            raise PTXError(f"global access to a wild address (there are no allocations): {text}")
+        if self._arrays is None:
+            self._arrays = tuple(
+                np.array(each, np.int64) for each in (self._addresses, self._ends, self._shifts)
+            )
+        starts, ends, shifts = self._arrays
+        number = np.searchsorted(starts, addresses, "right") - 1
+        # Below the first allocation is what lies behind the last, too: it has the number -1.
+        outside = (number < 0) | (addresses > ends.take(number) - size)
+        if outside.any():
+            address = int(addresses[outside].flat[0])
+            distance, where = self._describe(address)
+            what = "out of bounds" if distance <= _NEARBY_BYTES else "to a wild address"
+            raise PTXError(f"global access {what} ({where}): {text}")
+        return addresses - shifts.take(number)
 
-    def _describe(self, place: int) -> str:
-        if not self._starts:
-            return "there are no allocations"
+    def _describe(self, address: int) -> tuple[int, str]:
+        """Returns how far from the nearest allocation an address is, and where that is."""
         distances = [
-            max(start - place, place - end + 1, 0)
-            for start, end in zip(self._starts, self._ends, strict=True)
+            max(start - address, address - end + 1, 0)
+            for start, end in zip(self._addresses, self._ends, strict=True)
         ]
         number = int(np.argmin(distances))
-        start, end = self._starts[number], self._ends[number]
-        label = self._labels[number] or f"allocation {number}"
-        return f"byte {place - start} of the {end - start} of {label}"
+        start, end = self._addresses[number], self._ends[number]
+        where = f"byte {address - start} of the {end - start} of {self._labels[number]}"
+        return distances[number], where
 
     def gather(self, places: np.ndarray, size: int, text: str) -> np.ndarray:
         """Reads ``size`` bytes at each place."""
@@ -583,7 +627,7 @@ class SharedMemory:
 
         Threads outside the mask get the offset of one inside.
         """
-        offsets = _harmless(addresses, mask)
+        offsets = harmless(addresses, mask)
         low, high = int(offsets.min()), int(offsets.max())
         if low < 0 or high + size > self.size:
             wrong = low if low < 0 else high

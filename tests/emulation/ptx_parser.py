@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -86,6 +87,7 @@ class Program:
         static_shared: Bytes of shared memory that the program declares, rounded up.
         shared_offsets: Where each shared variable begins.
         threads: Threads of a block if the program requires a number, or None.
+        most_threads: The most threads of a block that the program is for, or None.
     """
 
     name: str
@@ -97,6 +99,14 @@ class Program:
     static_shared: int = 0
     shared_offsets: dict[str, int] = field(default_factory=dict)
     threads: int | None = None
+    most_threads: int | None = None
+
+    @property
+    def parameter_end(self) -> int:
+        """Bytes of the memory of parameters."""
+        if not self.parameters:
+            return 0
+        return max(self.parameter_offsets.values()) + self.parameters[-1]
 
 
 _PARAMETER_ALIGNMENT = 16
@@ -137,8 +147,8 @@ def parse(text: str, entry: str) -> Program:
     for declaration in head.group(1).split(","):
         if declaration.strip():
             _declare_parameter(program, declaration)
-    required = re.search(r"\.reqntid\s+(\d+)", head.group(2))
-    program.threads = int(required.group(1)) if required else None
+    program.threads = _threads("reqntid", head.group(2))
+    program.most_threads = _threads("maxntid", head.group(2))
     for match in re.finditer(r"^\s*" + _SHARED.pattern + r"\s*;", text, re.MULTILINE):
         _declare_shared(program, *match.groups())
     dynamic = _DYNAMIC.search(text)
@@ -147,6 +157,14 @@ def parse(text: str, entry: str) -> Program:
     if dynamic:
         program.shared_offsets[dynamic.group(1)] = program.static_shared
     return program
+
+
+def _threads(directive: str, text: str) -> int | None:
+    """Returns the threads that a directive names, along all axes together."""
+    match = re.search(rf"\.{directive}\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", text)
+    if match is None:
+        return None
+    return math.prod(int(each) for each in match.groups(default="1"))
 
 
 def _declare_parameter(program: Program, declaration: str) -> None:

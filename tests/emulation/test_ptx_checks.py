@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
+
 import pytest
 
 pytest.importorskip("triton")
 
+import numpy as np
 import torch
 
 from emulation import ptx_machine, ptx_memory
@@ -139,6 +143,129 @@ def test_strided_views_are_uninitialised_element_by_element() -> None:
     run(body.format(""), y, undefined=undefined)
     with pytest.raises(PTXError, match="uninitialised"):
         run(body.format("+2"), y, undefined=undefined)
+
+
+# Memory at its own addresses, for pointers within a struct.
+
+STRUCT = "ld.param.u64 %q0, [both]; ld.param.u64 %q1, [both+8]; ld.param.u32 %r9, [both+16];"
+
+
+def run_in_place(
+    body: str,
+    struct_bytes: bytes,
+    memory: Sequence[torch.Tensor],
+    *,
+    threads: int = 64,
+    undefined: UndefinedBytes | None = None,
+) -> int:
+    """Runs a body that a struct of two pointers, ``%q0`` and ``%q1``, and ``%r9`` is given."""
+    text = module(kernel(STRUCT + body, pointers=0, more=".param .align 8 .b8 both[24]"))
+    assemble(text)
+    arguments = [struct_bytes]
+    return run_ptx(text, "kernel", (1,), (threads,), arguments, memory=memory, undefined=undefined)
+
+
+def pointers(x: torch.Tensor, y: torch.Tensor, offset: int = 0) -> bytes:
+    return struct.pack("<QQixxxx", x.data_ptr(), y.data_ptr(), offset)
+
+
+def apart(count: int, *, gap: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns words whose storages lie in one piece of memory, so many bytes between them."""
+    whole = np.zeros(8 * count + gap, np.uint8)
+    return tuple(
+        torch.frombuffer(whole[start : start + 4 * count], dtype=torch.int32)
+        for start in (0, 4 * count + gap)
+    )
+
+
+COPY_WORDS = """
+mad.wide.u32 %d1, %t, 4, %q0; cvt.s64.s32 %d3, %r9; add.s64 %d1, %d1, %d3; mad.wide.u32 %d2, %t, 4,
+%q1; ld.global.b32 %r1, [%d1]; st.global.b32 [%d2], %r1;
+"""
+
+
+def test_memory_in_place() -> None:
+    x, y = torch.arange(100, 200, dtype=torch.int32), words(64)
+    run_in_place(COPY_WORDS, pointers(x[30:], y), [x, y, torch.empty(0), x[5:]])
+    assert torch.equal(y, x[30:94])
+
+
+@pytest.mark.parametrize("gap", [4, 512])
+def test_memory_in_place_ends_where_it_does(gap: int) -> None:
+    x, y = apart(64, gap=gap)
+    run_in_place(COPY_WORDS, pointers(x, y), [x, y])
+    for first, offset, where in ((x, 4, "byte 256"), (x, -4, "byte -4"), (y, -4, "byte ")):
+        with pytest.raises(PTXError, match=rf"out of bounds \({where}"):
+            run_in_place(COPY_WORDS, pointers(first, y, offset), [x, y])
+    with pytest.raises(PTXError, match="of the 256 of the storage of tensor 0"):
+        run_in_place("st.global.b8 [%q0+256], %t;", pointers(x, y), [x, y])
+
+
+def test_memory_in_place_that_is_not_given() -> None:
+    x, y = apart(64, gap=1 << 22)
+    run_in_place(COPY_WORDS, pointers(x, y), [y, x])
+    with pytest.raises(PTXError, match=r"global access to a wild address .*: ld\.global"):
+        run_in_place(COPY_WORDS, pointers(x, y), [y])
+    with pytest.raises(PTXError, match=r"global access to a wild address .*: st\.global"):
+        run_in_place(COPY_WORDS, pointers(x, y), [x])
+    with pytest.raises(PTXError, match="there are no allocations"):
+        run_in_place(COPY_WORDS, pointers(x, y), [])
+
+
+# Each thread reads from one of two places, or from between them.
+SEVERAL = """
+mad.wide.u32 %d1, %t, 4, %q0; mad.wide.u32 %d2, %t, 4, %q1; and.b32 %r1, %t, 1;
+setp.eq.u32 %p1, %r1, 0; selp.b64 %d3, %d1, %d2, %p1; ld.global.b32 %r2, [%d3];
+add.s32 %r2, %r2, 1; st.global.b32 [%d3], %r2;
+"""
+
+
+def test_one_access_to_several_allocations() -> None:
+    x, y = apart(64, gap=68)
+    run_in_place(SEVERAL, pointers(x, y), [x, y])
+    run_in_place(SEVERAL, pointers(y, x), [y, x])
+    assert torch.equal(x, torch.ones(64, dtype=torch.int32))
+    assert torch.equal(y, torch.ones(64, dtype=torch.int32))
+    for offset in (4, -4):
+        text = SEVERAL.replace("%d3];", f"%d3+{offset}];")
+        with pytest.raises(PTXError, match="global access out of bounds"):
+            run_in_place(text, pointers(x, y), [x, y])
+
+
+def test_undefined_memory_in_place() -> None:
+    x, y = apart(64, gap=16)
+    undefined = UndefinedBytes()
+    undefined.add(y)
+    with pytest.raises(PTXError, match="uninitialised global memory"):
+        run_in_place(COPY_WORDS, pointers(y, x), [x, y], undefined=undefined)
+    run_in_place(COPY_WORDS, pointers(x, y), [x, y], undefined=undefined)
+    run_in_place(COPY_WORDS, pointers(y, x), [x, y], undefined=undefined)
+
+
+def test_parameters_end_where_they_do() -> None:
+    body = "mov.u64 %d1, both; mad.wide.u32 %d1, %t, 4, %d1; {} ld.param.u32 %r1, [%d1{}];"
+    few = "setp.lt.u32 %p1, %t, 6; @%p1 "
+    run_in_place(body.format(few, ""), bytes(24), [])
+    with pytest.raises(PTXError, match="parameter out of bounds"):
+        run_in_place(body.format("", ""), bytes(24), [])
+    with pytest.raises(PTXError, match="parameter out of bounds"):
+        run_in_place(body.format(few, "+4"), bytes(24), [])
+
+
+def test_allocations_do_not_overlap() -> None:
+    memory = ptx_memory.GlobalMemory()
+    start = ptx_memory.GLOBAL_BASE + (1 << 30) + 8
+    content = np.arange(40, dtype=np.uint8)
+    assert memory.allocate(content, address=start) == start
+    assert memory.allocate(content + 1, address=start + 40) == start + 40
+    assert memory.allocate(content + 2, address=start - 40) == start - 40
+    for place, offset in enumerate((0, 40, -40)):
+        assert np.array_equal(memory.read(start + offset, 40), content + place)
+    for address in (start, start - 1, start + 79, start - 79):
+        with pytest.raises(ValueError, match=r"address: .* lies in another allocation"):
+            memory.allocate(content, address=address)
+    with pytest.raises(ValueError, match="address: expected at least 0x1000000000, got 0x1000"):
+        memory.allocate(content, address=4096)
 
 
 # Shared memory.
@@ -565,3 +692,22 @@ def test_many_reads_are_condensed(monkeypatch: pytest.MonkeyPatch) -> None:
         run(text.format(256), words(64 * 4), blocks=3)
         with pytest.raises(PTXError, match=message):
             run(text.format(252), words(64 * 4), blocks=3)
+
+
+def test_number_of_threads() -> None:
+    text = module(kernel("mov.u32 %r1, %t;"))
+    for directive, fewer, more in (
+        (".maxntid 8, 8, 2", True, "at most 128"),
+        (".reqntid 128", False, "requires 128"),
+    ):
+        bounded = text.replace(")\n{", f")\n{directive}\n{{")
+        assemble(bounded)
+        y = words(64)
+        run_ptx(bounded, "kernel", (1,), (128,), [y, y])
+        with pytest.raises(PTXError, match=more):
+            run_ptx(bounded, "kernel", (1,), (160,), [y, y])
+        if fewer:
+            run_ptx(bounded, "kernel", (1,), (32, 2), [y, y])
+        else:
+            with pytest.raises(PTXError, match=more):
+                run_ptx(bounded, "kernel", (1,), (32, 2), [y, y])
