@@ -239,8 +239,8 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
   const int64_t output_channels = weight.size(0);
   const int64_t count = static_cast<int64_t>(segments.size());
 
-  std::vector<int64_t> description = {cpu::kDescriptionMagic,
-                                      cpu::kVersion,
+  std::vector<int64_t> description = {threshnet_fast::kDescriptionMagic,
+                                      threshnet_fast::kDescriptionVersion,
                                       batch,
                                       channels,
                                       height,
@@ -255,12 +255,12 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
                                       1};
   cpu::Binding binding;
   for (int64_t i = 0; i < count; ++i) {
-    description.insert(description.end(),
-                       {height, width, pixel_pitch(segments[i]), cpu::kFirstExternal - i});
+    description.insert(description.end(), {height, width, pixel_pitch(segments[i]),
+                                           threshnet_fast::kFirstExternal - i});
     binding.externals.push_back(static_cast<const float*>(segments[i].data_ptr()));
   }
-  description.insert(description.end(),
-                     {output_height, output_width, output_channels, cpu::kNetworkOutput});
+  description.insert(description.end(), {output_height, output_width, output_channels,
+                                         threshnet_fast::kNetworkOutput});
   description.insert(description.end(), {cpu::kConvolution, 3 * count + 15, count});
   for (int64_t i = 0; i < count; ++i)
     description.insert(description.end(), {i, 0, segments[i].size(1)});
@@ -345,6 +345,24 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def(
       "cat_conv_bn_relu(Tensor[] xs, Tensor weight, Tensor scale, Tensor shift, int stride, "
       "int padding, bool relu, int isa) -> Tensor");
+}
+
+// Implemented by the library of csrc/cuda, which is loaded only where CUDA is.
+STABLE_TORCH_LIBRARY(threshnet_fast_cuda, m) {
+  m.def(
+      "compile_plan(Tensor description, int dtype, int architecture, int multiprocessors, "
+      "int shared_bytes) -> Tensor");
+  m.def("program_algorithms(Tensor program) -> Tensor");
+  m.def("workspace_bytes(Tensor program) -> int");
+  m.def("packed_bytes(Tensor program) -> int");
+  m.def("pack_weights(Tensor program, Tensor[] weights) -> Tensor");
+  m.def("run_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor");
+  m.def(
+      "cat_bn_relu_conv(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
+      "int padding) -> Tensor");
+  m.def(
+      "cat_conv_bn_relu(Tensor[] xs, Tensor weight, Tensor scale, Tensor shift, int stride, "
+      "int padding, bool relu) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {

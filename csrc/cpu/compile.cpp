@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <map>
 #include <sstream>
 #include <tuple>
@@ -32,30 +31,6 @@ constexpr int64_t kWinogradTiles = 56;
 constexpr int64_t kWinogradStepPixels = 100;
 constexpr int64_t kTransformBytes = 16 * 1024 * 1024;
 
-[[noreturn]] void fail(const std::string& what) {
-  throw std::invalid_argument("threshnet_fast: invalid plan: " + what);
-}
-
-void require(bool condition, const char* what) {
-  if (!condition) fail(what);
-}
-
-class Reader {
- public:
-  Reader(const int64_t* data, int64_t length) : data_(data), length_(length) {}
-  int64_t next() {
-    require(position_ < length_, "the description ends too early");
-    return data_[position_++];
-  }
-  int64_t position() const { return position_; }
-  bool done() const { return position_ == length_; }
-
- private:
-  const int64_t* data_;
-  int64_t length_;
-  int64_t position_ = 0;
-};
-
 class Writer {
  public:
   Writer() : bytes_(sizeof(ProgramHeader)) {}
@@ -86,174 +61,64 @@ struct PixelTables {
 class Compiler {
  public:
   Compiler(const int64_t* description, int64_t length, int64_t isa, int64_t threads, bool exact)
-      : reader_(description, length), threads_(threads), exact_(exact) {
+      : plan_(read_plan(description, length)), threads_(threads), exact_(exact) {
     table_ = ukernel_table(isa);
     if (table_ == nullptr) {
       std::ostringstream message;
       message << "threshnet_fast: instruction set " << isa << " is not available on this processor";
       throw std::invalid_argument(message.str());
     }
-    if (threads < 1) fail("threads must be at least 1");
+    if (threads < 1) fail_plan("threads must be at least 1");
     header_.isa = isa;
   }
 
   std::vector<std::byte> compile() {
-    read_header();
-    const int64_t count = header_.step_count;
-    for (int64_t i = 0; i < count; ++i) read_step();
-    require(reader_.done(), "the description is longer than its steps");
+    header_.magic = kProgramMagic;
+    header_.version = kVersion;
+    header_.batch = plan_.batch;
+    header_.input_channels = plan_.input_channels;
+    header_.input_height = plan_.input_height;
+    header_.input_width = plan_.input_width;
+    header_.output_channels = plan_.output_channels;
+    header_.output_height = plan_.output_height;
+    header_.output_width = plan_.output_width;
+    header_.external_count = plan_.external_count;
+    header_.weight_count = plan_.weight_count;
+    header_.arena_floats = plan_.arena_size;
+    header_.buffer_count = static_cast<int64_t>(plan_.buffers.size());
+    for (const PlanStep& step : plan_.steps) add(step);
     header_.step_count = static_cast<int64_t>(steps_.size());
-    header_.buffers = writer_.append(buffers_);
+    header_.buffers = writer_.append(plan_.buffers);
     header_.steps = writer_.append(steps_);
     return writer_.finish(header_);
   }
 
  private:
-  void read_header() {
-    require(reader_.next() == kDescriptionMagic, "this is not a plan's description");
-    require(reader_.next() == kVersion, "the description is of another version of threshnet_fast");
-    header_.magic = kProgramMagic;
-    header_.version = kVersion;
-    header_.batch = dimension();
-    header_.input_channels = dimension();
-    header_.input_height = dimension();
-    header_.input_width = dimension();
-    header_.output_channels = dimension();
-    header_.output_height = dimension();
-    header_.output_width = dimension();
-    header_.external_count = reader_.next();
-    header_.weight_count = reader_.next();
-    header_.arena_floats = reader_.next();
-    header_.buffer_count = reader_.next();
-    header_.step_count = reader_.next();
-    require(header_.external_count >= 0 && header_.external_count < 1 << 20, "external inputs");
-    require(header_.arena_floats >= 0 && header_.arena_floats < int64_t{1} << 48,
-            "the arena's size is not between 0 and 2^48 floats");
-    require(header_.arena_floats % 16 == 0, "the arena is not a multiple of 16 floats");
-    require(header_.buffer_count > 0 && header_.buffer_count < 1 << 20, "number of buffers");
-    require(header_.step_count > 0 && header_.step_count < 1 << 20, "number of steps");
-    for (int64_t i = 0; i < header_.buffer_count; ++i) {
-      Buffer buffer{};
-      buffer.height = dimension();
-      buffer.width = dimension();
-      buffer.pitch = dimension();
-      buffer.offset = reader_.next();
-      // In floating point, as the product of three dimensions need not fit in 64 bits.
-      if (static_cast<double>(header_.batch) * static_cast<double>(buffer.height) *
-              static_cast<double>(buffer.width) >
-          std::numeric_limits<int32_t>::max())
-        fail("a buffer has over 2^31 pixels");
-      const int64_t pixels = header_.batch * buffer.height * buffer.width;
-      if (buffer.offset >= 0) {
-        require(buffer.offset % 16 == 0, "a buffer does not start at a multiple of 16 floats");
-        if (buffer.offset > header_.arena_floats ||
-            pixels * buffer.pitch > header_.arena_floats - buffer.offset)
-          fail("a buffer does not fit in the arena");
-      } else {
-        require(buffer.offset > kFirstExternal - header_.external_count,
-                "a buffer names an external input that does not exist");
-      }
-      if (buffer.offset == kNetworkInput) {
-        require(buffer.height == header_.input_height && buffer.width == header_.input_width,
-                "the network's input has another size than its buffer");
-      }
-      if (buffer.offset == kNetworkOutput) {
-        require(buffer.height == header_.output_height && buffer.width == header_.output_width &&
-                    buffer.pitch == header_.output_channels,
-                "the network's output has another size than its buffer");
-      }
-      buffers_.push_back(buffer);
-    }
-  }
-
-  int64_t dimension() {
-    const int64_t value = reader_.next();
-    require(value > 0 && value <= std::numeric_limits<int32_t>::max(),
-            "a dimension is not between 1 and 2^31 - 1");
-    return value;
-  }
-
-  int64_t weight_index(bool optional) {
-    const int64_t index = reader_.next();
-    require(index >= (optional ? -1 : 0) && index < header_.weight_count, "no such weight");
-    return index;
-  }
-
-  const Buffer& buffer(int64_t index) const {
-    require(index >= 0 && index < header_.buffer_count, "no such buffer");
-    return buffers_[index];
-  }
-
-  Segment read_segment() {
-    Segment segment{};
-    segment.buffer = reader_.next();
-    segment.channel = reader_.next();
-    segment.channels = dimension();
-    const Buffer& from = buffer(segment.buffer);
-    require(from.offset != kNetworkOutput, "a step reads the network's output");
-    require(segment.channel >= 0 && segment.channel + segment.channels <= from.pitch,
-            "a segment leaves its buffer");
-    return segment;
-  }
-
-  void read_output(Step& step) {
-    step.output_buffer = reader_.next();
-    step.output_channel = reader_.next();
-    step.output_channels = dimension();
-    const Buffer& to = buffer(step.output_buffer);
-    require(to.offset >= 0 || to.offset == kNetworkOutput, "a step writes to an input");
-    require(step.output_channel >= 0 && step.output_channel + step.output_channels <= to.pitch,
-            "an output leaves its buffer");
-  }
-
-  void read_window(Step& step) {
-    step.kernel_height = dimension();
-    step.kernel_width = dimension();
-    step.stride = dimension();
-    step.padding = reader_.next();
-    require(step.padding >= 0 && step.padding < 1 << 20, "padding");
-  }
-
-  void check_geometry(const Step& step, const Buffer& from, const Buffer& to) {
-    const int64_t height = (from.height + 2 * step.padding - step.kernel_height) / step.stride + 1;
-    const int64_t width = (from.width + 2 * step.padding - step.kernel_width) / step.stride + 1;
-    require(from.height + 2 * step.padding >= step.kernel_height &&
-                from.width + 2 * step.padding >= step.kernel_width,
-            "a window is larger than its padded input");
-    require(to.height == height && to.width == width, "an output map has the wrong size");
-  }
-
-  void read_step() {
-    const int64_t start = reader_.position();
+  void add(const PlanStep& planned) {
     ++number_;
     Step step{};
-    step.kind = reader_.next();
-    const int64_t length = reader_.next();
-    std::vector<Segment> segments;
-    if (step.kind == kConvolution) {
-      const int64_t count = dimension();
-      for (int64_t i = 0; i < count; ++i) segments.push_back(read_segment());
-      read_output(step);
-      read_window(step);
-      step.relu = reader_.next() != 0;
-      step.weight_index = weight_index(false);
-      step.bias_index = weight_index(true);
-      step.scale_index = weight_index(true);
-      step.shift_index = weight_index(true);
-      require((step.scale_index < 0) == (step.shift_index < 0), "a scale without a shift");
-      finish_convolution(step, segments);
-    } else if (step.kind == kPool) {
-      segments.push_back(read_segment());
-      read_output(step);
-      read_window(step);
-      step.average = reader_.next() != 0;
-      finish_pool(step, segments[0]);
+    step.output_buffer = planned.output.buffer;
+    step.output_channel = planned.output.channel;
+    step.output_channels = planned.output.channels;
+    step.kernel_height = planned.kernel_height;
+    step.kernel_width = planned.kernel_width;
+    step.stride = planned.stride;
+    step.padding = planned.padding;
+    step.relu = planned.relu;
+    step.average = planned.average;
+    step.weight_index = planned.weight_index;
+    step.bias_index = planned.bias_index;
+    step.scale_index = planned.scale_index;
+    step.shift_index = planned.shift_index;
+    step.segment_count = static_cast<int64_t>(planned.inputs.size());
+    step.segments = writer_.append(planned.inputs);
+    if (planned.kind == PlanStepKind::kConvolution) {
+      step.kind = kConvolution;
+      finish_convolution(step, planned);
     } else {
-      fail("unknown kind of step");
+      step.kind = kPool;
+      finish_pool(step, planned);
     }
-    require(reader_.position() - start == length, "a step has the wrong length");
-    step.segments = writer_.append(segments);
-    step.segment_count = static_cast<int64_t>(segments.size());
     if (step.winograd == kWinogradInSteps) steps_.push_back(transform_step(step));
     steps_.push_back(step);
     if (step.split_count > 1) {
@@ -266,42 +131,19 @@ class Compiler {
     }
   }
 
-  void finish_pool(Step& step, const Segment& segment) {
-    const Buffer& from = buffer(segment.buffer);
-    const Buffer& to = buffer(step.output_buffer);
-    check_geometry(step, from, to);
-    require(from.offset != kNetworkInput, "a pool reads the network's input");
-    require(segment.channels == step.output_channels, "a pool changes the number of channels");
-    require(!(step.average && step.padding > 0), "an average pool with padding");
-    require(2 * step.padding <= step.kernel_height && 2 * step.padding <= step.kernel_width,
-            "a pool's padding is over half its window");
+  void finish_pool(Step& step, const PlanStep& planned) {
+    const Buffer& to = plan_.buffer_of(planned.output);
     step.block_count = std::min(header_.batch * to.height, threads_ * kTasksPerThread);
     step.group_count = 1;
     reserve(2 * step.kernel_height * step.kernel_width);
   }
 
-  void finish_convolution(Step& step, const std::vector<Segment>& segments) {
-    const Buffer& from = buffer(segments[0].buffer);
-    const Buffer& to = buffer(step.output_buffer);
-    check_geometry(step, from, to);
-    require(step.kernel_height * step.kernel_width <= kMaxTaps, "a kernel has over 64 taps");
-    for (const Segment& segment : segments) {
-      const Buffer& other = buffer(segment.buffer);
-      require(other.height == from.height && other.width == from.width,
-              "segments of different sizes");
-      require(!(segment.buffer == step.output_buffer &&
-                segment.channel < step.output_channel + step.output_channels &&
-                step.output_channel < segment.channel + segment.channels),
-              "a convolution writes over its own input");
-      step.input_channels += segment.channels;
-      if (other.offset != kNetworkInput) continue;
-      require(segments.size() == 1 && segment.channel == 0 && step.scale_index < 0 &&
-                  segment.channels == header_.input_channels,
-              "the network's input is read as part of a concatenation or through a prologue");
-      step.packs = 1;
-    }
-    if (step.scale_index >= 0) step.packs = 1;
-    step.segment_count = static_cast<int64_t>(segments.size());
+  void finish_convolution(Step& step, const PlanStep& planned) {
+    const Buffer& from = plan_.buffer_of(planned.inputs[0]);
+    const Buffer& to = plan_.buffer_of(planned.output);
+    require_plan(step.kernel_height * step.kernel_width <= kMaxTaps, "a kernel has over 64 taps");
+    step.input_channels = planned.input_channels;
+    step.packs = planned.reads_network_input || step.scale_index >= 0;
 
     std::vector<Panel> panels = split_panels(step.output_channels);
     step.winograd = choose_winograd(step, to, panels.size());
@@ -551,14 +393,13 @@ class Compiler {
     header_.scratch_floats = std::max(header_.scratch_floats, round_up(floats, 16));
   }
 
-  Reader reader_;
+  Plan plan_;
   Writer writer_;
   int64_t threads_;
-  int64_t number_ = 0;  // of the description's step that is being read, from 1
+  int64_t number_ = 0;  // of the plan's step that is being compiled, from 1
   bool exact_;
   const UkernelTable* table_;
   ProgramHeader header_{};
-  std::vector<Buffer> buffers_;
   std::vector<Step> steps_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>,
            PixelTables>

@@ -62,7 +62,7 @@ class Engine {
   }
 
  private:
-  const float* input_of(const Segment& segment) const {
+  const float* input_of(const BufferSegment& segment) const {
     const Buffer& buffer = program_.buffer(segment.buffer);
     const float* base = buffer.offset >= 0 ? arena_ + buffer.offset
                                            : binding_.externals[kFirstExternal - buffer.offset];
@@ -119,7 +119,7 @@ class Engine {
     const Buffer& to = program_.buffer(step.output_buffer);
     const int64_t channels = step.input_channels;
     std::memset(zeros, 0, channels * sizeof(float));
-    const Segment* segments = program_.at<Segment>(step.segments);
+    const BufferSegment* segments = program_.at<BufferSegment>(step.segments);
     for (int64_t i = 0; i < count; ++i) {
       const WinogradTile tile(first_tile + i, to);
       const int64_t left = tile.x - 1;
@@ -220,7 +220,7 @@ class Engine {
   // padding are zero, which is why the prologue cannot come later.
   void gather(const Step& step, int64_t first_pixel, int64_t pixels, float* rows) const {
     const int64_t pitch = gathered_pitch(step);
-    const Segment* segments = program_.at<Segment>(step.segments);
+    const BufferSegment* segments = program_.at<BufferSegment>(step.segments);
     const int32_t* input_pixels = program_.at<int32_t>(step.input_pixels) + first_pixel;
     const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + first_pixel;
     const uint64_t* pixel_taps = program_.at<uint64_t>(step.pixel_taps) + first_pixel;
@@ -320,7 +320,7 @@ class Engine {
   // pixels lie side by side, neighbouring taps do so.
   ChannelRun* append_runs(const Step& step, const Panel& panel, int64_t tap, const Chunk& chunk,
                           const ChannelRun* first, ChannelRun* run) const {
-    const Segment* segments = program_.at<Segment>(step.segments);
+    const BufferSegment* segments = program_.at<BufferSegment>(step.segments);
     const float* weights = packed_ + panel.weights + tap * step.input_channels * panel.pitch;
     int64_t position = 0;
     for (int64_t s = 0; s < step.segment_count && position < chunk.last_channel; ++s) {
@@ -453,7 +453,7 @@ class Engine {
   }
 
   void pool(const Step& step, int64_t block, float* scratch) const {
-    const Segment& segment = *program_.at<Segment>(step.segments);
+    const BufferSegment& segment = *program_.at<BufferSegment>(step.segments);
     const Buffer& from = program_.buffer(segment.buffer);
     const Buffer& to = program_.buffer(step.output_buffer);
     const float* input = input_of(segment);

@@ -9,32 +9,19 @@
 #include <string>
 #include <vector>
 
+#include "../plan.h"
 #include "ukernels.h"
 
 namespace threshnet_fast::cpu {
 
-constexpr int64_t kDescriptionMagic = 0x4e4c5046544e54;  // "TNTFPLN"
-constexpr int64_t kProgramMagic = 0x4752504654544e;      // "NTTFPRG"
+constexpr int64_t kProgramMagic = 0x4752504654544e;  // "NTTFPRG"
 constexpr int64_t kVersion = 1;
-
-// Where a buffer lives: at a non-negative offset (in floats) of the arena, or outside of it.
-constexpr int64_t kNetworkInput = -1;   // any strides; only convolutions that pack may read it
-constexpr int64_t kNetworkOutput = -2;  // dense NHWC
-constexpr int64_t kFirstExternal = -3;  // NHWC with the buffer's pitch; -3 - i is external input i
 
 enum StepKind : int64_t { kConvolution = 0, kPool = 1, kReduction = 2, kTransform = 3 };
 
 // Whether a task of a Winograd convolution transforms its own inputs, or a step before did so for
 // all.
 enum WinogradMode : int64_t { kNoWinograd = 0, kWinogradInTask = 1, kWinogradInSteps = 2 };
-
-struct Buffer {
-  int64_t height, width, pitch, offset;
-};
-
-struct Segment {
-  int64_t buffer, channel, channels;
-};
 
 // A panel: the output channels that one micro-kernel call computes, packed as
 // [tap][channel][pitch], then NR biases. The pitch leaves out most of what a last, partly used

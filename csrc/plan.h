@@ -1,0 +1,63 @@
+// A plan as threshnet_fast/plan/serialize.py writes it, read and checked: what the compilers of all
+// engines begin with.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace threshnet_fast {
+
+constexpr int64_t kDescriptionMagic = 0x4e4c5046544e54;  // "TNTFPLN"
+constexpr int64_t kDescriptionVersion = 1;
+
+// Where a buffer lives: at a non-negative offset (in elements) of the arena, or outside of it.
+constexpr int64_t kNetworkInput = -1;   // any strides; only the first convolution may read it
+constexpr int64_t kNetworkOutput = -2;  // dense NHWC
+constexpr int64_t kFirstExternal = -3;  // NHWC with the buffer's pitch; -3 - i is external input i
+
+// NHWC, pitch elements between neighbouring pixels.
+struct Buffer {
+  int64_t height, width, pitch, offset;
+};
+
+// Some channels of a buffer.
+struct BufferSegment {
+  int64_t buffer, channel, channels;
+};
+
+enum class PlanStepKind : int64_t { kConvolution = 0, kPool = 1 };
+
+struct PlanStep {
+  PlanStepKind kind;
+  std::vector<BufferSegment> inputs;  // one for a pool
+  BufferSegment output;
+  int64_t input_channels;
+  int64_t kernel_height, kernel_width, stride, padding;
+  bool relu;                                                   // convolution only
+  bool average;                                                // pool only
+  int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
+  bool reads_network_input;
+};
+
+struct Plan {
+  int64_t batch, input_channels, input_height, input_width;
+  int64_t output_channels, output_height, output_width;
+  int64_t external_count, weight_count, arena_size;
+  std::vector<Buffer> buffers;
+  std::vector<PlanStep> steps;
+
+  const Buffer& buffer_of(const BufferSegment& segment) const { return buffers[segment.buffer]; }
+};
+
+// Throws std::invalid_argument, saying what is wrong with a plan.
+[[noreturn]] void fail_plan(const std::string& what);
+void require_plan(bool condition, const char* what);
+
+// Reads a description of `length` entries. Every index in the result is within bounds, every
+// segment within its buffer, every buffer within the arena, and every output as large as its window
+// makes it. Throws std::invalid_argument where that is not so.
+Plan read_plan(const int64_t* description, int64_t length);
+
+}  // namespace threshnet_fast
