@@ -1,9 +1,17 @@
-"""Builds threshnet_fast/_C, one abi3 shared library, and maps kernels/ into the package.
+"""Builds the package's shared libraries and maps kernels/ into the package.
 
-Everything else about the package is in pyproject.toml. Environment variables:
+- ``threshnet_fast/_C``: the CPU engine and the operators' schemas.
+- Where there is nvcc, ``threshnet_fast/lib/libthreshnet_fast_cuda.so``, CUDA kernels that know
+  nothing of torch, and ``threshnet_fast/_C_cuda``, which registers them as operators.
 
-- ``THRESHNET_FAST_NO_EXT=1``: leave the extension out, the package is pure Python.
-- ``CXX``: the compiler; ``MAX_JOBS``: how many files it compiles at once.
+_C and _C_cuda are abi3. Everything else about the package is in pyproject.toml. Environment
+variables:
+
+- ``THRESHNET_FAST_NO_EXT=1``: leave all of them out, the package is pure Python.
+- ``THRESHNET_FAST_CUDA=0``: leave the CUDA kernels out; ``1``: fail where they cannot be built.
+- ``TORCH_CUDA_ARCH_LIST``: the GPUs to compile for, as ``8.0;9.0+PTX``.
+- ``CUDA_HOME``, ``CUDA_PATH``, ``NVCC_CCBIN``: where nvcc is, and its C++ compiler.
+- ``CXX``: the compiler; ``MAX_JOBS``: how many files are compiled at once.
 """
 
 import os
@@ -14,7 +22,8 @@ from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-import toolchain  # noqa: E402, the line above finds it
+import nvcc  # noqa: E402, the line above finds it
+import toolchain  # noqa: E402
 
 PACKAGE = "threshnet_fast"
 COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
@@ -32,6 +41,7 @@ CXX_FLAGS = [
 ]
 # A missing definition is an error here rather than when a user loads the library.
 LINK_FLAGS = ["-Wl,-z,defs"] if sys.platform == "linux" else []
+CUDA_LIBRARY = "threshnet_fast_cuda"
 
 
 def relative(paths):
@@ -49,20 +59,64 @@ def warn_pure_python(reason):
     )
 
 
-def extension_arguments():
-    """Returns the arguments of ``setup`` that build the extension; none for pure Python.
+def cuda_left_out_reason():
+    """Returns why the CUDA kernels are left out, or None where they are going to be built.
 
     Raises:
-        RuntimeError: If the sources or torch are missing.
+        RuntimeError: If THRESHNET_FAST_CUDA asks for them and they cannot be built.
+    """
+    if not (ROOT / "csrc/cuda/bindings.cpp").is_file():
+        return "the source tree has no csrc/cuda/bindings.cpp"
+    return nvcc.left_out_reason()
+
+
+def build_cuda_library(folder):
+    """Returns the path of the CUDA kernels' shared library, made in ``folder``.
+
+    Raises:
+        RuntimeError: If nvcc fails.
+        ValueError: If TORCH_CUDA_ARCH_LIST is not understood.
+    """
+    compiler = nvcc.find_nvcc()
+    architectures = nvcc.choose_architectures(
+        os.environ.get("TORCH_CUDA_ARCH_LIST", ""), nvcc.known_architectures(compiler)
+    )
+    csrc = ROOT / "csrc"
+    sources = [*csrc.glob("*.cpp"), *csrc.glob("cuda/*.cpp"), *csrc.glob("cuda/*.cu")]
+    # These two alone know torch.
+    sources = set(sources) - {csrc / "bindings.cpp", csrc / "cuda/bindings.cpp"}
+    host = nvcc.host_compiler_options(os.environ["CXX"])
+    builder = nvcc.Builder(
+        compiler,
+        ROOT,
+        folder,
+        [*nvcc.FLAGS, *host, "-Icsrc", *(architecture.flag for architecture in architectures)],
+        [*nvcc.LINK_FLAGS, *host],
+        toolchain.jobs(),
+    )
+    print(f"CUDA kernels for {' '.join(map(str, architectures))}", flush=True)
+    return builder.build(relative(sources), f"lib{CUDA_LIBRARY}.so")
+
+
+def extension_arguments():
+    """Returns the arguments of ``setup`` that build the extensions; none for pure Python.
+
+    Raises:
+        RuntimeError: If the sources or torch are missing, or what was asked for cannot be built.
     """
     reason = toolchain.pure_python_reason()
     if reason is not None:
+        if os.environ.get("THRESHNET_FAST_CUDA") == "1":
+            raise RuntimeError(f"THRESHNET_FAST_CUDA=1 needs the C++ extension, but {reason}")
         warn_pure_python(reason)
         return {}
     csrc = ROOT / "csrc"
     bindings = csrc / "bindings.cpp"
     if not bindings.is_file():
         raise RuntimeError(f"{bindings} is missing: the source tree is incomplete")
+    without_cuda = cuda_left_out_reason()
+    if without_cuda is not None:
+        print(f"NOTE: {PACKAGE} is built without its CUDA kernels: {without_cuda}", flush=True)
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
@@ -81,38 +135,115 @@ def extension_arguments():
     os.environ["CXX"] = toolchain.find_compiler()
 
     class BuildExt(BuildExtension):
-        """Keeps the objects of an editable install, so that the next one compiles what changed."""
+        """Builds the CUDA kernels' library too, which the extension of the operators links with.
+
+        Keeps the objects of an editable install, so that the next one compiles what changed.
+        """
 
         def finalize_options(self):
             super().finalize_options()
             if self.editable_mode:
                 self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}")
 
-    extension = Extension(
-        f"{PACKAGE}._C",
-        relative([bindings, *csrc.glob("cpu/**/*.cpp")]),
-        include_dirs=[str(csrc)],
-        depends=relative(path for path in csrc.rglob("*") if path.suffix in (".h", ".inc")),
-        # As system headers, torch's are not held to our warnings.
-        extra_compile_args=[*CXX_FLAGS, *(f"-isystem{path}" for path in include_paths())],
-        extra_link_args=LINK_FLAGS,
-        library_dirs=library_paths(),
-        libraries=["c10", "torch", "torch_cpu"],
-        language="c++",
-        py_limited_api=True,
-    )
+        def run(self):
+            built = Path(self.build_lib, PACKAGE)
+            if without_cuda is None:
+                folder = Path(self.build_temp).resolve() / "cuda"
+                library = build_cuda_library(folder)
+                cuda_extension.library_dirs.append(str(folder))
+                for source, name in self._cuda_files(library):
+                    (built / name).parent.mkdir(parents=True, exist_ok=True)
+                    self.copy_file(str(source), str(built / name))
+            else:
+                remove_cuda_files(built)
+            super().run()
+
+        def copy_extensions_to_source(self):
+            super().copy_extensions_to_source()
+            if without_cuda is not None:
+                remove_cuda_files(ROOT / PACKAGE)
+            for built, source in self._cuda_mapping().items():
+                Path(source).parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(built, source)
+
+        def get_outputs(self):
+            return [*super().get_outputs(), *self._cuda_mapping()]
+
+        def get_output_mapping(self):
+            mapping = self._cuda_mapping() if self.inplace else {}
+            return {**super().get_output_mapping(), **mapping}
+
+        def _cuda_mapping(self):
+            """Returns each file of the CUDA half below ``build_lib`` with its path in the tree."""
+            if without_cuda is not None:
+                return {}
+            names = [name for _, name in self._cuda_files(f"lib{CUDA_LIBRARY}.so")]
+            return {
+                str(Path(self.build_lib, PACKAGE, name)): str(ROOT / PACKAGE / name)
+                for name in names
+            }
+
+        def _cuda_files(self, library):
+            """Yields what is installed beside the extensions: a file, and its path in the package.
+
+            The header is for programs in C and C++.
+            """
+            yield library, f"lib/{Path(library).name}"
+            header = csrc / f"{PACKAGE}.h"
+            if header.is_file():
+                yield header, f"include/{header.name}"
+
+    def extension(name, sources, headers, **arguments):
+        return Extension(
+            f"{PACKAGE}.{name}",
+            relative(sources),
+            include_dirs=[str(csrc)],
+            depends=relative(path for path in headers if path.suffix in (".h", ".inc")),
+            # As system headers, torch's are not held to our warnings.
+            extra_compile_args=[*CXX_FLAGS, *(f"-isystem{path}" for path in include_paths())],
+            extra_link_args=LINK_FLAGS,
+            language="c++",
+            py_limited_api=True,
+            **arguments,
+        )
+
+    torch_libraries = ["c10", "torch", "torch_cpu"]
+    extensions = [
+        extension(
+            "_C",
+            [*csrc.glob("*.cpp"), *csrc.glob("cpu/**/*.cpp")],
+            [*csrc.glob("*"), *csrc.glob("cpu/**/*")],
+            library_dirs=library_paths(),
+            libraries=torch_libraries,
+        )
+    ]
+    if without_cuda is None:
+        cuda_extension = extension(
+            "_C_cuda",
+            [csrc / "cuda/bindings.cpp"],
+            [*csrc.glob("*"), *csrc.glob("cuda/*")],
+            library_dirs=library_paths(),
+            libraries=[*torch_libraries, CUDA_LIBRARY],
+            runtime_library_dirs=["$ORIGIN/lib"],
+        )
+        extensions.append(cuda_extension)
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildExt},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-def remove_stale_library():
-    """Removes what an earlier editable install left: older operators are worse than none."""
-    for path in (ROOT / PACKAGE).glob("_C*.so"):
+def remove_files(folder, *patterns):
+    """Removes what an earlier build left: older operators are worse than none."""
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         print(f"removing {path}", file=sys.stderr)
         path.unlink()
+
+
+def remove_cuda_files(package):
+    """Removes the CUDA half from a folder of the package."""
+    remove_files(package, "_C_cuda*.so", "lib/*.so", "include/*.h")
 
 
 packages = find_packages(str(ROOT), include=[PACKAGE, f"{PACKAGE}.*"])
@@ -123,7 +254,8 @@ if (ROOT / "kernels").is_dir():
 
 arguments = extension_arguments() if COMPILING & set(sys.argv[1:]) else {}
 if "editable_wheel" in sys.argv[1:] and not arguments:
-    remove_stale_library()
+    remove_files(ROOT / PACKAGE, "_C.*so")
+    remove_cuda_files(ROOT / PACKAGE)
 
 setup(
     packages=packages,

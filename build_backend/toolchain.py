@@ -44,3 +44,17 @@ def pure_python_reason():
     if find_compiler() is None:
         return "no C++17 compiler was found (tried c++, g++ and clang++; CXX names another)"
     return None
+
+
+def jobs():
+    """Returns how many compilers run at once: MAX_JOBS, or as many as there are processors.
+
+    Raises:
+        RuntimeError: If MAX_JOBS is no positive integer.
+    """
+    text = os.environ.get("MAX_JOBS")
+    if not text:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not text.isdecimal() or int(text) < 1:
+        raise RuntimeError(f"MAX_JOBS={text} is not understood, expected a positive integer")
+    return int(text)
