@@ -1,0 +1,104 @@
+// A network's first convolution: few input channels in any strides, so no tensor cores. A thread
+// computes eight output channels of one pixel; each element that it reads of the input is then
+// worth eight products, and a warp's threads that share a pixel read it at once.
+#pragma once
+
+#include "elementwise.cuh"
+
+namespace threshnet_fast::cuda {
+
+constexpr int kStemColumns = 8;
+
+struct StemParameters {
+  StemConvolution convolution;
+  ElementwiseGrid grid;
+  bool aligned;  // whether the output's pixels are
+};
+
+// sums += value * weight[0 .. kStemColumns).
+template <typename T>
+__device__ __forceinline__ void add_products(float (&sums)[kStemColumns], float value,
+                                             const T* weight) {
+  constexpr int kElements = Vector<T>::kElements;
+#pragma unroll
+  for (int first = 0; first < kStemColumns; first += kElements) {
+    const Vector<T> factors = load_vector(weight + first);
+#pragma unroll
+    for (int element = 0; element < kElements; ++element)
+      sums[first + element] =
+          fmaf(value, to_float(factors.elements[element]), sums[first + element]);
+  }
+}
+
+// kKernel: height and width of the window, kChannels: of the input; both 0 for any.
+template <typename T, int kKernel, int kChannels>
+__global__ void __launch_bounds__(kElementwiseThreads)
+    stem_convolution_kernel(const __grid_constant__ StemParameters p) {
+  const StemConvolution& convolution = p.convolution;
+  const Window& window = convolution.window;
+  const ElementwiseIndex index = elementwise_index(p.grid);
+  if (!index.exists) return;
+  const Position position = position_of(index.pixel, window.out_height, window.out_width);
+  const int top = position.row * window.stride - window.padding;
+  const int left = position.column * window.stride - window.padding;
+  const int first_column = index.vector * kStemColumns;
+  const T* image =
+      static_cast<const T*>(convolution.input) + position.image * convolution.batch_stride;
+  const T* weight = static_cast<const T*>(convolution.weight) + first_column;
+
+  const auto load = [&](int tap_row, int tap_column, int channel) {
+    const int y = top + tap_row;
+    const int x = left + tap_column;
+    if (y < 0 || y >= window.in_height || x < 0 || x >= window.in_width) return 0.0f;
+    return to_float(__ldg(image + y * convolution.height_stride + x * convolution.width_stride +
+                          channel * convolution.channel_stride));
+  };
+
+  float sums[kStemColumns] = {};
+  if constexpr (kKernel > 0) {
+    // All at once: their latencies overlap.
+    float values[kKernel][kKernel][kChannels];
+#pragma unroll
+    for (int tap_row = 0; tap_row < kKernel; ++tap_row)
+#pragma unroll
+      for (int tap_column = 0; tap_column < kKernel; ++tap_column)
+#pragma unroll
+        for (int channel = 0; channel < kChannels; ++channel)
+          values[tap_row][tap_column][channel] = load(tap_row, tap_column, channel);
+#pragma unroll
+    for (int tap_row = 0; tap_row < kKernel; ++tap_row)
+#pragma unroll
+      for (int tap_column = 0; tap_column < kKernel; ++tap_column)
+#pragma unroll
+        for (int channel = 0; channel < kChannels; ++channel) {
+          add_products(sums, values[tap_row][tap_column][channel], weight);
+          weight += convolution.weight_columns;
+        }
+  } else {
+    for (int tap_row = 0; tap_row < window.kernel_height; ++tap_row)
+      for (int tap_column = 0; tap_column < window.kernel_width; ++tap_column)
+#pragma unroll 4
+        for (int channel = 0; channel < convolution.in_channels; ++channel) {
+          add_products(sums, load(tap_row, tap_column, channel), weight);
+          weight += convolution.weight_columns;
+        }
+  }
+
+  constexpr int kElements = Vector<T>::kElements;
+  T* output = static_cast<T*>(convolution.output) + index.pixel * convolution.output_pitch;
+#pragma unroll
+  for (int first = 0; first < kStemColumns; first += kElements) {
+    const int column = first_column + first;
+    Vector<T> result;
+#pragma unroll
+    for (int element = 0; element < kElements; ++element) {
+      float value = sums[first + element];
+      if (convolution.bias != nullptr) value += __ldg(convolution.bias + column + element);
+      if (convolution.relu) value = rectify(value);
+      result.elements[element] = from_float<T>(value);
+    }
+    store_elements(output + column, result, convolution.out_channels - column, p.aligned);
+  }
+}
+
+}  // namespace threshnet_fast::cuda
