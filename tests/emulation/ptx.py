@@ -24,7 +24,9 @@ from .ptx_parser import parse
 from .ptx_translator import Translation, translate
 from .ptx_types import PTXError
 
-__all__ = ["PTXError", "UndefinedBytes", "entries", "run_ptx"]
+__all__ = ["PTXError", "UndefinedBytes", "entries", "modules", "run_ptx", "unsupported"]
+
+_ENTRY = re.compile(r"^[ \t]*(?:\.visible\s+|\.weak\s+)?\.entry\b", re.MULTILINE)
 
 
 class UndefinedBytes:
@@ -56,6 +58,26 @@ class UndefinedBytes:
 def entries(text: str) -> list[str]:
     """Returns the names of the kernels in a PTX module."""
     return re.findall(r"\.entry\s+([\w$]+)", text)
+
+
+def modules(text: str) -> dict[str, str]:
+    """Splits a PTX module into one for each kernel, with all that is declared outside of kernels.
+
+    Where the architecture makes no difference to a kernel, so that nothing need be translated
+    twice, its modules are equal: they do not say what they are for.
+    """
+    begin = [match.start() for match in _ENTRY.finditer(text)]
+    kernels = [text[a:b] for a, b in zip(begin, [*begin[1:], len(text)], strict=True)]
+    head = re.sub(r"//.*|^\.(version|target|address_size)\b.*", "", text[: begin[0]], flags=re.M)
+    head = re.sub(r"\n\s*\n", "\n", head)
+    return {entries(each)[0]: head + each for each in kernels}
+
+
+def unsupported(text: str, name: str) -> list[str]:
+    """Returns what is wrong with the instructions of a kernel that cannot be executed."""
+    blocks = _translation(text, name).blocks
+    errors = [operation.error for block in blocks for operation in block.operations]
+    return [str(error) for error in errors if error is not None]
 
 
 def run_ptx(
@@ -91,7 +113,7 @@ def run_ptx(
     Raises:
         PTXError: The program did what a GPU forbids or leaves undefined, or cannot be executed.
     """
-    translation = _translated(hashlib.sha256(text.encode()).digest(), text, name)
+    translation = _translation(text, name)
     device = _Device(undefined)
     for number, tensor in enumerate(memory):
         device.add(tensor, f"the storage of tensor {number}", in_place=True)
@@ -147,6 +169,10 @@ class _Device:
             contents[:] = self.memory.read(address, len(contents))
             if which is not None:
                 which[:] = self.memory.undefined(address, len(which))
+
+
+def _translation(text: str, name: str) -> Translation:
+    return _translated(hashlib.sha256(text.encode()).digest(), text, name)
 
 
 @functools.lru_cache(maxsize=512)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .ptx_types import WIDTH, PTXError
@@ -151,11 +151,10 @@ def parse(text: str, entry: str) -> Program:
     program.most_threads = _threads("maxntid", head.group(2))
     for match in re.finditer(r"^\s*" + _SHARED.pattern + r"\s*;", text, re.MULTILINE):
         _declare_shared(program, *match.groups())
-    dynamic = _DYNAMIC.search(text)
-    _Body(program, dynamic.group(1) if dynamic else None).read(_body(text, head.end()))
+    dynamic = _DYNAMIC.findall(text)
+    _Body(program, dynamic).read(_body(text, head.end()))
     program.static_shared = -(-program.static_shared // 128) * 128
-    if dynamic:
-        program.shared_offsets[dynamic.group(1)] = program.static_shared
+    program.shared_offsets.update(dict.fromkeys(dynamic, program.static_shared))
     return program
 
 
@@ -223,7 +222,7 @@ def _split_operands(text: str) -> list[str]:
 
 
 class _Body:
-    def __init__(self, program: Program, dynamic: str | None) -> None:
+    def __init__(self, program: Program, dynamic: Sequence[str]) -> None:
         self.program = program
         self.dynamic = dynamic
         self.scopes: list[dict[str, str]] = [{}]
@@ -309,7 +308,7 @@ class _Body:
         if match is not None:
             name, offset = match.group(1), int(match.group(2) or "0", 0)
             resolved = self._resolve(name)
-            if resolved in self.program.register_widths or resolved == self.dynamic:
+            if resolved in self.program.register_widths or resolved in self.dynamic:
                 return Address(Register(resolved), offset)
             if resolved in self.program.shared_offsets:
                 return Address(Register(resolved), offset)

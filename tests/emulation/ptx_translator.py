@@ -82,6 +82,7 @@ class Operation:
         statements: Its source, if it only computes.
         reads: Entries that it reads.
         targets: Entries that it writes.
+        error: What executing it raises, if it is not supported.
         single: The source as a function of the registers, once it was needed.
     """
 
@@ -91,6 +92,7 @@ class Operation:
     statements: list[str] = field(default_factory=list)
     reads: frozenset[int] = frozenset()
     targets: frozenset[int] = frozenset()
+    error: PTXError | None = None
     single: Callable[[list[Any]], None] | None = None
 
     @property
@@ -355,12 +357,14 @@ def _translate_one(translator: Translator, it: Instruction) -> Operation:
         else:
             raise unsupported(it)
     except PTXError as error:
-        # Only an error if it is executed.
         text = str(error)
-        operation.effect = _raising(error if it.text in text else PTXError(f"{text}: {it.text}"))
+        operation.error = error if it.text in text else PTXError(f"{text}: {it.text}")
     except Exception as error:
         message = f"not supported ({type(error).__name__}: {error}): {it.text}"
-        operation.effect = _raising(PTXError(message))
+        operation.error = PTXError(message)
+    if operation.error is not None:
+        # Only an error if it is executed.
+        operation.effect = _raising(operation.error)
     operation.reads = frozenset(translator.read)
     operation.targets = frozenset(translator.written)
     return operation

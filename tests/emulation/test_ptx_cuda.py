@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 import torch
 
-from emulation.ptx import PTXError, entries, run_ptx
+from emulation.ptx import PTXError, entries, modules, run_ptx, unsupported
 
 NVCC = shutil.which("nvcc")
 
@@ -140,6 +140,25 @@ FAULTS = ("NO_BARRIER", "OFF_BY_ONE", "NO_WAIT", "NOT_TRANSPOSED")
 
 def test_names(compiled: Compile) -> None:
     assert sorted(entries(compiled())) == ["product", "row_sums", "transpose"]
+
+
+def test_modules(compiled: Compile) -> None:
+    parts = modules(compiled())
+    assert {name: entries(text) for name, text in parts.items()} == {
+        name: [name] for name in ("product", "row_sums", "transpose")
+    }
+    transpose(parts["transpose"], 45, 70)
+    row_sums(parts["row_sums"], 400)
+    product(parts["product"])
+    assert modules(compiled().replace(".target sm_80", ".target sm_90")) == parts
+
+
+def test_unsupported_instructions(compiled: Compile) -> None:
+    text = compiled()
+    assert [unsupported(text, name) for name in entries(text)] == [[], [], []]
+    text = text.replace("bar.sync \t0;", "bar.sync \t0; tcgen05.wait::ld.sync.aligned;")
+    assert "tcgen05" in text
+    assert unsupported(text, "product") == ["not supported: tcgen05.wait::ld.sync.aligned"]
 
 
 def transpose(text: str, rows: int, columns: int) -> None:
