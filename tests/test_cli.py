@@ -980,8 +980,7 @@ class TestDoctor:
     def test_extension_that_is_missing(self, monkeypatch, capsys):
         from threshnet_fast import extension
 
-        monkeypatch.setattr(extension, "_done", True)
-        monkeypatch.setattr(extension, "_reason", "it was not built")
+        monkeypatch.setattr(extension, "unavailable_reason", lambda: "it was not built")
         assert main(["doctor"]) == 1
         captured = capsys.readouterr()
         assert "[FAIL] C++ extension: it was not built" in captured.out

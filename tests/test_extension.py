@@ -35,9 +35,25 @@ def library():
 @pytest.fixture
 def unloaded(monkeypatch):
     """The loader as in a process that has not called it."""
-    monkeypatch.setattr(extension, "_done", False)
-    monkeypatch.setattr(extension, "_reason", None)
+    for part in (extension._ENGINE, extension._CUDA):
+        monkeypatch.setattr(part, "_done", False)
+        monkeypatch.setattr(part, "_reason", None)
     return monkeypatch
+
+
+@pytest.fixture
+def compile_empty():
+    """Function that makes a shared library with nothing in it."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+
+    def compile_into(path):
+        source = path.with_suffix(".cpp")
+        source.write_text("int nothing = 0;\n")
+        subprocess.run([compiler, "-shared", "-fPIC", source, "-o", path], check=True)
+
+    return compile_into
 
 
 def run_python(code, **environment):
@@ -77,7 +93,15 @@ def test_best_isa_is_a_known_level():
     assert torch.ops.threshnet_fast_cpu.best_isa() in (0, 1, 2)
 
 
-def test_threads_load_it_once(unloaded):
+@pytest.mark.parametrize(
+    ("part", "load", "reason"),
+    [
+        ("_ENGINE", extension.load, extension.unavailable_reason),
+        ("_CUDA", extension.load_cuda, extension.cuda_unavailable_reason),
+    ],
+    ids=["engine", "cuda"],
+)
+def test_threads_load_it_once(unloaded, part, load, reason):
     calls = []
 
     def slow_load():
@@ -85,13 +109,13 @@ def test_threads_load_it_once(unloaded):
         time.sleep(0.05)
         return "a reason"
 
-    unloaded.setattr(extension, "_load", slow_load)
+    unloaded.setattr(getattr(extension, part), "_load", slow_load)
     barrier = threading.Barrier(8)
     results = []
 
     def work():
         barrier.wait()
-        results.append((extension.load(), extension.unavailable_reason()))
+        results.append((load(), reason()))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
@@ -107,6 +131,9 @@ def test_switched_off(unloaded, value):
     unloaded.setenv("THRESHNET_FAST_NO_EXT", value)
     assert extension.load() is False
     assert "THRESHNET_FAST_NO_EXT" in extension.unavailable_reason()
+    assert extension.load_cuda() is False
+    assert extension.cuda_unavailable_reason() == extension.unavailable_reason()
+    assert extension.cuda_left_out_reason() == extension.unavailable_reason()
 
 
 @pytest.mark.parametrize("value", ["", "0"])
@@ -126,6 +153,40 @@ def test_absent(unloaded, tmp_path):
     assert "\n" not in reason
 
 
+def test_cuda_absent(unloaded, tmp_path):
+    unloaded.delenv("THRESHNET_FAST_NO_EXT", raising=False)
+    unloaded.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+    assert extension.cuda_library_path() is None
+    assert extension.cuda_include_path() is None
+    assert extension.load_cuda() is False
+    reason = extension.cuda_unavailable_reason()
+    assert "was not built" in reason
+    assert "nvcc" in reason
+    assert "THRESHNET_FAST_CUDA=0" in reason
+    assert "\n" not in reason
+    assert extension.cuda_left_out_reason() == reason
+
+
+def test_cuda_without_the_engine(unloaded, tmp_path):
+    """What is wrong with the library that it builds on is why it is unavailable."""
+    unloaded.delenv("THRESHNET_FAST_NO_EXT", raising=False)
+    (tmp_path / "_C_cuda.abi3.so").touch()
+    unloaded.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+    assert extension.cuda_left_out_reason() is None
+    assert extension.load_cuda() is False
+    assert extension.cuda_unavailable_reason() == extension.unavailable_reason()
+    assert "compiler" in extension.cuda_unavailable_reason()
+
+
+def test_cuda_paths(unloaded, tmp_path):
+    unloaded.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+    for name in ("lib/libthreshnet_fast_cuda.so", "include/threshnet_fast.h"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    assert extension.cuda_library_path() == tmp_path / "lib/libthreshnet_fast_cuda.so"
+    assert extension.cuda_include_path() == tmp_path / "include"
+
+
 @pytest.mark.parametrize("content", [b"", b"not a library" * 1000])
 def test_broken(unloaded, tmp_path, content):
     unloaded.delenv("THRESHNET_FAST_NO_EXT", raising=False)
@@ -139,15 +200,10 @@ def test_broken(unloaded, tmp_path, content):
     assert "\n" not in reason
 
 
-def test_library_of_another_version(tmp_path):
+def test_library_of_another_version(tmp_path, compile_empty):
     """A library that loads but lacks operators; in a fresh process, where none is registered."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    source = tmp_path / "empty.cpp"
-    source.write_text("int nothing = 0;\n")
     path = tmp_path / "_C.abi3.so"
-    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", path], check=True)
+    compile_empty(path)
     reason = run_python(
         "from threshnet_fast import extension\n"
         f"extension.__file__ = {str(tmp_path / 'extension.py')!r}\n"
@@ -156,6 +212,30 @@ def test_library_of_another_version(tmp_path):
     )
     assert f"{path} is not of this version" in reason
     assert all(name in reason for name in NAMES)
+
+
+@pytest.mark.parametrize("broken", [True, False], ids=["broken", "another version"])
+def test_cuda_library_that_is_no_good(library, tmp_path, compile_empty, broken):
+    """The engine's library works and defines the operators; nothing computes them."""
+    shutil.copy(library, tmp_path)
+    path = tmp_path / "_C_cuda.abi3.so"
+    if broken:
+        path.write_bytes(b"not a library" * 1000)
+    else:
+        compile_empty(path)
+    reason = run_python(
+        "from threshnet_fast import extension\n"
+        f"extension.__file__ = {str(tmp_path / 'extension.py')!r}\n"
+        "assert extension.load() is True, extension.unavailable_reason()\n"
+        "assert extension.load_cuda() is False\n"
+        "print(extension.cuda_unavailable_reason())"
+    )
+    if broken:
+        assert f"{path} does not load beside torch {torch.__version__}: " in reason
+        assert reason.count(str(path)) == 1
+    else:
+        assert f"{path} is not of this version" in reason
+        assert all(name in reason for name in extension._CUDA_OPERATORS)
 
 
 def test_package_works_without_it(tmp_path):
