@@ -37,6 +37,8 @@ void pool(const Pool& pool, Stream stream) {
   PoolParameters parameters;
   parameters.pool = pool;
   parameters.aligned = has_aligned_pixels(pool.output, pool.output_pitch, pool.dtype);
+  parameters.reciprocal =
+      static_cast<float>(1.0 / (int64_t{window.kernel_height} * window.kernel_width));
   with_type(pool.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     parameters.grid =

@@ -10,7 +10,8 @@ namespace threshnet_fast::cuda {
 struct PoolParameters {
   Pool pool;
   ElementwiseGrid grid;
-  bool aligned;  // whether the output's pixels are
+  bool aligned;      // whether the output's pixels are
+  float reciprocal;  // of the pixels of a window
 };
 
 // The greater one, or NaN where either is: what PyTorch chooses, and fmaxf does not.
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     for (int tap_column = 0; tap_column < kernel_width; ++tap_column) {
       const int x = min(max(left + tap_column, 0), window.in_width - 1);
       const Vector<T> values =
-          load_vector(image + (int64_t{y} * window.in_width + x) * p.pool.input.pitch);
+          load_vector(image + int64_t{y * window.in_width + x} * p.pool.input.pitch);
 #pragma unroll
       for (int element = 0; element < kElements; ++element) {
         const float value = to_float(values.elements[element]);
@@ -56,12 +57,11 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     }
   }
 
-  const float divisor = kAverage ? static_cast<float>(kernel_height * kernel_width) : 1.0f;
   Vector<T> result;
 #pragma unroll
   for (int element = 0; element < kElements; ++element)
     result.elements[element] =
-        from_float<T>(kAverage ? results[element] / divisor : results[element]);
+        from_float<T>(kAverage ? results[element] * p.reciprocal : results[element]);
   T* output = static_cast<T*>(p.pool.output) + index.pixel * p.pool.output_pitch + channel;
   store_elements(output, result, p.pool.out_channels - channel, p.aligned);
 }
