@@ -1,59 +1,29 @@
 // Operators for torch, registered through the LibTorch stable ABI. Schemas, checks of tensors and
 // registration, nothing else: the engine in cpu/ knows nothing of torch.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "cpu/program.h"
+#include "tensors.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+namespace threshnet_fast {
 namespace {
-
-namespace cpu = threshnet_fast::cpu;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 void parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
   torch::stable::parallel_for(0, count, 1,
                               [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
-  text << "]";
-  return text.str();
-}
-
-void check(bool condition, const std::string& message) {
-  STD_TORCH_CHECK(condition, "threshnet_fast: " + message);
-}
-
-void check_tensor(const Tensor& tensor, const std::string& name, ScalarType dtype,
-                  const char* dtype_name) {
-  check(tensor.is_cpu(), name + " is not on the CPU");
-  check(tensor.scalar_type() == dtype, name + " has the wrong dtype, expected " + dtype_name);
-}
-
 void check_float(const Tensor& tensor, const std::string& name) {
-  check_tensor(tensor, name, ScalarType::Float, "float32");
-}
-
-void check_dense(const Tensor& tensor, const std::string& name) {
-  check(tensor.is_contiguous(), name + " is not contiguous");
+  check(tensor.is_cpu(), name + " is not on the CPU");
+  check(tensor.scalar_type() == ScalarType::Float, name + " has the wrong dtype, expected float32");
 }
 
 // Weights and workspace are read from end to end on every call: huge pages spare most of the
@@ -78,16 +48,14 @@ Tensor empty_floats(int64_t count) {
 }
 
 cpu::Program program_of(const Tensor& program) {
-  check_tensor(program, "program", ScalarType::Byte, "uint8");
-  check_dense(program, "program");
+  check_host(program, "program", ScalarType::Byte, "uint8");
   return cpu::Program(program.data_ptr(), program.numel());
 }
 
 // A checksum of single floats in memory, by FNV-1a. The caller vouches for the addresses: it holds
 // the tensors that they lie in.
 int64_t checksum_floats(const Tensor& addresses) {
-  check_tensor(addresses, "addresses", ScalarType::Long, "int64");
-  check_dense(addresses, "addresses");
+  check_host(addresses, "addresses", ScalarType::Long, "int64");
   const int64_t* address = static_cast<const int64_t*>(addresses.data_ptr());
   uint64_t hash = 0xcbf29ce484222325u;
   for (int64_t i = 0; i < addresses.numel(); ++i) {
@@ -101,8 +69,7 @@ int64_t checksum_floats(const Tensor& addresses) {
 int64_t best_isa() { return cpu::best_isa(); }
 
 Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads, bool exact) {
-  check_tensor(description, "description", ScalarType::Long, "int64");
-  check_dense(description, "description");
+  check_host(description, "description", ScalarType::Long, "int64");
   const std::vector<std::byte> bytes =
       cpu::compile(static_cast<const int64_t*>(description.data_ptr()), description.numel(), isa,
                    threads, exact);
@@ -183,22 +150,6 @@ Tensor run_plan(const Tensor& x, const Tensor& program, const Tensor& packed, Te
   return output;
 }
 
-// The floats between neighbouring pixels of an NHWC map, or 0 where the tensor is not one.
-int64_t pixel_pitch(const Tensor& x) {
-  if (x.size(1) > 1 && x.stride(1) != 1) return 0;
-  int64_t pitch = 0;
-  int64_t pixels = 1;
-  for (const int64_t dimension : {3, 2, 0}) {
-    if (x.size(dimension) == 1) continue;
-    if (pitch == 0) pitch = x.stride(dimension);
-    // A pitch of 0 is an expanded dimension: its pixels share their memory.
-    if (pitch == 0 || x.stride(dimension) != pitch * pixels) return 0;
-    pixels *= x.size(dimension);
-  }
-  if (pitch == 0) pitch = x.size(1);
-  return pitch >= x.size(1) ? pitch : 0;
-}
-
 struct Window {
   int64_t stride, padding;
 };
@@ -207,40 +158,25 @@ struct Window {
 Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
                        const std::vector<cpu::Weight>& weights, bool has_prologue, bool relu,
                        Window window, int64_t isa) {
-  check(!xs.empty(), "xs is empty, expected at least one segment");
-  check(weight.dim() == 4, "weight has shape " + shape_of(weight) + ", expected four dimensions");
-  check(window.stride >= 1 && window.padding >= 0, "stride or padding is out of range");
+  check_convolution(xs, weight, window.stride, window.padding);
   std::vector<Tensor> segments;
-  int64_t channels = 0;
   for (size_t i = 0; i < xs.size(); ++i) {
-    const std::string name = "xs[" + std::to_string(i) + "]";
-    check_float(xs[i], name);
-    check(xs[i].dim() == 4, name + " has shape " + shape_of(xs[i]) + ", expected four dimensions");
-    check(xs[i].numel() > 0, name + " is empty");
-    check(xs[i].size(0) == xs[0].size(0) && xs[i].size(2) == xs[0].size(2) &&
-              xs[i].size(3) == xs[0].size(3),
-          name + " has shape " + shape_of(xs[i]) + ", which does not match xs[0]'s " +
-              shape_of(xs[0]));
-    channels += xs[i].size(1);
+    check_float(xs[i], "xs[" + std::to_string(i) + "]");
     Tensor segment = xs[i];
     if (pixel_pitch(segment) == 0)
       segment = torch::stable::contiguous(segment, MemoryFormat::ChannelsLast);
     segments.push_back(segment);
   }
-  check(weight.size(1) == channels && weight.numel() > 0,
-        "weight has shape " + shape_of(weight) + ", expected [Co, " + std::to_string(channels) +
-            ", kh, kw]");
+  const int64_t channels = weight.size(1);
   const int64_t batch = xs[0].size(0), height = xs[0].size(2), width = xs[0].size(3);
   const int64_t kernel_height = weight.size(2), kernel_width = weight.size(3);
-  const int64_t output_height = (height + 2 * window.padding - kernel_height) / window.stride + 1;
-  const int64_t output_width = (width + 2 * window.padding - kernel_width) / window.stride + 1;
-  check(height + 2 * window.padding >= kernel_height && width + 2 * window.padding >= kernel_width,
-        "weight has shape " + shape_of(weight) + ", larger than the padded input");
+  const int64_t output_height = output_extent(height, kernel_height, window.stride, window.padding);
+  const int64_t output_width = output_extent(width, kernel_width, window.stride, window.padding);
   const int64_t output_channels = weight.size(0);
   const int64_t count = static_cast<int64_t>(segments.size());
 
-  std::vector<int64_t> description = {threshnet_fast::kDescriptionMagic,
-                                      threshnet_fast::kDescriptionVersion,
+  std::vector<int64_t> description = {kDescriptionMagic,
+                                      kDescriptionVersion,
                                       batch,
                                       channels,
                                       height,
@@ -255,12 +191,12 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
                                       1};
   cpu::Binding binding;
   for (int64_t i = 0; i < count; ++i) {
-    description.insert(description.end(), {height, width, pixel_pitch(segments[i]),
-                                           threshnet_fast::kFirstExternal - i});
+    description.insert(description.end(),
+                       {height, width, pixel_pitch(segments[i]), kFirstExternal - i});
     binding.externals.push_back(static_cast<const float*>(segments[i].data_ptr()));
   }
-  description.insert(description.end(), {output_height, output_width, output_channels,
-                                         threshnet_fast::kNetworkOutput});
+  description.insert(description.end(),
+                     {output_height, output_width, output_channels, kNetworkOutput});
   description.insert(description.end(), {cpu::kConvolution, 3 * count + 15, count});
   for (int64_t i = 0; i < count; ++i)
     description.insert(description.end(), {i, 0, segments[i].size(1)});
@@ -287,8 +223,7 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
 
 Tensor checked_vector(const Tensor& tensor, const std::string& name, int64_t length) {
   check_float(tensor, name);
-  check(tensor.dim() == 1 && tensor.size(0) == length,
-        name + " has shape " + shape_of(tensor) + ", expected [" + std::to_string(length) + "]");
+  check_length(tensor, name, length);
   return torch::stable::contiguous(tensor);
 }
 
@@ -329,6 +264,9 @@ Tensor cat_conv_bn_relu(const std::vector<Tensor>& xs, const Tensor& weight, con
 }
 
 }  // namespace
+}  // namespace threshnet_fast
+
+using namespace threshnet_fast;
 
 STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("best_isa() -> int");

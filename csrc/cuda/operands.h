@@ -8,12 +8,16 @@
 
 #include <cstdint>
 
+#include "export.h"
+
 namespace threshnet_fast::cuda {
 
 // Channels of a group.
 constexpr int kGroup = 16;
 // Segments that one launch reads where they lie; of more, all are gathered into one first.
 constexpr int kMaxSegments = 16;
+// Channels that a head can average: their means lie in shared memory.
+constexpr int kMaxHeadChannels = 8192;
 // Indices of pixels are 32-bit, those behind the last pixel in the last tile too; offsets are
 // 64-bit.
 constexpr int64_t kMaxPixels = (int64_t{1} << 31) - 1024;
@@ -169,19 +173,21 @@ struct Device {
 // The launchers. They check what they rely on and throw std::invalid_argument, and
 // std::runtime_error with CUDA's text where a launch fails.
 
-int tile_count(DType dtype);
-Tile tile_of(DType dtype, int tile);
-Configuration choose(const Convolution& convolution, const Device& device);
+THRESHNET_FAST_EXPORT int tile_count(DType dtype);
+THRESHNET_FAST_EXPORT Tile tile_of(DType dtype, int tile);
+THRESHNET_FAST_EXPORT Configuration choose(const Convolution& convolution, const Device& device);
 // Why no tile computes in a dtype on an architecture; null where one does.
-const char* objection(DType dtype, int architecture);
-int64_t partial_floats(const Convolution& convolution, const Configuration& configuration);
-void convolve(const Convolution& convolution, const Configuration& configuration, Stream stream);
+THRESHNET_FAST_EXPORT const char* objection(DType dtype, int architecture);
+THRESHNET_FAST_EXPORT int64_t partial_floats(const Convolution& convolution,
+                                             const Configuration& configuration);
+THRESHNET_FAST_EXPORT void convolve(const Convolution& convolution,
+                                    const Configuration& configuration, Stream stream);
 
-void convolve_stem(const StemConvolution& convolution, Stream stream);
-void pool(const Pool& pool, Stream stream);
-void head(const Head& head, Stream stream);
-void gather(const Gather& gather, Stream stream);
-void pack_weight(const Packing& packing, Stream stream);
-void pack_vector(const VectorPacking& packing, Stream stream);
+THRESHNET_FAST_EXPORT void convolve_stem(const StemConvolution& convolution, Stream stream);
+THRESHNET_FAST_EXPORT void pool(const Pool& pool, Stream stream);
+THRESHNET_FAST_EXPORT void head(const Head& head, Stream stream);
+THRESHNET_FAST_EXPORT void gather(const Gather& gather, Stream stream);
+THRESHNET_FAST_EXPORT void pack_weight(const Packing& packing, Stream stream);
+THRESHNET_FAST_EXPORT void pack_vector(const VectorPacking& packing, Stream stream);
 
 }  // namespace threshnet_fast::cuda
