@@ -670,6 +670,8 @@ def _load(t: Translator, it: Instruction) -> Effect:
         address = t.addresses(where)
     space = "param" if "param" in it.modifiers else _space(it)
     size = width // 8 * len(targets)
+    constant = it.opcode == "ldu" or "nc" in it.modifiers
+    t.constants |= constant
     if space in ("shared", "generic"):
         t.granule = min(t.granule, size)
     _units, _unit = _vector(size)
@@ -694,7 +696,7 @@ def _load(t: Translator, it: Instruction) -> Effect:
         elif (space if space != "generic" else _resolve_space(addresses, mask, it)) == "shared":
             loaded = run.load_shared(addresses, size, mask, it.text)
         else:
-            loaded = run.load_global(addresses, size, mask, it.text)
+            loaded = run.load_global(addresses, size, mask, it.text, constant=constant)
         if len(entries) == 1:
             set_one(run, 0, loaded, mask)
             return

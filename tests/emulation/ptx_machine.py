@@ -6,6 +6,7 @@ took different branches meet again. Found and reported as :class:`PTXError`:
 
 - global and shared accesses out of bounds (to the byte) or misaligned;
 - reads of global memory that was marked as uninitialised and that nothing wrote;
+- on request, reads as constant (``ld.global.nc``) of what the same launch writes;
 - reads of shared memory that nothing wrote, or whose asynchronous copy has not been waited for, and
   writes of shared memory to which a copy is in flight;
 - barriers that not all threads of a block reach, or reach at different places; endless loops;
@@ -94,7 +95,7 @@ def launch(
         _parameter_memory(program, arguments),
         program.static_shared + dynamic_shared,
         races,
-        GlobalRaces(memory.top) if races and blocks > 1 else None,
+        GlobalRaces(memory.top) if races and (blocks > 1 or translation.constants) else None,
     )
     at_once = max(1, threads_at_once // threads)
     steps = 0
@@ -283,12 +284,22 @@ class Run:
             raise PTXError(f"warp-wide instruction with inactive lanes: {text}")
 
     def load_global(
-        self, addresses: np.ndarray, size: int, mask: np.ndarray | None, text: str
+        self,
+        addresses: np.ndarray,
+        size: int,
+        mask: np.ndarray | None,
+        text: str,
+        *,
+        constant: bool = False,
     ) -> np.ndarray:
-        """Loads ``size`` bytes for each thread, as one element or as a last axis of several."""
+        """Loads ``size`` bytes for each thread, as one element or as a last axis of several.
+
+        What is loaded as ``constant``, nothing may write in the same launch.
+        """
         places = self.memory.locate(addresses, size, mask, text)
         if self.launch.global_races is not None:
-            self.launch.global_races.read(places, size, self.block_ids, mask, text)
+            owners = None if constant else self.block_ids
+            self.launch.global_races.read(places, size, owners, mask, text)
         if self.warp_races is not None:
             self.warp_races.read(places, size, mask, text)
         if size <= 16:

@@ -32,6 +32,7 @@ _GUARD_BYTES = 512
 _NEARBY_BYTES = 1 << 20
 _NOBODY = -1
 _SEVERAL = -2
+_CONSTANT = np.full((1, 1), -3, np.int32)
 
 # States of a granule of shared memory.
 _UNWRITTEN, _WRITTEN, _IN_FLIGHT = range(3)
@@ -328,11 +329,13 @@ class GlobalRaces:
         self,
         places: np.ndarray,
         size: int,
-        owners: np.ndarray,
+        owners: np.ndarray | None,
         mask: np.ndarray | None,
         text: str,
     ) -> None:
-        """Notes reads of ``size`` bytes at each place."""
+        """Notes reads of ``size`` bytes at each place, by blocks or, for None, as constant."""
+        if owners is None:
+            owners = _CONSTANT
         self._reads.append(_Reads(places, size, owners, mask, text))
         self._logged += places.nbytes
         if self._logged > _MAX_LOGGED_BYTES:
@@ -342,7 +345,7 @@ class GlobalRaces:
         """Compares the reads with the writes.
 
         Raises:
-            PTXError: A block read what another wrote.
+            PTXError: A block read what another wrote, or as constant what any wrote.
         """
         self._compare()
         if self._reader is not None:
@@ -372,9 +375,11 @@ class GlobalRaces:
                 writer = self._writer.take(places + byte)
                 wrong = (writer != _NOBODY) & (writer != owners)
                 if wrong.any():
+                    reader = owners[wrong][0]
+                    what = "a read as constant is of" if reader < 0 else f"block {reader} reads"
                     raise PTXError(
-                        f"global-memory race: block {owners[wrong][0]} reads a byte that block "
-                        f"{writer[wrong][0]} writes: {reads.text}"
+                        f"global-memory race: {what} a byte that block {writer[wrong][0]} "
+                        f"writes: {reads.text}"
                     )
 
     def _condense(self) -> None:

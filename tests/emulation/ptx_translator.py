@@ -135,6 +135,7 @@ class Translation:
         parameters: (entry, offset, bits) of the parameters that are read.
         granule: Bytes of the smallest access to shared memory.
         proxies: Whether something reads shared memory through the asynchronous proxy.
+        constants: Whether something reads global memory as what does not change.
         source: The Python source of all blocks.
     """
 
@@ -145,6 +146,7 @@ class Translation:
     parameters: list[tuple[int, int, int]]
     granule: int
     proxies: bool
+    constants: bool
     source: str
 
 
@@ -158,6 +160,7 @@ class Translator:
         self.parameters: list[tuple[int, int, int]] = []
         self.granule = 16
         self.proxies = False
+        self.constants = False
         self.read: set[int] = set()
         self.written: set[int] = set()
         self._entries: dict[str, int] = {}
@@ -417,6 +420,7 @@ def translate(program: Program) -> Translation:
         translator.parameters,
         translator.granule,
         translator.proxies,
+        translator.constants,
         text,
     )
 

@@ -681,6 +681,21 @@ def test_atomics_are_no_race() -> None:
     run("red.global.add.u32 [%q0], 1;", words(1), blocks=3)
 
 
+def test_reads_as_constant() -> None:
+    """What a launch writes must not be read so, not even by the thread that writes it."""
+    body = BETWEEN.format(
+        64, "ld.global.nc.b32 %r2, [%d1]; bar.sync 0; st.global.b32 [%d1+{}], %r2;"
+    )
+    message = r"global-memory race: a read as constant is of a byte that block \d writes"
+    for blocks in (1, 3):
+        run(body.format(256 * blocks), words(128 * blocks), blocks=blocks)
+        for offset in (0, 256 * blocks - 4):
+            with pytest.raises(PTXError, match=message):
+                run(body.format(offset), words(128 * blocks), blocks=blocks)
+        run(body.replace(".nc", "").format(0), words(64 * blocks), blocks=blocks)
+        run(body.format(0), words(64 * blocks), blocks=blocks, races=False)
+
+
 def test_many_reads_are_condensed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptx_memory, "_MAX_LOGGED_BYTES", 1)
     read = "mad.wide.u32 %d2, %t, 4, %q0; ld.global.b32 %r2, [%d2]; ld.global.b32 %r2, [%d2];"
