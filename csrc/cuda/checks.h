@@ -80,6 +80,7 @@ class Checker {
     pixels(window.batch, window.out_height, window.out_width, "output");
     positive(window.kernel_height, "kernel_height");
     positive(window.kernel_width, "kernel_width");
+    at_most(int64_t{window.kernel_height} * window.kernel_width, kMaxPixels, "kernel's extent");
     positive(window.stride, "stride");
     at_least(window.padding, 0, "padding");
     extent(window.in_height, window.kernel_height, window, window.out_height, "out_height");

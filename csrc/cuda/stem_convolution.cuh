@@ -46,25 +46,24 @@ __global__ void __launch_bounds__(kElementwiseThreads)
       static_cast<const T*>(convolution.input) + position.image * convolution.batch_stride;
   const T* weight = static_cast<const T*>(convolution.weight) + first_column;
 
-  const auto load = [&](int tap_row, int tap_column, int channel) {
-    const int y = top + tap_row;
-    const int x = left + tap_column;
-    if (y < 0 || y >= window.in_height || x < 0 || x >= window.in_width) return 0.0f;
-    return to_float(__ldg(image + y * convolution.height_stride + x * convolution.width_stride +
-                          channel * convolution.channel_stride));
-  };
-
   float sums[kStemColumns] = {};
   if constexpr (kKernel > 0) {
     // All at once: their latencies overlap.
     float values[kKernel][kKernel][kChannels];
 #pragma unroll
-    for (int tap_row = 0; tap_row < kKernel; ++tap_row)
+    for (int tap_row = 0; tap_row < kKernel; ++tap_row) {
+      const int y = top + tap_row;
 #pragma unroll
-      for (int tap_column = 0; tap_column < kKernel; ++tap_column)
+      for (int tap_column = 0; tap_column < kKernel; ++tap_column) {
+        const int x = left + tap_column;
+        const bool inside = y >= 0 && y < window.in_height && x >= 0 && x < window.in_width;
+        const T* element = image + y * convolution.height_stride + x * convolution.width_stride;
 #pragma unroll
         for (int channel = 0; channel < kChannels; ++channel)
-          values[tap_row][tap_column][channel] = load(tap_row, tap_column, channel);
+          values[tap_row][tap_column][channel] =
+              inside ? to_float(__ldg(element + channel * convolution.channel_stride)) : 0.0f;
+      }
+    }
 #pragma unroll
     for (int tap_row = 0; tap_row < kKernel; ++tap_row)
 #pragma unroll
@@ -75,13 +74,23 @@ __global__ void __launch_bounds__(kElementwiseThreads)
           weight += convolution.weight_columns;
         }
   } else {
-    for (int tap_row = 0; tap_row < window.kernel_height; ++tap_row)
-      for (int tap_column = 0; tap_column < window.kernel_width; ++tap_column)
+    for (int tap_row = 0; tap_row < window.kernel_height; ++tap_row) {
+      const int y = top + tap_row;
+      if (y < 0 || y >= window.in_height) continue;
+      for (int tap_column = 0; tap_column < window.kernel_width; ++tap_column) {
+        const int x = left + tap_column;
+        if (x < 0 || x >= window.in_width) continue;
+        const T* element = image + y * convolution.height_stride + x * convolution.width_stride;
+        const T* factors = weight + int64_t{tap_row * window.kernel_width + tap_column} *
+                                        convolution.in_channels * convolution.weight_columns;
 #pragma unroll 4
         for (int channel = 0; channel < convolution.in_channels; ++channel) {
-          add_products(sums, load(tap_row, tap_column, channel), weight);
-          weight += convolution.weight_columns;
+          add_products(sums, to_float(__ldg(element)), factors);
+          element += convolution.channel_stride;
+          factors += convolution.weight_columns;
         }
+      }
+    }
   }
 
   constexpr int kElements = Vector<T>::kElements;
