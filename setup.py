@@ -86,14 +86,15 @@ def build_cuda_library(folder):
     # These two alone know torch.
     sources = set(sources) - {csrc / "bindings.cpp", csrc / "cuda/bindings.cpp"}
     host = nvcc.host_compiler_options(os.environ["CXX"])
-    builder = nvcc.Builder(
-        compiler,
-        ROOT,
-        folder,
-        [*nvcc.FLAGS, *host, "-Icsrc", *(architecture.flag for architecture in architectures)],
-        [*nvcc.LINK_FLAGS, *host],
-        toolchain.jobs(),
-    )
+    options = [
+        *nvcc.FLAGS,
+        *nvcc.warning_flags(nvcc.version_of(compiler), architectures),
+        *host,
+        "-Icsrc",
+        *(architecture.flag for architecture in architectures),
+    ]
+    link_options = [*nvcc.LINK_FLAGS, *host]
+    builder = nvcc.Builder(compiler, ROOT, folder, options, link_options, toolchain.jobs())
     print(f"CUDA kernels for {' '.join(map(str, architectures))}", flush=True)
     return builder.build(relative(sources), f"lib{CUDA_LIBRARY}.so")
 
