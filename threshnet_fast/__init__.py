@@ -5,7 +5,7 @@ from .backends.select import use_backend
 from .config import show_config
 from .models import ThreshNet, ThreshNet79, ThreshNet95, create_model, list_models
 from .optimize import optimize
-from .plan import explain
+from .plan import explain, save_plan
 
 __all__ = [
     "ThreshNet",
@@ -19,6 +19,7 @@ __all__ = [
     "ops",
     "optimize",
     "plan",
+    "save_plan",
     "show_config",
     "use_backend",
 ]

@@ -5,6 +5,7 @@ Every backend executes the same list of steps, so that one float64 reference,
 """
 
 from .explanation import Explanation, explain
+from .file import save_plan
 from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
 from .lower import UnsupportedModule, lower
 from .memory import Arena, plan_memory
@@ -27,5 +28,6 @@ __all__ = [
     "explain",
     "lower",
     "plan_memory",
+    "save_plan",
     "serialize",
 ]

@@ -19,7 +19,7 @@ class Explanation:
     """How a model would run on an input; prints as a table.
 
     Attributes:
-        backend: The backend that runs the whole network: ``"cpu"``, ``"triton"`` or
+        backend: The backend that runs the whole network: ``"cpu"``, ``"triton"``, ``"cuda"`` or
             ``"reference"``.
         reason: Why that one.
         algorithms: The algorithm of each step, in the plan's order; all None for the reference.
