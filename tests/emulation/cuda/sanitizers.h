@@ -1,0 +1,60 @@
+// What the emulation tells the sanitizers; nothing in other builds. EMULATION_..._SANITIZER is
+// defined by the build rather than taken from the compiler, as the emulation itself is compiled
+// without -fsanitize=thread: ThreadSanitizer has to see the accesses of the kernels alone.
+#pragma once
+
+#include <cstddef>
+
+#if defined(EMULATION_ADDRESS_SANITIZER)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#if defined(EMULATION_THREAD_SANITIZER)
+#include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_read_range(void* address, unsigned long bytes);
+extern "C" void __tsan_write_range(void* address, unsigned long bytes);
+#endif
+
+namespace emulation {
+
+// Everything before a release() of a key happens before what follows an acquire() of it.
+inline void release([[maybe_unused]] void* key) {
+#if defined(EMULATION_THREAD_SANITIZER)
+  __tsan_release(key);
+#endif
+}
+
+inline void acquire([[maybe_unused]] void* key) {
+#if defined(EMULATION_THREAD_SANITIZER)
+  __tsan_acquire(key);
+#endif
+}
+
+// A kernel's accesses that the emulation makes in its place.
+inline void note_read([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {
+#if defined(EMULATION_THREAD_SANITIZER)
+  __tsan_read_range(const_cast<void*>(address), bytes);
+#endif
+}
+
+inline void note_write([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#if defined(EMULATION_THREAD_SANITIZER)
+  __tsan_write_range(address, bytes);
+#endif
+}
+
+// Makes any access to a range an error, until it is allowed again.
+inline void forbid([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#if defined(EMULATION_ADDRESS_SANITIZER)
+  __asan_poison_memory_region(address, bytes);
+#endif
+}
+
+inline void allow([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#if defined(EMULATION_ADDRESS_SANITIZER)
+  __asan_unpoison_memory_region(address, bytes);
+#endif
+}
+
+}  // namespace emulation
