@@ -250,7 +250,11 @@ def bad_inputs(affine_of: str) -> list:
             (RuntimeError, ValueError),
             "backend 'triton' (is unavailable: triton|needs tensors on cuda)",
         ),
-        "backend cuda": ({"backend": "cuda"}, RuntimeError, "no cuda kernels"),
+        "backend cuda": (
+            {"backend": "cuda"},
+            (RuntimeError, ValueError),
+            "backend 'cuda' (is unavailable: |needs tensors on cuda)",
+        ),
         "cpu in half": (
             {"xs": half, "weight": weight.half(), "backend": "cpu"},
             TypeError,
@@ -270,6 +274,11 @@ def bad_inputs(affine_of: str) -> list:
             {"xs": [x.double() for x in xs], "weight": weight.double(), "backend": "triton"},
             TypeError,
             "backend 'triton' needs one of torch.float16, torch.bfloat16, torch.float32",
+        ),
+        "cuda in double": (
+            {"xs": [x.double() for x in xs], "weight": weight.double(), "backend": "cuda"},
+            TypeError,
+            "backend 'cuda' needs one of torch.float16, torch.bfloat16, torch.float32",
         ),
     }
     return [pytest.param(*row, id=name) for name, row in table.items()]

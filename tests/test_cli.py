@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu, triton
+from threshnet_fast.backends import cpu, cuda, triton
 from threshnet_fast.cli import (
     CommandError,
     arguments,
@@ -378,6 +378,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(command, "torch", Torch())
     monkeypatch.setattr(command, "build", lambda name, job: registry_of_gpu[name].build(job))
     monkeypatch.setattr(command, "_engine", lambda job: "fused by triton on cuda:0")
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: "not for this GPU")
     registry_of_gpu = cuda_providers.CUDA_PROVIDERS
     # Networks run on Triton without a GPU in tests/emulation/.
     for name in ("fused", "drop-in"):
@@ -465,7 +466,10 @@ class TestBenchOnGPU:
         arguments = parser.parse_args(["bench", "--device", "cuda"])
         assert not any(name.startswith("compile") for name in command._providers(arguments))
         arguments = parser.parse_args(["bench", "--device", "cuda", "--compile"])
-        assert command._providers(arguments) == list(cuda_providers.CUDA_PROVIDERS)
+        everything = list(cuda_providers.CUDA_PROVIDERS)
+        if cuda.unavailable_reason() is not None:
+            everything.remove("fused-cuda")
+        assert command._providers(arguments) == everything
 
     @pytest.mark.parametrize(
         ("options", "text"),
@@ -940,14 +944,21 @@ class TestDoctor:
     def test_says_what_serves_gpus(self, monkeypatch, capsys):
         main(["doctor"])
         out = capsys.readouterr().out
-        assert "C++ kernels for CUDA are not built; Triton serves CUDA devices" in out
         if not torch.cuda.is_available():
+            (line,) = [
+                line for line in out.splitlines() if line.startswith("[note] CUDA kernels: ")
+            ]
+            assert str(cuda.unavailable_reason()) in line
             (line,) = [line for line in out.splitlines() if line.startswith("[note] Triton: ")]
             assert str(triton.unavailable_reason()) in line
         monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
         monkeypatch.setattr(triton, "architecture", lambda: "sm_90")
         main(["doctor"])
-        assert f"[  ok] Triton: {triton.version()}, sm_90 kernels" in capsys.readouterr().out
+        monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+        main(["doctor"])
+        out = capsys.readouterr().out
+        assert f"[  ok] Triton: {triton.version()}, sm_90 kernels" in out
+        assert "[  ok] CUDA kernels: loaded, taken by use_backend('cuda') only" in out
 
     def test_gpu_without_triton_is_a_warning(self, fake_gpu, monkeypatch, capsys):
         monkeypatch.setattr(triton, "unavailable_reason", lambda: "triton is not installed")

@@ -3,12 +3,14 @@
 import asyncio
 import importlib
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from threshnet_fast import config, extension, ops, show_config, use_backend
-from threshnet_fast.backends import cpu, select, triton
+from threshnet_fast.backends import cpu, cuda, select, triton
 from threshnet_fast.backends.select import Choice, choose, requested_backend
 
 needs_cpu_backend = pytest.mark.skipif(
@@ -116,16 +118,120 @@ def test_name_like_no_other_lists_them_all() -> None:
     assert "did you mean" not in str(caught.value)
 
 
-def test_not_built() -> None:
-    with pytest.raises(RuntimeError, match="this version of threshnet_fast has no cuda kernels"):
-        use_backend("cuda")
-    assert requested_backend() == "auto"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_refuses() -> None:
+    with use_backend("cuda"):
+        assert requested_backend() == "cuda"
+        with pytest.raises(RuntimeError, match="backend 'cuda' is unavailable: "):
+            run_both()
+    with pytest.raises(RuntimeError, match="backend 'cuda' is unavailable: "):
+        choose([torch.ones(1)], "cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_triton_without_a_device_refuses() -> None:
     with pytest.raises(RuntimeError, match="backend 'triton' is unavailable: triton "):
         choose([torch.ones(1)], "triton")
+
+
+@dataclass(frozen=True)
+class OnGPU:
+    """What a choice looks at of a tensor on a GPU that need not be there."""
+
+    dtype: torch.dtype = torch.float16
+    device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Function that makes backends available on a GPU, the others not, each with a reason."""
+
+    def make(*available: str, architecture: int = 90) -> None:
+        for module in (triton, cuda):
+            name = module.__name__.rpartition(".")[2]
+            reason = None if name in available else f"{name} is switched off"
+            monkeypatch.setattr(module, "unavailable_reason", lambda reason=reason: reason)
+        monkeypatch.setattr(triton, "_device_type", lambda: "cuda")
+        monkeypatch.setattr(triton, "architecture", lambda: f"sm_{architecture}")
+        properties = cuda.Properties(architecture, 132, 227 * 1024)
+        monkeypatch.setattr(cuda, "_properties", lambda device: properties)
+
+    return make
+
+
+def test_auto_takes_triton_first_on_a_gpu(gpu) -> None:
+    gpu("triton", "cuda")
+    reason = "first of 'auto'; torch.float16 on cuda:0, sm_90 kernels"
+    assert choose([OnGPU()]) == Choice("triton", reason)
+    assert select.network_backends(OnGPU()) == ("triton", "cuda")
+
+
+def test_auto_takes_cuda_where_triton_objects(gpu) -> None:
+    gpu("cuda")
+    choice = choose([OnGPU()])
+    assert choice.backend == "cuda"
+    assert choice.reason == (
+        "backend 'triton' is unavailable: triton is switched off; next of 'auto'; "
+        "torch.float16 on cuda:0, CUDA C++ kernels for sm_90"
+    )
+
+
+def test_auto_falls_back_on_a_gpu_for_every_reason(gpu) -> None:
+    gpu()
+    reason = (
+        "backend 'triton' is unavailable: triton is switched off; "
+        "backend 'cuda' is unavailable: cuda is switched off"
+    )
+    assert choose([OnGPU()]) == Choice("reference", reason)
+    gpu("triton", "cuda")
+    choice = choose([OnGPU(torch.float64)])
+    assert choice.backend == "reference"
+    for name in ("triton", "cuda"):
+        assert f"backend '{name}' needs one of torch.float16, torch.bfloat16" in choice.reason
+
+
+def test_cuda_on_demand(gpu) -> None:
+    gpu("triton", "cuda")
+    what = "torch.float32 on cuda:0, CUDA C++ kernels for sm_90"
+    choice = choose([OnGPU(torch.float32)], "cuda")
+    assert choice == Choice("cuda", f"asked for by the argument backend; {what}")
+    with use_backend("cuda"):
+        assert choose([OnGPU(torch.float32)]).reason == f"asked for by use_backend; {what}"
+        with pytest.raises(TypeError, match=r"backend 'cuda' needs one of .*torch\.float64"):
+            choose([OnGPU(torch.float64)])
+        with pytest.raises(ValueError, match=r"backend 'cuda' needs tensors on cuda, .* on cpu"):
+            choose([torch.ones(1)])
+
+
+@pytest.mark.parametrize("architecture", [70, 75, 80])
+def test_cuda_on_older_devices(gpu, architecture: int) -> None:
+    gpu("cuda", architecture=architecture)
+    for dtype in cuda.DTYPES:
+        backend = choose([OnGPU(dtype)]).backend
+        runs = architecture >= (80 if dtype is torch.bfloat16 else 75)
+        assert backend == ("cuda" if runs else "reference")
+
+
+def test_cuda_is_not_for_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in cuda.unavailable_reason()
+
+
+def test_cuda_library_is_loaded_only_where_there_is_a_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    for name, reason in (("cuda_left_out_reason", None), ("cuda_unavailable_reason", "too old")):
+        spy = lambda name=name, reason=reason: (asked.append(name), reason)[1]  # noqa: E731
+        monkeypatch.setattr(extension, name, spy)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for available, reason in ((False, "torch finds no CUDA device"), (True, "too old")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert cuda.unavailable_reason() == reason
+    assert asked == ["cuda_left_out_reason", "cuda_unavailable_reason"]
+    monkeypatch.setattr(extension, "cuda_left_out_reason", lambda: "it was not built")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.unavailable_reason() == "it was not built"
 
 
 @pytest.mark.parametrize("name", [None, 1, ["cpu"]])
@@ -231,7 +337,6 @@ def test_show_config_prints_what_it_returns(
     assert result["torch"] == torch.__version__
     assert "THRESHNET_FAST_SOMETHING=17" in result["environment"].split()
     assert result["threads"].startswith(str(torch.get_num_threads()))
-    assert "C++ kernels for CUDA are not built; Triton serves CUDA devices" in result["CUDA"]
     for name, finding in result.entries:
         assert f"{name} " in str(result)
         assert "\n" not in finding
@@ -267,6 +372,19 @@ def test_show_config_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["Triton"] == f"{triton.version()}, sm_90 kernels"
     assert result["backend"].startswith("auto: triton on CUDA devices, ")
     assert result["backend"].endswith(", else reference")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_show_config_says_why_the_cuda_kernels_are_off() -> None:
+    assert show_config()["CUDA kernels"] == f"off: {cuda.unavailable_reason()}"
+
+
+def test_show_config_with_cuda_kernels(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    result = show_config()
+    assert result["CUDA kernels"] == "loaded, for sm_90"
+    assert result["backend"].startswith("auto: cuda on CUDA devices, ")
 
 
 def test_show_config_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
-CUDA_KERNELS = "C++ kernels for CUDA are not built; Triton serves CUDA devices"
-"""What runs on a GPU, in one line."""
-
 
 @dataclass(frozen=True, repr=False)
 class Config:
@@ -103,11 +100,13 @@ def _backend() -> str:
     requested = select.requested_backend()
     if requested != "auto":
         return f"{requested} (asked for by use_backend)"
-    from .backends import cpu, triton
+    from .backends import cpu, cuda, triton
 
     places = []
     if triton.unavailable_reason() is None and not triton.interpreting():
         places.append("triton on CUDA devices")
+    elif cuda.unavailable_reason() is None:
+        places.append("cuda on CUDA devices")
     reason = cpu.unavailable_reason()
     if reason is None:
         places.append("cpu for float32 tensors on the CPU")
@@ -133,11 +132,24 @@ def _cuda() -> str:
     if torch.version.hip is not None:
         build, version = "HIP", torch.version.hip
     if version is None:
-        return f"off: torch was built without CUDA; {CUDA_KERNELS}"
+        return "off: torch was built without CUDA"
     if not torch.cuda.is_available():
-        return f"off: torch was built for {build} {version} and finds no device; {CUDA_KERNELS}"
+        return f"off: torch was built for {build} {version} and finds no device"
     devices = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return f"{build} {version} ({devices}); {CUDA_KERNELS}"
+    return f"{build} {version} ({devices})"
+
+
+def _cuda_kernels() -> str:
+    import torch
+
+    from .backends import cuda
+
+    reason = cuda.unavailable_reason()
+    if reason is not None:
+        return f"off: {reason}"
+    devices = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    names = dict.fromkeys(cuda.architecture(device) for device in devices)
+    return f"loaded, for {', '.join(names)}"
 
 
 def _threads() -> str:
@@ -161,6 +173,7 @@ _QUESTIONS: dict[str, Callable[[], str]] = {
     "CPU instructions": _cpu_isa,
     "backend": _backend,
     "CUDA": _cuda,
+    "CUDA kernels": _cuda_kernels,
     "Triton": _triton,
     "threads": _threads,
     "environment": _environment,

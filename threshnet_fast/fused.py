@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -15,12 +16,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from .backends import cpu, cuda_graphs, select, triton
+from .backends import cpu, cuda_graphs, samples, select, triton
 from .nn import ConvBNReLU, DenseLayer, HarmonicBlock
 from .plan.lower import UnsupportedModule
 
 if TYPE_CHECKING:
-    from .backends.triton_plan import PackedNetwork, TritonPlan
     from .models.threshnet import ThreshNet
 
 __all__ = ["FusedForward", "Objection"]
@@ -94,20 +94,23 @@ class FusedForward:
         requested = select.requested_backend()
         if requested == "reference":
             return None
-        try:
-            plan, packed = self.prepare(model, x, head=head)
-            if cuda_graphs.capturing(x.device):
-                # The caller's graph reads these weights whenever it is replayed.
-                self._captured[id(packed)] = packed
-            return plan(x, packed)
-        except (Objection, triton.CompilationFailed) as objection:
-            if requested != "auto":
-                raise RuntimeError(
-                    f"backend {requested!r} cannot run this call: {objection}"
-                ) from objection.__cause__
-            if isinstance(objection, triton.CompilationFailed) and self._snapshot is not None:
-                self._snapshot.unsupported = str(objection)
-            return None
+        while True:
+            try:
+                plan, packed = self.prepare(model, x, head=head)
+                if cuda_graphs.capturing(x.device):
+                    # The caller's graph reads these weights whenever it is replayed.
+                    self._captured[id(packed)] = packed
+                return plan(x, packed)
+            except (Objection, triton.CompilationFailed) as objection:
+                if requested != "auto":
+                    raise RuntimeError(
+                        f"backend {requested!r} cannot run this call: {objection}"
+                    ) from objection.__cause__
+                snapshot = self._snapshot
+                if isinstance(objection, Objection) or snapshot is None:
+                    return None
+                # Another round takes the next backend.
+                snapshot.unsupported["triton"] = str(objection)
 
     def prepare(self, model: ThreshNet, x: Tensor, *, head: bool) -> tuple[PreparedPlan, Any]:
         """Returns the prepared plan for an input and the packed weights, both up to date.
@@ -124,37 +127,43 @@ class FusedForward:
             raise Objection(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
         if _transformed():
             raise Objection("a tracer, a transform or a tensor mode is active")
-        backend = select.network_backend(x)
-        if backend == "cpu" and x.device.type != "cpu":
-            raise Objection(f"x is on {x.device}, and backend 'cpu' needs it on the CPU")
         if x.device.type not in ("cpu", "cuda"):
             raise Objection(f"x is on {x.device}, which no fused backend computes on")
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if backend == "triton":
-            error = triton.objection(x, dtype)
-            if error is not None:
-                raise Objection(str(error))
-        else:
-            if autocast:
-                raise Objection("autocast is enabled")
-            if x.dtype is not torch.float32:
-                raise Objection(
-                    f"x has dtype {x.dtype}, and the CPU backend computes in torch.float32"
-                )
-            reason = cpu.unavailable_reason()
-            if reason is not None:
-                raise Objection(reason)
+        snapshot: _Snapshot | None = None
+        objections: list[str] = []
+        for backend in select.network_backends(x):
+            objection = _objection(backend, x, dtype, autocast)
+            if objection is None:
+                if snapshot is None:
+                    snapshot = self._checked(model, x, torch.float32 if autocast else x.dtype)
+                try:
+                    return snapshot.prepared(backend, model, x, head, dtype)
+                except Objection as error:
+                    objection = str(error)
+            objections.append(objection)
+        raise Objection("; ".join(objections))
+
+    def _checked(self, model: ThreshNet, x: Tensor, dtype: torch.dtype) -> _Snapshot:
+        """Returns the model's snapshot, where nothing about the model keeps it from running fused.
+
+        Args:
+            model: The model.
+            x: Its input.
+            dtype: Which the weights must have.
+
+        Raises:
+            Objection: The plain path must run on every backend.
+        """
         # Before any snapshot, which every step of a training would make anew.
         if model.training:
             raise Objection(_TRAINING)
         if torch.is_grad_enabled() and (x.requires_grad or model._first_weight.requires_grad):
             raise Objection(_GRADIENTS)
         snapshot = self._current(model)
-        snapshot.check(torch.float32 if autocast else x.dtype)
-        if backend == "triton":
-            return snapshot.for_triton(model, x, head, dtype)
-        return snapshot.for_cpu(model, x.shape, head)
+        snapshot.check(dtype)
+        return snapshot
 
     def _current(self, model: ThreshNet) -> _Snapshot:
         snapshot = self._snapshot
@@ -168,6 +177,20 @@ class FusedForward:
 
 class Objection(Exception):
     """Why a call cannot run fused, in one line."""
+
+
+def _objection(backend: str, x: Tensor, dtype: torch.dtype, autocast: bool) -> str | None:
+    """Returns what a backend has against an input to be computed in a dtype, or None."""
+    if backend != "cpu":
+        error = select.objection(backend, x, dtype)
+        return None if error is None else str(error)
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, and backend 'cpu' needs it on the CPU"
+    if autocast:
+        return "autocast is enabled"
+    if x.dtype is not torch.float32:
+        return f"x has dtype {x.dtype}, and the CPU backend computes in torch.float32"
+    return cpu.unavailable_reason()
 
 
 class _Snapshot:
@@ -206,8 +229,8 @@ class _Snapshot:
         self._probe = _Probe(self._tensors)
 
         self._cpu_plans = cpu.PlanCache()
-        self._triton_plans = triton.PlanCache()
-        self.unsupported: str | None = None
+        self._gpu_plans = select.gpu_plan_caches()
+        self.unsupported: dict[str, str] = {}
 
     def matches(self) -> bool:
         """Whether the model is still what it was."""
@@ -241,8 +264,20 @@ class _Snapshot:
         if self._dtypes != {dtype}:
             others = ", ".join(sorted(str(other) for other in self._dtypes - {dtype}))
             raise Objection(f"the model has weights of dtype {others}, expected {dtype}")
-        if self.unsupported is not None:
-            raise Objection(self.unsupported)
+
+    def prepared(
+        self, backend: str, model: ThreshNet, x: Tensor, head: bool, dtype: torch.dtype
+    ) -> tuple[PreparedPlan, Any]:
+        """The prepared plan of a backend for an input, and the packed weights."""
+        if backend in self.unsupported:
+            raise Objection(self.unsupported[backend])
+        if backend == "cpu":
+            return self.for_cpu(model, x.shape, head)
+        try:
+            return self._gpu_plans[backend].get(model, x, head=head, dtype=dtype)
+        except UnsupportedModule as error:
+            # Of this shape, or of this device, perhaps; another may do.
+            raise Objection(str(error)) from None
 
     def for_cpu(
         self, model: ThreshNet, shape: torch.Size, head: bool
@@ -253,17 +288,7 @@ class _Snapshot:
                 model, shape, head=head, isa=cpu.isa_code(), exact=cpu.exact_by_default()
             )
         except UnsupportedModule as error:
-            self.unsupported = str(error)
-            raise Objection(self.unsupported) from None
-
-    def for_triton(
-        self, model: ThreshNet, x: Tensor, head: bool, dtype: torch.dtype
-    ) -> tuple[TritonPlan, PackedNetwork]:
-        """The prepared plan for an input, and the packed weights."""
-        try:
-            return self._triton_plans.get(model, x, head=head, dtype=dtype)
-        except UnsupportedModule as error:
-            # Of this shape, or of this device, perhaps; another may do.
+            self.unsupported["cpu"] = str(error)
             raise Objection(str(error)) from None
 
 
@@ -280,43 +305,51 @@ class _Probe:
         # Aliases keep the memory alive that the addresses point to.
         self._aliases = [tensor.detach() for tensor in tensors if _dense(tensor)]
         self._device = tensors[0].device
-        if self._device.type == "cuda":
-            self._addresses = _checksum().sample_addresses(self._aliases)
-            self._checksum = self._read()
-            return
-        self._aliases = [alias for alias in self._aliases if alias.dtype is torch.float32]
-        addresses = [
-            alias.data_ptr() + alias.element_size() * index
-            for alias in self._aliases
-            for index in (0, alias.numel() // 2, alias.numel() - 1)
-        ]
-        self._addresses = torch.tensor(addresses, dtype=torch.int64)
-        self._checksum = self._read()
+        self._read = self._reader()
+        self._found = self._read()
 
     def matches(self) -> bool:
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 if torch.cuda.is_current_stream_capturing():
                     return True
-        return self._read() == self._checksum
+        found = self._read()
+        if isinstance(found, Tensor):
+            return found.equal(cast(Tensor, self._found))
+        return found == self._found
 
-    def _read(self) -> int:
-        checksum: int
+    def _reader(self) -> Callable[[], int | Tensor]:
+        """Returns a function that reads the sample, or a checksum of it."""
         if self._device.type == "cuda":
-            with torch.cuda.device(self._device):
-                checksum = _checksum().checksum(self._addresses)
-        elif cpu.unavailable_reason() is None:
-            checksum = torch.ops.threshnet_fast_cpu.checksum_floats(self._addresses)
-        else:
-            checksum = 0
-        return checksum
+            return _reader_on_a_gpu(self._aliases, self._device)
+        if cpu.unavailable_reason() is not None:
+            return lambda: 0
+        self._aliases = [alias for alias in self._aliases if alias.dtype is torch.float32]
+        addresses = torch.tensor(
+            [
+                alias.data_ptr() + alias.element_size() * index
+                for alias in self._aliases
+                for index in (0, alias.numel() // 2, alias.numel() - 1)
+            ],
+            dtype=torch.int64,
+        )
+        return lambda: torch.ops.threshnet_fast_cpu.checksum_floats(addresses)
 
 
-def _checksum() -> Any:
-    """The kernel that reads a GPU's memory; importing it imports triton."""
+def _reader_on_a_gpu(tensors: list[Tensor], device: torch.device) -> Callable[[], int | Tensor]:
+    if triton.unavailable_reason() is not None:
+        views = samples.sample(tensors)
+        return lambda: samples.read(views)
+    # Imports triton.
     from .kernels import checksum
 
-    return checksum
+    addresses = checksum.sample_addresses(tensors)
+
+    def read() -> int:
+        with torch.cuda.device(device):
+            return checksum.checksum(addresses)
+
+    return read
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ class FrozenNetwork:
     compiled once. Calls may come from several threads.
 
     Attributes:
-        backend: ``"cpu"``, ``"triton"``, or ``"reference"`` for plain PyTorch.
+        backend: ``"cpu"``, ``"triton"``, ``"cuda"``, or ``"reference"`` for plain PyTorch.
         reason: One line that says why.
     """
 
@@ -33,7 +33,7 @@ class FrozenNetwork:
         self._module = module
         self._weight = module._first_weight
         self._cpu_plans = cpu.PlanCache()
-        self._triton_plans = triton.PlanCache()
+        self._gpu_plans = select.gpu_plan_caches()
         if backend == "cpu":
             self._isa = cpu.isa_code()
 
@@ -63,8 +63,8 @@ class FrozenNetwork:
             with torch.no_grad():
                 output: Tensor = module(x)
                 return output
-        if self.backend == "triton":
-            plan, weights = self._triton_plans.get(module, x, head=True, dtype=x.dtype)
+        if self.backend != "cpu":
+            plan, weights = self._gpu_plans[self.backend].get(module, x, head=True, dtype=x.dtype)
             return plan(x, weights)
         compiled, packed = self._cpu_plans.get(
             module, x.shape, head=True, isa=self._isa, exact=self._exact
@@ -114,37 +114,40 @@ def optimize(
         raise TypeError(f"exact is {exact!r}: expected True or False")
     module._check_input(example_input)
     weight = module._first_weight
-    backend = select.network_backend(weight)
-    if backend == "reference":
-        backend = "triton" if weight.device.type == "cuda" else "cpu"
-    allowed = (torch.float32,) if backend == "cpu" else triton.DTYPES
+    backends = select.network_backends(weight)
+    if backends == ("reference",):
+        with select.use_backend("auto"):
+            backends = select.network_backends(weight)
+    allowed = (torch.float32,) if backends == ("cpu",) else triton.DTYPES
     if dtype is not None and dtype not in allowed:
         raise ValueError(f"dtype is {dtype}: expected None or {' or '.join(map(str, allowed))}")
     module = copy.deepcopy(module).eval()
     if dtype is not None:
         module, example_input = module.to(dtype), example_input.to(dtype)
     exact = exact or cpu.exact_by_default()
-    objection = _objection(module, backend)
-    if objection is not None:
-        frozen = FrozenNetwork(module, "reference", objection, exact)
-    elif backend == "cpu":
-        frozen = FrozenNetwork(module, "cpu", f"float32 on the CPU, {cpu.isa()} kernels", exact)
-    else:
-        reason = f"{module._first_weight.dtype} on {weight.device}, {triton.architecture()} kernels"
-        frozen = FrozenNetwork(module, "triton", reason, exact)
-    try:
-        frozen(example_input)
-    except (UnsupportedModule, triton.CompilationFailed) as error:
-        if frozen.backend != "triton":
-            raise
-        frozen = FrozenNetwork(module, "reference", str(error), exact)
+    objections: list[str] = []
+    for backend in backends:
+        objection = _objection(module, backend)
+        if objection is None:
+            reason = "; ".join([*objections, select.describe(backend, module._first_weight)])
+            frozen = FrozenNetwork(module, backend, reason, exact)
+            try:
+                frozen(example_input)
+                return frozen
+            except (UnsupportedModule, triton.CompilationFailed) as error:
+                if backend == "cpu":
+                    raise
+                objection = str(error)
+        objections.append(objection)
+    frozen = FrozenNetwork(module, "reference", "; ".join(dict.fromkeys(objections)), exact)
+    frozen(example_input)
     return frozen
 
 
 def _objection(module: ThreshNet, backend: str) -> str | None:
     weight = module._first_weight
-    if backend == "triton":
-        error = triton.objection(weight)
+    if backend != "cpu":
+        error = select.objection(backend, weight)
         if error is not None:
             return str(error)
     elif weight.device.type != "cpu":

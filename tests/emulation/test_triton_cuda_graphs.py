@@ -385,4 +385,4 @@ def test_weights_of_a_captured_call_are_kept(model, x, monkeypatch) -> None:
         model.base[1].conv.weight.mul_(-2)
         model(x)
         assert list(kept.values()) == [packed]
-        assert model._fused._snapshot._triton_plans._packed[torch.float32] is not packed
+        assert model._fused._snapshot._gpu_plans["triton"]._packed[torch.float32] is not packed

@@ -2,7 +2,7 @@
 
 A request comes from an argument (``backend="cpu"``) or from :func:`use_backend`. An explicit
 request is served or refused with an error; ``"auto"`` takes the first backend that has no objection
-and keeps the objections of those it passed over.
+and keeps the objections of those it passed over: on a GPU ``"triton"``, then ``"cuda"``.
 """
 
 import contextlib
@@ -10,15 +10,15 @@ import contextvars
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from . import cpu, triton
+from . import cpu, cuda, triton
+from .gpu_plan import GpuPlanCache
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 """Every name that can be asked for."""
-
-_NOT_BUILT = ("cuda",)
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar(
     "threshnet_fast_backend", default="auto"
@@ -51,7 +51,6 @@ def check_name(name: object, argument: str = "backend") -> str:
     Raises:
         TypeError: If ``name`` is not a string.
         ValueError: If no backend has that name; the nearest one is suggested.
-        RuntimeError: If the backend exists in name only, because no kernels are built for it.
     """
     if not isinstance(name, str):
         raise TypeError(f"{argument} is a {type(name).__name__}: expected one of {_names()}")
@@ -59,11 +58,6 @@ def check_name(name: object, argument: str = "backend") -> str:
         nearest = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{argument} is {name!r}: expected one of {_names()}{hint}")
-    if name in _NOT_BUILT:
-        raise RuntimeError(
-            f"{argument} is {name!r}: this version of threshnet_fast has no {name} kernels; "
-            "use 'auto', 'reference', 'cpu' or 'triton'"
-        )
     return name
 
 
@@ -75,7 +69,8 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     around the call of the compiled function, not inside of it.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``: the C++ kernels,
+            which compute results but no gradients.
 
     Returns:
         A context manager that restores the previous setting at its end.
@@ -83,7 +78,6 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     Raises:
         TypeError: If ``name`` is not a string.
         ValueError: If no backend has that name.
-        RuntimeError: If no kernels are built for that backend.
     """
     return _scope(check_name(name, "name"))
 
@@ -102,21 +96,41 @@ def requested_backend() -> str:
     return _requested.get()
 
 
-def cpu_objection(xs: Sequence[torch.Tensor]) -> Exception | None:
-    """Returns the error that the C++ CPU backend would raise for these tensors, or None.
+def objection(backend: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> Exception | None:
+    """Returns the error that a fused backend would raise for a tensor, or None.
 
     Args:
-        xs: The tensors that the operator reads, all of one dtype and on one device.
+        backend: ``"cpu"``, ``"triton"`` or ``"cuda"``.
+        x: A tensor that a kernel would read.
+        dtype: What to compute in; None means the dtype of ``x``.
     """
-    x = xs[0]
+    if backend == "triton":
+        return triton.objection(x, dtype)
+    if backend == "cuda":
+        return cuda.objection(x, dtype)
     if x.device.type != "cpu":
         return ValueError(f"backend 'cpu' needs tensors on the CPU, these are on {x.device}")
-    if x.dtype != torch.float32:
-        return TypeError(f"backend 'cpu' needs torch.float32 tensors, these are {x.dtype}")
+    dtype = x.dtype if dtype is None else dtype
+    if dtype != torch.float32:
+        return TypeError(f"backend 'cpu' needs torch.float32 tensors, these are {dtype}")
     reason = cpu.unavailable_reason()
     if reason is not None:
         return RuntimeError(f"backend 'cpu' is unavailable: {reason}")
     return None
+
+
+def describe(backend: str, x: torch.Tensor) -> str:
+    """Returns what a fused backend computes with, in one line.
+
+    Args:
+        backend: One that has no objection to ``x``.
+        x: A tensor that a kernel would read.
+    """
+    if backend == "cpu":
+        return f"float32 on the CPU, {cpu.isa()} kernels"
+    if backend == "triton":
+        return f"{x.dtype} on {x.device}, {triton.architecture()} kernels"
+    return f"{x.dtype} on {x.device}, CUDA C++ kernels for {cuda.architecture(x.device)}"
 
 
 def choose(xs: Sequence[torch.Tensor], requested: str | None = None) -> Choice:
@@ -138,34 +152,39 @@ def choose(xs: Sequence[torch.Tensor], requested: str | None = None) -> Choice:
     name = check_name(requested_backend() if requested is None else requested)
     if name == "reference":
         return Choice("reference", f"asked for by {asked_by}")
-    backend = _fused_backend(name, xs[0])
-    objection = cpu_objection(xs) if backend == "cpu" else triton.objection(xs[0])
-    if objection is None:
-        how = "first of 'auto'" if name == "auto" else f"asked for by {asked_by}"
-        if backend == "triton":
-            what = f"{xs[0].dtype} on {xs[0].device}, {triton.architecture()} kernels"
-        else:
-            what = f"float32 on the CPU, {cpu.isa()} kernels"
-        return Choice(backend, f"{how}; {what}")
-    if name != "auto":
-        raise objection
-    return Choice("reference", str(objection))
+    passed_over: list[str] = []
+    for backend in _fused_backends(name, xs[0]):
+        error = objection(backend, xs[0])
+        if error is None:
+            how = f"asked for by {asked_by}" if name != "auto" else "first of 'auto'"
+            if passed_over:
+                how = f"{'; '.join(passed_over)}; next of 'auto'"
+            return Choice(backend, f"{how}; {describe(backend, xs[0])}")
+        if name != "auto":
+            raise error
+        passed_over.append(str(error))
+    return Choice("reference", "; ".join(passed_over))
 
 
-def network_backend(x: torch.Tensor) -> str:
-    """Returns the fused backend for a network's input, ``"cpu"`` or ``"triton"``.
+def network_backends(x: torch.Tensor) -> tuple[str, ...]:
+    """Returns the fused backends to try for a network's input, in order.
 
     Args:
         x: The input; :func:`use_backend` does not ask for ``"reference"``.
     """
-    return _fused_backend(requested_backend(), x)
+    return _fused_backends(requested_backend(), x)
 
 
-def _fused_backend(name: str, x: torch.Tensor) -> str:
+def gpu_plan_caches() -> dict[str, GpuPlanCache[Any, Any, Any]]:
+    """Returns empty caches of one network's plans, by the name of the backend for a GPU."""
+    return {"triton": triton.PlanCache(), "cuda": cuda.PlanCache()}
+
+
+def _fused_backends(name: str, x: torch.Tensor) -> tuple[str, ...]:
     # An emulated or interpreted GPU has its tensors on the CPU: there, "auto" means the CPU.
     if name == "auto":
-        return "triton" if x.device.type == "cuda" else "cpu"
-    return name
+        return ("triton", "cuda") if x.device.type == "cuda" else ("cpu",)
+    return (name,)
 
 
 def _names() -> str:

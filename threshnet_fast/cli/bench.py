@@ -36,6 +36,7 @@ from .precision import PRECISIONS, Precision
 from .providers import (
     Job,
     Provider,
+    Spec,
     build,
     random_model,
     reference_output,
@@ -588,7 +589,7 @@ def _providers(arguments: argparse.Namespace) -> list[str]:
         return _installed(kind)
     for name in asked:
         reason = specs[name].objection()
-        if reason is not None and not specs[name].ours:
+        if reason is not None and not _expected(specs[name]):
             raise CommandError(f"--providers {name}: {reason}", 2)
     return [name for name in specs if name in asked]
 
@@ -598,8 +599,12 @@ def _installed(kind: str) -> list[str]:
     return [
         name
         for name, spec in registry(kind).items()
-        if spec.by_default and (spec.ours or spec.objection() is None)
+        if spec.by_default and (_expected(spec) or spec.objection() is None)
     ]
+
+
+def _expected(spec: Spec) -> bool:
+    return spec.ours and not spec.optional
 
 
 def _names(text: str) -> list[str]:

@@ -21,6 +21,7 @@ from .providers import Job, Provider, Spec, Unavailable, plain_module
 __all__ = ["CUDA_PROVIDERS", "graphed", "reset_compiler"]
 
 _WARM_UP_CALLS = 3
+_FUSED_BACKENDS = ("triton", "cuda")
 
 
 def reset_compiler() -> None:
@@ -143,9 +144,16 @@ def _fused(job: Job) -> Provider:
     from ..optimize import optimize
 
     call = optimize(job.model, job.x)
-    if call.backend != "triton":
+    if call.backend not in _FUSED_BACKENDS:
         raise Unavailable(call.reason)
     return _warm(lambda: call(job.x))
+
+
+def _fused_cuda(job: Job) -> Provider:
+    from ..backends.select import use_backend
+
+    with use_backend("cuda"):
+        return _fused(job)
 
 
 def _drop_in(job: Job) -> Provider:
@@ -154,7 +162,7 @@ def _drop_in(job: Job) -> Provider:
     model, x = job.model, job.x
     with torch.no_grad():
         explanation = explain(model, x)
-    if explanation.backend != "triton":
+    if explanation.backend not in _FUSED_BACKENDS:
         raise Unavailable(explanation.reason)
 
     def run() -> Tensor:
@@ -169,9 +177,16 @@ def _always() -> None:
 
 
 def _no_kernels() -> str | None:
-    from ..backends import triton
+    from ..backends import cuda, triton
 
-    return triton.unavailable_reason()
+    reason = triton.unavailable_reason()
+    return reason if cuda.unavailable_reason() is not None else None
+
+
+def _no_cuda_kernels() -> str | None:
+    from ..backends import cuda
+
+    return cuda.unavailable_reason()
 
 
 def _no_triton() -> str | None:
@@ -185,11 +200,20 @@ def _own_version() -> str:
     from ..backends import triton
 
     if triton.unavailable_reason() is not None:
-        return __version__
+        return _cuda_version()
     from ..kernels import autotuning
 
     tiles = " measured tiles" if autotuning.enabled() else ""
     return f"{__version__} {triton.architecture()}{tiles}"
+
+
+def _cuda_version() -> str:
+    from .. import __version__
+    from ..backends import cuda
+
+    if cuda.unavailable_reason() is not None:
+        return __version__
+    return f"{__version__} CUDA C++ {cuda.architecture(torch.device('cuda'))}"
 
 
 def _torch_version() -> str:
@@ -206,6 +230,15 @@ def _peer(
 CUDA_PROVIDERS: dict[str, Spec] = {
     "fused": Spec("threshnet_fast", True, True, _fused, _no_kernels, _own_version),
     "drop-in": Spec("threshnet_fast, model(x)", True, True, _drop_in, _no_kernels, _own_version),
+    "fused-cuda": Spec(
+        "threshnet_fast, CUDA C++",
+        True,
+        True,
+        _fused_cuda,
+        _no_cuda_kernels,
+        _cuda_version,
+        optional=True,
+    ),
     "eager": _peer("PyTorch eager", _plain(_eager_parts), by_default=True),
     "channels-last": _peer("PyTorch channels_last", _plain(_channels_last_parts), by_default=True),
     "eager-graph": _peer("eager in a CUDA graph", _in_graph(_eager_parts), by_default=True),

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, extension
-from ..backends import cpu, triton
-from ..config import CUDA_KERNELS
+from ..backends import cpu, cuda, triton
 from ..models import ThreshNet
 from . import machine
 from .errors import CommandError
@@ -26,6 +25,7 @@ from .providers import (
     random_model,
     randomise,
     reference_output,
+    registry,
     worst_error,
 )
 
@@ -137,18 +137,23 @@ def _gpu() -> Iterator[_Finding]:
             parts = [machine.accelerator(place), machine.accelerator_libraries()]
             parts += [f"driver {known}"] if (known := machine.driver(place)) else []
             yield _Finding("ok", str(place), ", ".join(parts))
-        yield _Finding("note", "CUDA", CUDA_KERNELS)
     elif torch.version.cuda is None and torch.version.hip is None:
-        yield _Finding("note", "CUDA", f"torch was built without CUDA; {CUDA_KERNELS}")
+        yield _Finding("note", "CUDA", "torch was built without CUDA")
     else:
-        yield _Finding("note", "CUDA", f"torch finds no device; {CUDA_KERNELS}")
+        yield _Finding("note", "CUDA", "torch finds no device")
     reason, version = triton.unavailable_reason(), triton.version()
     if reason is None:
         yield _Finding("ok", "Triton", f"{version}, {triton.architecture()} kernels")
     else:
-        # On a GPU the networks still run, as plain PyTorch.
+        # On a GPU the networks still run, by the C++ kernels or as plain PyTorch.
         state = "warn" if torch.cuda.is_available() else "note"
         yield _Finding(state, "Triton", reason if version is None else f"{version}, off: {reason}")
+    kernels = cuda.unavailable_reason()
+    if kernels is not None:
+        yield _Finding("note", "CUDA kernels", f"off: {kernels}")
+    else:
+        use = "by use_backend('cuda') only" if reason is None else "in place of Triton"
+        yield _Finding("ok", "CUDA kernels", f"loaded, taken {use}")
 
 
 def _optional() -> Iterator[_Finding]:
@@ -169,7 +174,9 @@ def _self_test() -> Iterator[_Finding]:
             limit = _FACTOR * max(eager, eps * float(reference.abs().max()))
             own = f"PyTorch's own {eager:.1e}"
             yield from _compared("self-test", title, job, reference, limit, own)
-    if torch.cuda.is_available() and triton.unavailable_reason() is None:
+    if torch.cuda.is_available() and (
+        triton.unavailable_reason() is None or cuda.unavailable_reason() is None
+    ):
         place = torch.device("cuda", torch.cuda.current_device())
         for name, precision in PRECISIONS.items():
             with precision.active():
@@ -216,8 +223,10 @@ def _cases() -> dict[str, tuple[nn.Module, Tensor]]:
 def _compared(
     test: str, title: str, job: Job, reference: Tensor, limit: float, scale: str
 ) -> Iterator[_Finding]:
-    """Compares both ways of calling the fused engine with float64; ``scale`` is shown beside it."""
-    for provider in ("fused", "drop-in"):
+    """Compares all ways of calling the fused engine with float64; ``scale`` is shown beside it."""
+    for provider, spec in registry(job.x.device.type).items():
+        if not spec.ours or (spec.optional and spec.objection() is not None):
+            continue
         subject = f"{test}, {provider}"
         try:
             error = worst_error(build(provider, job).run(), reference)

@@ -116,6 +116,7 @@ class Spec:
         build: Prepares a :class:`Provider`.
         objection: Says in one line why it cannot be used here; None where it can.
         version: Version of the code that runs.
+        optional: Whether an installation may do without it, though it is this package's.
     """
 
     title: str
@@ -124,6 +125,7 @@ class Spec:
     build: Callable[[Job], Provider]
     objection: Callable[[], str | None]
     version: Callable[[], str]
+    optional: bool = False
 
 
 def build(name: str, job: Job) -> Provider:

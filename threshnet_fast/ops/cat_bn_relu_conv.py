@@ -37,7 +37,9 @@ def cat_bn_relu_conv(
 
     On a GPU, Triton kernels compute the result and its gradients, always deterministically; plain
     PyTorch computes gradients of gradients. Sums are float32; float32 is multiplied in TF32 only
-    where PyTorch allows it both for matrix products and for convolutions.
+    where PyTorch allows it both for matrix products and for convolutions. Without Triton, or with
+    ``backend="cuda"``, C++ kernels compute the result, float32 never in TF32; they have no
+    gradients: those come from Triton where it is available, else from plain PyTorch.
 
     Args:
         xs: Feature maps ``[N, C_i, H, W]`` of one floating dtype on one device, in any memory
@@ -47,7 +49,7 @@ def cat_bn_relu_conv(
         weight: ``[C_out, sum of C_i, K, K]``, of the dtype of ``xs``.
         stride: Step of the convolution, both ways.
         padding: Zero padding on each side.
-        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; None follows
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None follows
             ``use_backend``.
 
     Returns:
@@ -93,6 +95,10 @@ def _forward(
     if chosen == "cpu":
         y = torch.ops.threshnet_fast_cpu.cat_bn_relu_conv(
             xs, scale, shift, weight, stride, padding, cpu.isa_code()
+        )
+    elif chosen == "cuda":
+        y = torch.ops.threshnet_fast_cuda.cat_bn_relu_conv(
+            xs, scale, shift, weight, stride, padding
         )
     elif chosen == "triton":
         from ..kernels import cat_bn_relu_conv as kernels
@@ -186,13 +192,13 @@ def _gradients(
     needs: list[bool],
     backend: str | None,
 ) -> list[Tensor]:
-    if registration.choose(xs, weight, grad.shape, padding, backend) == "triton":
+    if registration.has_gradient_kernels(xs, weight, grad.shape, padding, backend):
         from ..kernels import cat_bn_relu_conv as kernels
 
         target = registration.triton_target(xs[0])
         with registration.on_device(xs[0]):
             return kernels.backward(grad, xs, scale, shift, weight, stride, padding, needs, target)
-    # Traced where Triton was the choice, run where it is not.
+    # Traced where Triton had the kernels, run where it has not.
     grads = _formulas(grad, xs, scale, shift, weight, stride, padding, needs)
     return registration.as_gradients(grads, xs, (scale, shift, weight), needs)
 

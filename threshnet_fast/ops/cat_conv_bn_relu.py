@@ -40,7 +40,9 @@ def cat_conv_bn_relu(
 
     On a GPU, Triton kernels compute the result and its gradients, always deterministically; plain
     PyTorch computes gradients of gradients. Sums are float32; float32 is multiplied in TF32 only
-    where PyTorch allows it both for matrix products and for convolutions.
+    where PyTorch allows it both for matrix products and for convolutions. Without Triton, or with
+    ``backend="cuda"``, C++ kernels compute the result, float32 never in TF32; they have no
+    gradients: those come from Triton where it is available, else from plain PyTorch.
 
     Args:
         xs: Feature maps ``[N, C_i, H, W]`` of one floating dtype on one device, in any memory
@@ -51,7 +53,7 @@ def cat_conv_bn_relu(
         stride: Step of the convolution, both ways.
         padding: Zero padding on each side.
         act: ``"relu"`` or ``"none"``.
-        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; None follows
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None follows
             ``use_backend``.
 
     Returns:
@@ -117,6 +119,10 @@ def _forward(
     if chosen == "cpu":
         y = torch.ops.threshnet_fast_cpu.cat_conv_bn_relu(
             xs, weight, scale, shift, stride, padding, act == "relu", cpu.isa_code()
+        )
+    elif chosen == "cuda":
+        y = torch.ops.threshnet_fast_cuda.cat_conv_bn_relu(
+            xs, weight, scale, shift, stride, padding, act == "relu"
         )
     elif chosen == "triton":
         from ..kernels import cat_conv_bn_relu as kernels
@@ -215,7 +221,7 @@ def _gradients(
     needs: list[bool],
     backend: str | None,
 ) -> list[Tensor]:
-    if registration.choose(xs, weight, grad.shape, padding, backend) == "triton":
+    if registration.has_gradient_kernels(xs, weight, grad.shape, padding, backend):
         from ..kernels import cat_conv_bn_relu as kernels
 
         relu = act == "relu"
@@ -224,7 +230,7 @@ def _gradients(
             return kernels.backward(
                 grad, xs, weight, scale, output, stride, padding, relu, needs, target
             )
-    # Traced where Triton was the choice, run where it is not.
+    # Traced where Triton had the kernels, run where it has not.
     grads = _formulas(grad, xs, weight, scale, output, stride, padding, act, needs)
     return registration.as_gradients(grads, xs, (weight, scale, scale), needs)
 

@@ -109,15 +109,16 @@ def choose(
         The backend's name.
 
     Raises:
-        ValueError: If ``"triton"`` was asked for, and the sizes are beyond its indices; others as
-            from :func:`..backends.select.choose`.
+        ValueError: If ``"triton"`` or ``"cuda"`` was asked for, and the sizes are beyond its
+            indices; others as from :func:`..backends.select.choose`.
     """
     chosen = select.choose(xs, backend).backend
-    if chosen == "triton":
-        problem = validate.too_large_for_triton(xs, weight, shape, padding)
+    if chosen in ("triton", "cuda"):
+        problem = validate.too_large_for_a_gpu(chosen, xs, weight, shape, padding)
         if problem is not None:
-            if (backend or select.requested_backend()) == "triton":
+            if (backend or select.requested_backend()) == chosen:
                 raise ValueError(problem)
+            # What is too large for one is for the other.
             return "reference"
     return chosen
 
@@ -142,11 +143,27 @@ def takes_kernels(
     """
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
         return False
-    return choose(xs, weight, grad.shape, padding, backend) == "triton"
+    return has_gradient_kernels(xs, weight, grad.shape, padding, backend)
+
+
+def has_gradient_kernels(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    shape: Sequence[int],
+    padding: int,
+    backend: str | None,
+) -> bool:
+    """Returns whether there are kernels for the gradients of an operator: Triton's.
+
+    They serve the backend ``"cuda"`` too, which has none of its own, where Triton is available.
+    Arguments are those of :func:`choose`.
+    """
+    chosen = choose(xs, weight, shape, padding, backend)
+    return chosen == "triton" or (chosen == "cuda" and triton.objection(xs[0]) is None)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of ``x`` the current one, on which Triton launches."""
+    """Makes the device of ``x`` the current one, on which kernels are launched."""
     if x.device.type == "cuda":
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()

@@ -19,8 +19,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The C++ side counts in 32 bits; a larger number is a mistake in any case.
 _LARGEST = 2**31 - 1
 
-# Triton's kernels count pixels in 32 bits, up to the end of a tile that they do not fill.
-_LARGEST_IN_TRITON = 2**31 - 1024
+# Kernels for a GPU count pixels in 32 bits, up to the end of a tile that they do not fill.
+_LARGEST_ON_A_GPU = 2**31 - 1024
 
 
 def check_arguments(
@@ -45,8 +45,7 @@ def check_arguments(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If there is no such backend.
-        RuntimeError: If no kernels are built for the backend, or a tensor carries a forward-mode
-            tangent.
+        RuntimeError: If a tensor carries a forward-mode tangent.
     """
     if not isinstance(xs, list | tuple):
         raise TypeError(f"xs is a {type(xs).__name__}: expected a list or tuple of tensors")
@@ -155,14 +154,15 @@ def check_tensors(
     return [first.shape[0], weight.shape[0], *size]
 
 
-def too_large_for_triton(
-    xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
+def too_large_for_a_gpu(
+    backend: str, xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
 ) -> str | None:
-    """Returns what is beyond the 32-bit indices of Triton's kernels, or None.
+    """Returns what is beyond the 32-bit indices of the kernels for a GPU, or None.
 
     Offsets within a feature map have 64 bits, so that a map may have any number of elements.
 
     Args:
+        backend: ``"triton"`` or ``"cuda"``, which have the same limits.
         xs: The segments.
         weight: The convolution's weight.
         shape: Of the result.
@@ -180,8 +180,10 @@ def too_large_for_triton(
         "elements of weight, channels in groups of 16": whole_groups,
     }
     for what, count in sizes.items():
-        if count > _LARGEST_IN_TRITON:
-            return f"backend 'triton' takes at most {_LARGEST_IN_TRITON} {what}, these are {count}"
+        if count > _LARGEST_ON_A_GPU:
+            return (
+                f"backend {backend!r} takes at most {_LARGEST_ON_A_GPU} {what}, these are {count}"
+            )
     return None
 
 
