@@ -13,6 +13,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -92,17 +93,17 @@ def run_ptx(
     races: bool = True,
     undefined: UndefinedBytes | None = None,
 ) -> int:
-    """Runs a kernel; all memory that it may access are the storages of the tensors given.
+    """Runs a kernel, which may access memory of the tensors given and no other.
 
     Args:
         text: A PTX module.
         name: The kernel, as :func:`entries` names it.
         grid: Blocks along x, y and z; missing axes are 1.
         block: Threads of a block along x, y and z; their product is a multiple of 32.
-        arguments: A tensor stands for its address, None for the null pointer, bytes for a struct
-            that is passed by value.
-        memory: Tensors whose storages the kernel sees at the addresses where they really are, for
-            pointers within structs.
+        arguments: A tensor stands for its address, and lets the kernel access all of its storage;
+            None stands for the null pointer, bytes for a struct that is passed by value.
+        memory: Tensors that the kernel sees at the addresses where they really are, for pointers
+            within structs: all bytes from a tensor's first element to its last.
         dynamic_shared: Bytes of shared memory beside what the program declares.
         races: Whether to look for races.
         undefined: Memory whose reading is an error until it is written.
@@ -112,11 +113,13 @@ def run_ptx(
 
     Raises:
         PTXError: The program did what a GPU forbids or leaves undefined, or cannot be executed.
+        ValueError: There are tensors among the arguments and others in ``memory``.
     """
     translation = _translation(text, name)
+    if memory and any(isinstance(each, Tensor) for each in arguments):
+        raise ValueError("arguments: expected no tensors beside memory, which has the addresses")
     device = _Device(undefined)
-    for number, tensor in enumerate(memory):
-        device.add(tensor, f"the storage of tensor {number}", in_place=True)
+    device.add_in_place(memory)
     values: list[int | float | bytes] = []
     for number, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
@@ -130,45 +133,71 @@ def run_ptx(
     return steps
 
 
+@dataclass
+class _Copy:
+    """What lies in global memory of a storage: its address, its bytes, which are undefined."""
+
+    address: int
+    contents: np.ndarray
+    undefined: np.ndarray | None
+
+
 class _Device:
-    """Global memory that holds copies of storages."""
+    """Global memory that holds copies of tensors."""
 
     def __init__(self, undefined: UndefinedBytes | None) -> None:
         self.memory = GlobalMemory()
         self._undefined = undefined
-        # By where a storage really is: the address, its bytes, which of them are undefined.
-        self._copies: dict[int, tuple[int, np.ndarray, np.ndarray | None]] = {}
+        self._copies: dict[int, _Copy] = {}
 
-    def add(self, tensor: Tensor, label: str, *, in_place: bool = False) -> int:
-        """Copies a storage unless it is there; returns the address of the tensor.
-
-        Args:
-            tensor: A view of the storage.
-            label: A name for messages.
-            in_place: Whether the copy has the address of the storage itself; there is none of a
-                storage without bytes.
-        """
+    def add(self, tensor: Tensor, label: str) -> int:
+        """Copies the whole storage unless it is there; returns the address of the tensor."""
         storage = tensor.untyped_storage()
         start = storage.data_ptr()
         if start not in self._copies:
-            contents = _contents(storage)
-            if in_place and len(contents) == 0:
-                return start
-            address = self.memory.allocate(
-                contents, address=start if in_place else None, alignment=start, label=label
-            )
-            which = None if self._undefined is None else self._undefined.of(storage)
-            if which is not None:
-                self.memory.mark_undefined(address, which)
-            self._copies[start] = address, contents, which
-        return self._copies[start][0] + tensor.data_ptr() - start
+            self._copy(storage, start, storage.nbytes(), label, in_place=False)
+        return self._copies[start].address + tensor.data_ptr() - start
+
+    def add_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Copies what lies between each tensor's first and last element, to the same address."""
+        spans = [(*_span(each), number) for number, each in enumerate(tensors) if each.numel()]
+        spans.sort()
+        while spans:
+            start, end, number = spans.pop(0)
+            while spans and spans[0][0] < end:
+                end = max(end, spans.pop(0)[1])
+            storage = tensors[number].untyped_storage()
+            self._copy(storage, start, end - start, f"tensor {number}", in_place=True)
+
+    def _copy(
+        self, storage: torch.UntypedStorage, start: int, count: int, label: str, *, in_place: bool
+    ) -> None:
+        contents = _contents(start, count)
+        address = self.memory.allocate(
+            contents, address=start if in_place else None, alignment=start, label=label
+        )
+        which = None if self._undefined is None else self._undefined.of(storage)
+        if which is not None:
+            first = start - storage.data_ptr()
+            which = which[first : first + count]
+            self.memory.mark_undefined(address, which)
+        self._copies[start] = _Copy(address, contents, which)
 
     def copy_back(self) -> None:
         """Gives the storages, and what is known of them, what is in memory now."""
-        for address, contents, which in self._copies.values():
-            contents[:] = self.memory.read(address, len(contents))
-            if which is not None:
-                which[:] = self.memory.undefined(address, len(which))
+        for copy in self._copies.values():
+            count = len(copy.contents)
+            copy.contents[:] = self.memory.read(copy.address, count)
+            if copy.undefined is not None:
+                copy.undefined[:] = self.memory.undefined(copy.address, count)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Returns the addresses of the first element and behind the last."""
+    steps = zip(tensor.size(), tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
 
 
 def _translation(text: str, name: str) -> Translation:
@@ -180,8 +209,9 @@ def _translated(digest: bytes, text: str, name: str) -> Translation:
     return translate(parse(text, name))
 
 
-def _contents(storage: torch.UntypedStorage) -> np.ndarray:
-    if storage.nbytes() == 0:
+def _contents(address: int, count: int) -> np.ndarray:
+    """Returns the memory of this process from an address on."""
+    if count == 0:
         return np.zeros(0, np.uint8)
-    pointer = ctypes.cast(storage.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
-    return np.ctypeslib.as_array(pointer, (storage.nbytes(),))
+    pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
+    return np.ctypeslib.as_array(pointer, (count,))

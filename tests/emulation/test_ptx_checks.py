@@ -197,8 +197,24 @@ def test_memory_in_place_ends_where_it_does(gap: int) -> None:
     for first, offset, where in ((x, 4, "byte 256"), (x, -4, "byte -4"), (y, -4, "byte ")):
         with pytest.raises(PTXError, match=rf"out of bounds \({where}"):
             run_in_place(COPY_WORDS, pointers(first, y, offset), [x, y])
-    with pytest.raises(PTXError, match="of the 256 of the storage of tensor 0"):
+    with pytest.raises(PTXError, match="of the 256 of tensor 0"):
         run_in_place("st.global.b8 [%q0+256], %t;", pointers(x, y), [x, y])
+
+
+def test_memory_in_place_is_what_lies_between_elements() -> None:
+    whole, y = words(200), words(64)
+    rows = whole[20:180].view(10, 16)[:, :4]
+    assert rows[-1, -1].data_ptr() == whole[167].data_ptr()
+    run_in_place(COPY_WORDS, pointers(whole[20:], y), [rows, y])
+    run_in_place(COPY_WORDS, pointers(whole[104:], y), [y, rows])
+    for start in (19, 105):
+        with pytest.raises(PTXError, match=r"out of bounds \(byte -?\d+ of the 592 of tensor 1"):
+            run_in_place(COPY_WORDS, pointers(whole[start:], y), [y, rows])
+    # Two views of one storage, which overlap.
+    run_in_place(COPY_WORDS, pointers(whole[100:], y), [rows, y, whole[100:200]])
+    run_in_place(COPY_WORDS, pointers(whole[136:], y), [whole[100:200], rows, y, rows[2:4]])
+    with pytest.raises(ValueError, match="arguments: expected no tensors beside memory"):
+        run_ptx(module(kernel("")), "kernel", (1,), (32,), [y, y], memory=[y])
 
 
 def test_memory_in_place_that_is_not_given() -> None:
