@@ -61,6 +61,7 @@ __all__ = [
     "Window",
     "build",
     "cuda_include",
+    "fingerprint",
     "load",
     "mutation",
     "skip_reason",
@@ -537,6 +538,13 @@ def _hash(*parts: str) -> str:
     for part in parts:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]
+
+
+def fingerprint(source: Path, *others: str) -> str:
+    """Returns a hash of a source, all files of the repository that it includes, and other texts."""
+    tree = _Tree({})
+    files = [part for path in tree.closure(source) for part in (str(path), tree.text(path))]
+    return _hash(str(source), *files, *others)
 
 
 def _compile(variant: str, sources: Sequence[Path], tree: _Tree) -> list[Path]:
