@@ -14,6 +14,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -68,7 +69,9 @@ def modules(text: str) -> dict[str, str]:
     twice, its modules are equal: they do not say what they are for.
     """
     begin = [match.start() for match in _ENTRY.finditer(text)]
-    kernels = [text[a:b] for a, b in zip(begin, [*begin[1:], len(text)], strict=True)]
+    if not begin:
+        return {}
+    kernels = [text[first:end] for first, end in pairwise([*begin, len(text)])]
     head = re.sub(r"//.*|^\.(version|target|address_size)\b.*", "", text[: begin[0]], flags=re.M)
     head = re.sub(r"\n\s*\n", "\n", head)
     return {entries(each)[0]: head + each for each in kernels}

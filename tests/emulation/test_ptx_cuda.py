@@ -151,6 +151,7 @@ def test_modules(compiled: Compile) -> None:
     row_sums(parts["row_sums"], 400)
     product(parts["product"])
     assert modules(compiled().replace(".target sm_80", ".target sm_90")) == parts
+    assert modules(compiled()[: compiled().index(".visible .entry")]) == {}
 
 
 def test_unsupported_instructions(compiled: Compile) -> None:
