@@ -12,6 +12,7 @@ variables:
 - ``TORCH_CUDA_ARCH_LIST``: the GPUs to compile for, as ``8.0;9.0+PTX``.
 - ``CUDA_HOME``, ``CUDA_PATH``, ``NVCC_CCBIN``: where nvcc is, and its C++ compiler.
 - ``CXX``: the compiler; ``MAX_JOBS``: how many files are compiled at once.
+- ``THRESHNET_FAST_WERROR=1``: warnings end the build.
 """
 
 import os
@@ -88,7 +89,7 @@ def build_cuda_library(folder):
     host = nvcc.host_compiler_options(os.environ["CXX"])
     options = [
         *nvcc.FLAGS,
-        *nvcc.warning_flags(nvcc.version_of(compiler), architectures),
+        *(["-Werror=all-warnings"] if toolchain.warnings_are_errors() else []),
         *host,
         "-Icsrc",
         *(architecture.flag for architecture in architectures),
@@ -201,7 +202,11 @@ def extension_arguments():
             include_dirs=[str(csrc)],
             depends=relative(path for path in headers if path.suffix in (".h", ".inc")),
             # As system headers, torch's are not held to our warnings.
-            extra_compile_args=[*CXX_FLAGS, *(f"-isystem{path}" for path in include_paths())],
+            extra_compile_args=[
+                *CXX_FLAGS,
+                *(["-Werror"] if toolchain.warnings_are_errors() else []),
+                *(f"-isystem{path}" for path in include_paths()),
+            ],
             extra_link_args=LINK_FLAGS,
             language="c++",
             py_limited_api=True,

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OLDEST_NVCC = (12, 0)
-TESTED_NVCC = (13, 0)
 # ldmatrix, which the kernels are built on.
 OLDEST_ARCHITECTURE = 75
 # One of each generation; within a generation, the older one's code runs on the newer.
@@ -26,6 +26,7 @@ DEFAULT_ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 FLAGS = (
     "-std=c++17",
     "-O3",
+    # Registers that spill are slow. Every version of nvcc gives them out in its own way.
     "-Xptxas=-warn-spills,-warn-lmem-usage",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
 )
@@ -69,19 +70,6 @@ def find_nvcc():
         if folder and (path := Path(folder, "bin", "nvcc")).is_file():
             return str(path)
     return shutil.which("nvcc")
-
-
-def warning_flags(version, architectures):
-    """Returns options that make warnings, also of registers that spill, errors.
-
-    Every version gives out registers in its own way and has warnings of its own, which is nothing
-    to fail at where a user installs: there are none but with the tested version and architectures.
-    """
-    tested = version == TESTED_NVCC and all(
-        not architecture.suffix and architecture.number in DEFAULT_ARCHITECTURES
-        for architecture in architectures
-    )
-    return ["-Werror=all-warnings"] if tested else []
 
 
 @functools.cache
@@ -254,7 +242,7 @@ class Builder:
         scratch = target.with_name(f"{target.name}.{os.getpid()}")
         command = [self.nvcc, *arguments, *hints, "-o", str(scratch)]
         started = time.time_ns()
-        print(" ".join(command), flush=True)
+        print(shlex.join(command), flush=True)
         run = subprocess.run(
             command,
             cwd=self.root,
@@ -266,7 +254,7 @@ class Builder:
         if run.returncode != 0:
             scratch.unlink(missing_ok=True)
             raise RuntimeError(
-                f"{' '.join(command)}\n{run.stdout}\n{self.nvcc} failed, see above: the CUDA "
+                f"{shlex.join(command)}\n{run.stdout}\n{self.nvcc} failed, see above: the CUDA "
                 "kernels cannot be built here. THRESHNET_FAST_CUDA=0 leaves them out"
             )
         if run.stdout.strip():
