@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from threshnet_fast.backends import cpu
 
-BACKENDS = ("reference", "cpu-scalar", "cpu-avx2", "cpu-avx512", "triton-interpreter")
+BACKENDS = (
+    "reference",
+    "cpu-scalar",
+    "cpu-avx2",
+    "cpu-avx512",
+    "triton-interpreter",
+    "cuda-emulated",
+)
 
 
 @contextlib.contextmanager
@@ -25,6 +32,14 @@ def activated(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         from threshnet_fast.kernels import cat_bn_relu_conv, cat_conv_bn_relu  # noqa: F401
 
         with interpreted():
+            yield backend
+        return
+    if backend == "cuda":
+        from emulation.cuda_operators import emulated_cuda, skip_reason
+
+        if (reason := skip_reason()) is not None:
+            pytest.skip(reason)
+        with emulated_cuda():
             yield backend
         return
     if backend == "cpu":

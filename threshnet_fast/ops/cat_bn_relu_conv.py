@@ -98,7 +98,7 @@ def _forward(
         )
     elif chosen == "cuda":
         y = torch.ops.threshnet_fast_cuda.cat_bn_relu_conv(
-            xs, scale, shift, weight, stride, padding
+            registration.few_segments(xs), scale, shift, weight, stride, padding
         )
     elif chosen == "triton":
         from ..kernels import cat_bn_relu_conv as kernels

@@ -122,7 +122,7 @@ def _forward(
         )
     elif chosen == "cuda":
         y = torch.ops.threshnet_fast_cuda.cat_conv_bn_relu(
-            xs, weight, scale, shift, stride, padding, act == "relu"
+            registration.few_segments(xs), weight, scale, shift, stride, padding, act == "relu"
         )
     elif chosen == "triton":
         from ..kernels import cat_conv_bn_relu as kernels

@@ -22,6 +22,9 @@ from . import validate
 LIBRARY = torch.library.Library("threshnet_fast", "FRAGMENT")
 """Owner of the registrations of ``torch.ops.threshnet_fast``."""
 
+# As many as one launch of csrc/cuda reads where they lie.
+_CUDA_SEGMENTS = 16
+
 _AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -167,6 +170,11 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if x.device.type == "cuda":
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
+
+
+def few_segments(xs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the segments as the CUDA kernels take them: more than sixteen are concatenated."""
+    return list(xs) if len(xs) <= _CUDA_SEGMENTS else [torch.cat(list(xs), 1)]
 
 
 def triton_target(x: Tensor) -> Any:
