@@ -109,10 +109,31 @@ struct Collective {
   void* key;  // of __syncwarp, for sanitizers
 };
 
+// Those of a warp that wait for lanes. Nothing is allocated: threads change it.
+class Collectives {
+ public:
+  const Collective* begin() const { return all_.data(); }
+  const Collective* end() const { return all_.data() + count_; }
+  void clear() { count_ = 0; }
+
+  // The one with the mask, perhaps new.
+  Collective& with(const Collective& fresh) {
+    for (unsigned i = 0; i < count_; ++i)
+      if (all_[i].mask == fresh.mask) return all_[i];
+    return all_[count_++] = fresh;
+  }
+
+  void remove(Collective& one) { one = all_[--count_]; }
+
+ private:
+  std::array<Collective, kWarp> all_;
+  unsigned count_ = 0;
+};
+
 struct Copy {
   unsigned char* shared;
-  const unsigned char* global;
-  alignas(kVectorBytes) unsigned char data[kVectorBytes];
+  const void* global;  // null: zeros
+  unsigned char data[kVectorBytes];
 };
 
 struct Thread {
@@ -128,7 +149,7 @@ struct Warp {
   unsigned at_barrier;
   unsigned generation;  // of __syncwarp
   uint64_t* keys;       // two, for sanitizers
-  std::vector<Collective> collectives;
+  Collectives collectives;
 
   // What the lanes give to a collective, and get.
   std::array<uint64_t, kWarp> values, results;
@@ -300,10 +321,10 @@ std::string Machine::thread_text(unsigned thread) const {
 }
 
 void Machine::fail(const std::string& what, const Place& place) {
-  const std::string at = ", " + place.text() + ": " + what;
   if (!in_kernel_) throw Error(what);
   failed_ = true;
-  failure_ = thread_text(threadIdx.x) + at;
+  failure_ = thread_text(threadIdx.x) + ", " + place.text() + ": " + what;
+  release(launch_key_);
   thread_[threadIdx.x].fiber.suspend();
   std::abort();
 }
@@ -623,11 +644,8 @@ void Machine::collect(Operation operation, unsigned mask, const Place& place) {
              ", which have exited",
          place);
 
-  size_t i = 0;
-  while (i < warp.collectives.size() && warp.collectives[i].mask != mask) ++i;
-  if (i == warp.collectives.size())
-    warp.collectives.push_back({mask, 0, operation, place, warp.keys + warp.generation % 2});
-  Collective& collective = warp.collectives[i];
+  Collective& collective =
+      warp.collectives.with({mask, 0, operation, place, warp.keys + warp.generation % 2});
   if (collective.operation != operation || place != collective.place)
     fail(std::string(name_of(operation)) + ", while threads " +
              lanes_text(collective.arrived, first) + " are at " + name_of(collective.operation) +
@@ -638,8 +656,7 @@ void Machine::collect(Operation operation, unsigned mask, const Place& place) {
   if (orders_memory) release(key);
   collective.arrived |= me;
   if (collective.arrived == mask) {
-    collective = warp.collectives.back();
-    warp.collectives.pop_back();
+    warp.collectives.remove(collective);
     if (orders_memory) ++warp.generation;
     perform(operation, mask);
     warp.ready |= mask & ~me;
@@ -693,25 +710,21 @@ void Machine::copy(void* shared, const void* global, bool exists, const Place& p
   check_shared(shared, kVectorBytes, "the target of copy_async_16", place);
   if (reinterpret_cast<uintptr_t>(global) % kVectorBytes != 0)
     fail("the source of copy_async_16 is misaligned", place);
-  std::vector<Copy>& copies = thread_[threadIdx.x].copies;
-  copies.emplace_back();
-  Copy& copy = copies.back();
-  copy.shared = static_cast<unsigned char*>(shared);
-  copy.global = exists ? static_cast<const unsigned char*>(global) : nullptr;
-  if (exists) {
-    note_read(global, kVectorBytes);
-    std::memcpy(copy.data, global, kVectorBytes);
-  } else {
-    std::memset(copy.data, 0, kVectorBytes);
-  }
   // From here on the place may change at any time.
   note_write(shared, kVectorBytes);
+  if (exists) note_read(global, kVectorBytes);
+
+  const Unobserved unobserved;
+  Copy copy{static_cast<unsigned char*>(shared), exists ? global : nullptr, {}};
+  if (exists) std::memcpy(copy.data, global, kVectorBytes);
+  thread_[threadIdx.x].copies.push_back(copy);
   allow(shared, kVectorBytes);
   std::memset(shared, kUnwritten, kVectorBytes);
   forbid(shared, kVectorBytes);
 }
 
 void Machine::commit() {
+  const Unobserved unobserved;
   Thread& thread = thread_[threadIdx.x];
   thread.group_ends.push_back(thread.copies.size());
 }
@@ -723,9 +736,14 @@ void Machine::complete(unsigned pending) {
   const size_t end = thread.group_ends[groups - 1];
   for (size_t i = 0; i < end; ++i) {
     const Copy& copy = thread.copies[i];
-    allow(copy.shared, kVectorBytes);
     if (copy.global != nullptr) note_read(copy.global, kVectorBytes);
     note_write(copy.shared, kVectorBytes);
+  }
+
+  const Unobserved unobserved;
+  for (size_t i = 0; i < end; ++i) {
+    const Copy& copy = thread.copies[i];
+    allow(copy.shared, kVectorBytes);
     std::memcpy(copy.shared, copy.data, kVectorBytes);
   }
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<ptrdiff_t>(end));

@@ -12,8 +12,14 @@
 
 #if defined(EMULATION_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
-extern "C" void __tsan_read_range(void* address, unsigned long bytes);
-extern "C" void __tsan_write_range(void* address, unsigned long bytes);
+extern "C" {
+void __tsan_read_range(void* address, unsigned long bytes);
+void __tsan_write_range(void* address, unsigned long bytes);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
 #endif
 
 namespace emulation {
@@ -43,6 +49,25 @@ inline void note_write([[maybe_unused]] void* address, [[maybe_unused]] size_t b
   __tsan_write_range(address, bytes);
 #endif
 }
+
+// While one lives, what is allocated, freed, copied and set is the emulation's own.
+class Unobserved {
+ public:
+#if defined(EMULATION_THREAD_SANITIZER)
+  Unobserved() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unobserved() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Unobserved() {}
+#endif
+  Unobserved(const Unobserved&) = delete;
+  Unobserved& operator=(const Unobserved&) = delete;
+};
 
 // Makes any access to a range an error, until it is allowed again.
 inline void forbid([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
