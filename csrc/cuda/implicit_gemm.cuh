@@ -42,6 +42,9 @@ template <typename T, int kPixels, int kColumns, int kPixelWarps, int kColumnWar
 class TensorCores {
  public:
   static constexpr int kThreads = 32 * kPixelWarps * kColumnWarps;
+  // Blocks that a multiprocessor can hold at least. Said so, the compiler takes the registers that
+  // this leaves; unsaid, it spills some to make room for one more block.
+  static constexpr int kBlocks = kPixels * kColumns < 8192 ? 4 : kThreads == 256 ? 1 : 2;
   using Chunk = Vector<T>;
   static constexpr int kLeftChunks = kGroup / Chunk::kElements;
   static constexpr int kRightChunks = kColumns / Chunk::kElements;
@@ -97,10 +100,13 @@ class TensorCores {
 };
 
 // Products in float32, exact: each thread computes 4 neighbouring columns of every so many rows.
+// Sums are taken in chains of 128 products, which are then added up: the rounding errors of one
+// long chain would be several times as large.
 template <int kPixels, int kColumns>
 class FloatUnits {
  public:
   static constexpr int kThreads = 128;
+  static constexpr int kBlocks = kPixels * kColumns < 4096 ? 4 : 2;
   using Chunk = Vector<float>;
   static constexpr int kLeftChunks = kGroup / Chunk::kElements;
   static constexpr int kRightChunks = kColumns / Chunk::kElements;
@@ -121,8 +127,18 @@ class FloatUnits {
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            sums_[row][j] = fmaf(a.elements[i], b[i].elements[j], sums_[row][j]);
+            chain_[row][j] = fmaf(a.elements[i], b[i].elements[j], chain_[row][j]);
         }
+      }
+    }
+    if (++length_ < kChainGroups) return;
+    length_ = 0;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sums_[row][j] += chain_[row][j];
+        chain_[row][j] = 0.0f;
       }
     }
   }
@@ -133,16 +149,20 @@ class FloatUnits {
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
       for (int j = 0; j < 4; j += 2)
-        visit(row_ + row * kRowStep, 4 * chunk_ + j, make_float2(sums_[row][j], sums_[row][j + 1]));
+        visit(row_ + row * kRowStep, 4 * chunk_ + j,
+              make_float2(sums_[row][j] + chain_[row][j], sums_[row][j + 1] + chain_[row][j + 1]));
     }
   }
 
  private:
+  static constexpr int kChainGroups = 8;
   static constexpr int kRowStep = kThreads / kRightChunks;
   static constexpr int kRows = kPixels / kRowStep;
   static_assert(kRows > 0, "a thread has at least one row");
 
   int row_, chunk_;
+  int length_ = 0;  // groups in the chain
+  float chain_[kRows][4] = {};
   float sums_[kRows][4] = {};
 };
 
@@ -357,7 +377,7 @@ __device__ __forceinline__ void store_tile(const ImplicitGemmParameters& p,
 // Computes one tile of the output, or one part of its sums. Blocks along x run over the tiles,
 // those of the same pixels next to each other; blocks along y over the parts of the reduction.
 template <typename Tile, bool kPrologue>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::Units::kBlocks)
     implicit_gemm_kernel(const __grid_constant__ ImplicitGemmParameters p) {
   using Chunk = typename Tile::Chunk;
   DYNAMIC_SHARED(shared_bytes);
