@@ -70,7 +70,10 @@ class Compiler {
     step.segment_count = static_cast<int64_t>(planned.inputs.size());
     segments_.insert(segments_.end(), planned.inputs.begin(), planned.inputs.end());
     for (const BufferSegment& input : planned.inputs) {
-      if (!planned.reads_network_input) check_groups(input);
+      if (planned.reads_network_input) continue;
+      require_plan(input.channel % group() == 0,
+                   "a segment does not begin at a multiple of 16 channels");
+      check_room(input);
     }
     step.output = planned.output;
     step.window = {static_cast<int32_t>(plan_.batch),
@@ -86,8 +89,10 @@ class Compiler {
     step.average = planned.average;
     step.stored_channels = static_cast<int32_t>(planned.output.channels);
     if (to.offset != kNetworkOutput) {
-      check_groups(planned.output);
-      step.stored_channels = static_cast<int32_t>(round_up(planned.output.channels, group()));
+      check_room(planned.output);
+      step.stored_channels =
+          static_cast<int32_t>(round_up(planned.output.channel + planned.output.channels, group()) -
+                               planned.output.channel);
     }
     step.weight_index = planned.weight_index;
     step.bias_index = planned.bias_index;
@@ -98,13 +103,11 @@ class Compiler {
 
   static constexpr int64_t group() { return kGroup; }
 
-  // Whole groups can be read from where a segment begins, and written too.
-  void check_groups(const BufferSegment& segment) const {
+  // Whole groups can be read and written, up to the end of the segment's last one.
+  void check_room(const BufferSegment& segment) const {
     const Buffer& buffer = plan_.buffer_of(segment);
-    require_plan(segment.channel % group() == 0,
-                 "a segment does not begin at a multiple of 16 channels");
     require_plan(buffer.pitch % group() == 0 &&
-                     round_up(segment.channels, group()) <= buffer.pitch - segment.channel,
+                     round_up(segment.channel + segment.channels, group()) <= buffer.pitch,
                  "a buffer has no room for whole groups of 16 channels");
   }
 
@@ -122,7 +125,7 @@ class Compiler {
   }
 
   void reserve_weights(Step& step, int64_t rows) {
-    step.weight_columns = static_cast<int32_t>(round_up(step.output.channels, group()));
+    step.weight_columns = static_cast<int32_t>(round_up(int64_t{step.stored_channels}, group()));
     step.weight = reserve_packed(
         int64_t{step.window.kernel_height} * step.window.kernel_width * rows * step.weight_columns,
         bytes_of(dtype_));
