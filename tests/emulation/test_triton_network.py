@@ -8,9 +8,7 @@ import pytest
 import torch
 from test_engine import separate_arena
 from test_plan import small
-from tolerance import accumulated_bound, assert_within
 from torch import Tensor
-from torch.nn import functional
 
 pytest.importorskip("triton")
 
@@ -19,44 +17,12 @@ from threshnet_fast.kernels import dense_layer
 import threshnet_fast as tf
 from emulation.driver import emulated
 from emulation.interpreter import interpreted
+from emulation.networks import check_steps, first_blocks_of_threshnet79, odd
 from threshnet_fast.backends import triton, triton_plan
 from threshnet_fast.backends.triton_plan import TritonPlan, pack_network
-from threshnet_fast.plan import FusedConv, Head, execute_reference, lower
+from threshnet_fast.plan import execute_reference, lower
 
 CPU = torch.device("cpu")
-
-
-def exact_step(step, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """One step in float64: result, squared and absolute products added up, products in a sum."""
-    if isinstance(step, FusedConv):
-        size = x.abs()
-        if step.prologue is not None:
-            scale, shift = (
-                vector.double()[:, None, None]
-                for vector in (step.prologue.scale, step.prologue.shift)
-            )
-            size = size * scale.abs() + shift.abs()
-            x = functional.relu(x * scale + shift)
-        weight = step.weight.double()
-        bias = None if step.bias is None else step.bias.double()
-        window = {"stride": step.stride, "padding": step.padding}
-        y = functional.conv2d(x, weight, bias, **window)
-        energy = functional.conv2d(size.square(), weight.square(), **window)
-        magnitude = functional.conv2d(
-            size, weight.abs(), None if bias is None else bias.abs(), **window
-        )
-        length = weight[0].numel() + 1
-        return functional.relu(y) if step.relu else y, energy, magnitude, length
-    if isinstance(step, Head):
-        pooled, size = x.mean((2, 3)), x.abs().mean((2, 3))
-        weight = step.weight.double()
-        y = functional.linear(pooled, weight, step.bias.double())
-        energy = functional.linear(size.square(), weight.square())
-        magnitude = functional.linear(size, weight.abs(), step.bias.double().abs())
-        return y, energy, magnitude, x[0].numel() + 1
-    assert not step.average
-    y = functional.max_pool2d(x, step.kernel, step.stride, step.padding)
-    return y, torch.zeros_like(y), torch.zeros_like(y), 1
 
 
 def check_step_by_step(model, x: Tensor, dtype: torch.dtype) -> list[str]:
@@ -72,72 +38,8 @@ def check_step_by_step(model, x: Tensor, dtype: torch.dtype) -> list[str]:
         memory.fill_(torch.nan)
     x = x.to(dtype)
     y = whole(x, packed)
-
-    def read(segment, channels: int) -> Tensor:
-        view = workspace._view(segment, x, y)
-        return view[:, :channels].double()
-
-    factor = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    fused_before = False
-    for index, (step, algorithm) in enumerate(zip(plan.steps, whole.algorithms, strict=True)):
-        fused_with_next = algorithm.startswith("dense layer")
-        if fused_with_next:
-            fused_before = True
-            continue
-        inputs = [read(segment, segment.channels) for segment in step.inputs]
-        extra = 0.0
-        if fused_before:
-            first = plan.steps[index - 1]
-            exact, energy, magnitude, length = exact_step(
-                first, torch.cat([read(s, s.channels) for s in first.inputs], 1)
-            )
-            inner = accumulated_bound(exact, energy, magnitude, length, store=factor, factor=factor)
-            inputs = [exact]
-            extra = functional.conv2d(inner, step.weight.double().abs(), padding=step.padding)
-            fused_before = False
-        exact, energy, magnitude, length = exact_step(step, torch.cat(inputs, 1))
-        # Weights are folded in float32 and rounded when they are packed.
-        bound = extra + accumulated_bound(
-            exact, energy, magnitude, length, store=factor, factor=2 * factor
-        )
-        if isinstance(step, Head):
-            assert_within(y, exact, bound)
-            continue
-        assert_within(read(step.output, step.output.channels), exact, bound)
-        # Of a dense block's buffer the next layer overwrites what is behind a layer's channels.
-        end = step.output.channel + step.output.channels
-        if not any(
-            other.output.buffer == step.output.buffer and other.output.channel == end
-            for other in plan.steps
-        ):
-            behind = workspace._view(step.output, x, y)[:, step.output.channels :]
-            assert (behind == 0).all()
+    check_steps(plan, whole.algorithms, lambda segment: workspace._view(segment, x, y), y)
     return whole.algorithms
-
-
-def first_blocks_of_threshnet79() -> tf.ThreshNet:
-    return tf.ThreshNet(
-        blocks=(6, 8),
-        transitions=(128, 192),
-        downsample=(True, True),
-        growth_rates=(32, 32),
-        threshold=2,
-        num_classes=10,
-    ).eval()
-
-
-def odd() -> tf.ThreshNet:
-    """Channels that fill no group, in dense and harmonic blocks."""
-    return tf.ThreshNet(
-        first_channels=(20, 36),
-        blocks=(2, 3, 4),
-        transitions=(44, 52, 60),
-        downsample=(True, False, False),
-        growth_rates=(12, 10, 14),
-        threshold=1,
-        num_classes=7,
-        in_chans=4,
-    ).eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
