@@ -1,5 +1,7 @@
 #include <algorithm>
 
+#include "checks.h"
+#include "elementwise.cuh"
 #include "implicit_gemm.cuh"
 #include "launch.cuh"
 
@@ -8,6 +10,9 @@ namespace {
 
 // Parts that a reduction may be split into.
 constexpr int kParts[] = {1, 2, 4, 8, 16};
+
+// Blocks along y that a grid can have.
+constexpr int kMaxParts = 65535;
 
 // Cycles, and bytes a clock and multiprocessor, as in the Triton kernels' choice: rounded figures
 // of published micro-benchmarks. Only how they compare with each other and with the arithmetic
@@ -102,51 +107,35 @@ double estimate(const Convolution& convolution, const Tile& tile, int parts, con
   return cycles;
 }
 
-bool aligned(const void* pointer, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
-}
-
-void check_window(const Window& w) {
-  require(w.batch > 0 && w.in_height > 0 && w.in_width > 0 && w.out_height > 0 && w.out_width > 0 &&
-              w.kernel_height > 0 && w.kernel_width > 0 && w.stride > 0 && w.padding >= 0,
-          "a size of a convolution's window is not positive");
-  require(w.in_pixels() <= kMaxPixels && w.out_pixels() <= kMaxPixels,
-          "a feature map has more than 2^31 - 1024 pixels");
-  const int64_t height = int64_t{w.in_height} + 2 * int64_t{w.padding} - w.kernel_height;
-  const int64_t width = int64_t{w.in_width} + 2 * int64_t{w.padding} - w.kernel_width;
-  require(height >= 0 && width >= 0 && height / w.stride + 1 == w.out_height &&
-              width / w.stride + 1 == w.out_width,
-          "the size of a convolution's output does not follow from its input, kernel, stride and "
-          "padding");
-}
-
 void check_convolution(const Convolution& c) {
-  check_window(c.window);
-  require(c.segment_count > 0 && c.segment_count <= kMaxSegments,
-          "the number of segments is not between 1 and 16");
-  for (int i = 0; i < c.segment_count; ++i) {
-    const Segment& segment = c.segments[i];
-    require(segment.data != nullptr && aligned(segment.data, 16),
-            "a segment is null or not aligned to 16 bytes");
-    require(segment.channels > 0 && segment.channels % kGroup == 0,
-            "a segment has no whole groups of 16 channels");
-    require(segment.pitch >= segment.channels && segment.pitch * bytes_of(c.dtype) % 16 == 0,
-            "a segment's pitch is less than its channels or no multiple of 16 bytes");
-  }
-  require(channels_of(c) <= INT32_MAX, "a convolution has more than 2^31 - 1 input channels");
-  require(c.weight != nullptr && aligned(c.weight, 16),
-          "a weight is null or not aligned to 16 bytes");
-  require(c.weight_columns > 0 && c.weight_columns % kGroup == 0,
-          "a weight's columns are not whole groups of 16");
-  require(c.out_channels > 0 && c.out_channels <= c.weight_columns,
-          "a convolution's output channels are not between 1 and its weight's columns");
-  require((c.scale == nullptr) == (c.shift == nullptr), "a prologue has a scale or a shift alone");
-  require(aligned(c.scale, 16) && aligned(c.shift, 16), "a prologue is not aligned to 16 bytes");
-  require(aligned(c.output_scale, 16) && aligned(c.bias, 16),
-          "an output scale or a bias is not aligned to 16 bytes");
-  require(c.output != nullptr && aligned(c.output, bytes_of(c.dtype)),
-          "an output is null or not aligned to its elements");
-  require(c.output_pitch >= c.out_channels, "an output's pitch is less than its channels");
+  const Checker check("convolution");
+  check.window(c.window);
+  check.positive(c.segment_count, "segment_count");
+  check.at_most(c.segment_count, kMaxSegments, "segment_count");
+  for (int i = 0; i < c.segment_count; ++i) check.segment(c.segments[i]);
+  check.at_most(channels_of(c), INT32_MAX, "channels of all segments");
+  check.pointer(c.weight, 16, "weight");
+  check.positive(c.weight_columns, "weight_columns");
+  check.multiple(c.weight_columns, kGroup, "weight_columns");
+  check.positive(c.out_channels, "out_channels");
+  check.at_most(c.out_channels, c.weight_columns, "out_channels");
+  check.that((c.scale == nullptr) == (c.shift == nullptr),
+             "scale or shift is null, expected both or none");
+  check.optional(c.scale, 16, "scale");
+  check.optional(c.shift, 16, "shift");
+  check.optional(c.output_scale, 16, "output_scale");
+  check.optional(c.bias, 16, "bias");
+  check.pointer(c.output, bytes_of(c.dtype), "output");
+  check.at_least(c.output_pitch, c.out_channels, "output_pitch");
+}
+
+void check_configuration(const Convolution& c, const Configuration& configuration, int tiles) {
+  const Checker check("convolution");
+  check.at_least(configuration.tile, 0, "tile");
+  check.at_most(configuration.tile, tiles - 1, "tile");
+  check.positive(configuration.parts, "parts");
+  check.at_most(configuration.parts, kMaxParts, "parts");
+  if (configuration.parts > 1) check.pointer(c.partials, 16, "partials");
 }
 
 }  // namespace
@@ -197,12 +186,8 @@ int64_t partial_floats(const Convolution& convolution, const Configuration& conf
 void convolve(const Convolution& c, const Configuration& configuration, Stream stream) {
   const GemmKernels kernels = kernels_of(c.dtype);
   check_convolution(c);
-  require(configuration.tile >= 0 && configuration.tile < kernels.count, "there is no such tile");
-  require(configuration.parts >= 1 && configuration.parts < 65536,
-          "a reduction's parts are not between 1 and 65535");
+  check_configuration(c, configuration, kernels.count);
   const bool split = configuration.parts > 1;
-  require(!split || (c.partials != nullptr && aligned(c.partials, 16)),
-          "partials are null or not aligned to 16 bytes");
   const Tile& tile = kernels.tiles[configuration.tile];
   const Window& w = c.window;
   const Taps rows = live_taps(w.in_height, w.out_height, w.kernel_height, w.stride, w.padding);
@@ -240,7 +225,7 @@ void convolve(const Convolution& c, const Configuration& configuration, Stream s
   p.out_channels = c.out_channels;
   p.column_tiles = divide_up(split ? c.weight_columns : c.out_channels, tile.columns);
   p.relu = c.relu;
-  p.vector_store = aligned(c.output, 16) && c.output_pitch * size % 16 == 0;
+  p.vector_store = has_aligned_pixels(c.output, c.output_pitch, c.dtype);
   const int64_t tiles = divide_up(int64_t{p.pixels}, int64_t{tile.pixels}) * p.column_tiles;
   launch(kernels.kernels[configuration.tile][c.scale != nullptr], tiles, configuration.parts,
          tile.threads, tile.shared_bytes, stream, p);
