@@ -15,9 +15,9 @@ from torch import Tensor
 import threshnet_fast as tf
 from emulation.cuda_operators import emulated_cuda, skip_reason
 from emulation.networks import check_steps, first_blocks_of_threshnet79, odd
-from threshnet_fast.backends import cuda, cuda_plan
+from threshnet_fast.backends import cuda, cuda_graphs, gpu_plan, samples, select, triton
 from threshnet_fast.backends.cuda_plan import CudaPlan, Target, pack_network
-from threshnet_fast.plan import lower
+from threshnet_fast.plan import UnsupportedModule, lower
 from threshnet_fast.plan.ir import Segment
 
 pytestmark = [
@@ -89,3 +89,333 @@ def test_first_blocks_of_threshnet79(randomised, architecture: str) -> None:
     model = randomised(first_blocks_of_threshnet79())
     with emulated_cuda(architecture):
         check_step_by_step(model, torch.randn(2, 3, 32, 33), torch.float16)
+
+
+def plain(model, x: Tensor) -> Tensor:
+    with torch.no_grad(), tf.use_backend("reference"):
+        return model(x)
+
+
+def exact(model, x: Tensor) -> Tensor:
+    return plain(copy.deepcopy(model).double(), x.double())
+
+
+@pytest.fixture
+def model(randomised) -> tf.ThreshNet:
+    return randomised(small())
+
+
+@pytest.fixture
+def on_cuda() -> Iterator[None]:
+    """Runs networks on the CUDA executor, or refuses to."""
+    with torch.no_grad(), emulated_cuda(), tf.use_backend("cuda"):
+        yield
+
+
+def assert_as_exact_as_pytorch(actual: Tensor, other: Tensor, expected: Tensor) -> None:
+    """The error is at most twice that of PyTorch in the same precision, both root mean square."""
+    assert actual.shape == expected.shape
+    error, own = ((y.double() - expected).square().mean().sqrt() for y in (actual, other))
+    assert error <= 2 * own, (error, own)
+
+
+def check(model, x: Tensor) -> Tensor:
+    y = model(x)
+    assert y.dtype == x.dtype
+    assert_as_exact_as_pytorch(y, plain(model, x), exact(model, x))
+    return y
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+def test_threshnet79(randomised, dtype: torch.dtype) -> None:
+    """As a user calls it."""
+    model = randomised(tf.ThreshNet79(num_classes=10).eval()).to(dtype)
+    check(model, torch.randn(4, 3, 32, 32).to(dtype))
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 33, 47), (5, 64, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_shapes_and_batches(model, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    batch, height, width = shape
+    check(model.to(dtype), torch.randn(batch, 3, height, width).to(dtype))
+
+
+@pytest.mark.sweep
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@pytest.mark.parametrize("name", ["threshnet79", "threshnet95"])
+def test_larger_inputs(randomised, name: str, dtype: torch.dtype) -> None:
+    model = randomised(tf.create_model(name, num_classes=10).eval()).to(dtype)
+    for shape in ((2, 3, 64, 64), (3, 3, 96, 33)):
+        check(model, torch.randn(shape).to(dtype))
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_results_are_the_same_every_time(model) -> None:
+    x = torch.randn(2, 3, 40, 36)
+    first = model(x)
+    assert all(model(x).equal(first) for _ in range(3))
+
+
+@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+def test_results_do_not_depend_on_the_order_of_threads(model, order: str) -> None:
+    x = torch.randn(1, 3, 32, 32).half()
+    with torch.no_grad(), emulated_cuda() as library, tf.use_backend("cuda"):
+        model = model.half()
+        expected = model(x)
+        with library.schedule(order, 7):
+            assert model(x).equal(expected)
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_calls_do_not_share_outputs(model) -> None:
+    x = torch.randn(1, 3, 32, 32)
+    first = model(x)
+    before = first.clone()
+    check(model, 2 * x)
+    assert first.equal(before)
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_features_have_the_format_of_channels_last(model) -> None:
+    """And share packed weights with the network that ends with its logits."""
+    x = torch.randn(2, 3, 32, 48).contiguous(memory_format=torch.channels_last)
+    logits, features = model(x), model.forward_features(x)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(features, model._plain_features(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.forward_head(features), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("arguments", [{"num_classes": 0}, {"num_classes": 0, "global_pool": ""}])
+def test_without_classifier(randomised, arguments) -> None:
+    check(randomised(small(**arguments)), torch.randn(2, 3, 40, 36))
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :, ::2, 1::2],
+        lambda x: x[:1].expand(3, -1, -1, -1)[..., :32, :32],
+        lambda x: x.transpose(2, 3)[..., :40],
+        lambda x: x.contiguous(memory_format=torch.channels_last)[1:],
+    ],
+)
+def test_inputs_of_any_strides(model, view) -> None:
+    check(model, view(torch.randn(2, 3, 64, 80)))
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_changed_weights_are_packed_again(model) -> None:
+    x = torch.randn(1, 3, 32, 32)
+    before = model(x)
+    model.base[1].conv.weight.data.mul_(2)
+    assert not torch.allclose(before, check(model, x), rtol=1e-2)
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_weights_are_packed_once_for_all_shapes(model) -> None:
+    for size in (32, 40, 48):
+        model(torch.randn(1, 3, size, 32))
+    plans = model._fused._snapshot._gpu_plans["cuda"]
+    assert len(plans) == 3
+    assert list(plans._packed) == [torch.float32]
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_explain_names_the_kernels(model) -> None:
+    explanation = tf.explain(model, torch.randn(1, 3, 32, 32))
+    assert explanation.backend == "cuda"
+    assert "CUDA C++ kernels for sm_90" in explanation.reason
+    assert len(explanation.algorithms) == len(explanation.plan.steps)
+    assert any("implicit GEMM" in name for name in explanation.algorithms)
+
+
+def test_auto_stays_on_the_cpu_for_tensors_there(model) -> None:
+    with torch.no_grad(), emulated_cuda():
+        assert tf.explain(model, torch.randn(1, 3, 32, 32)).backend != "cuda"
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_autocast_computes_in_its_dtype(model) -> None:
+    x = torch.randn(8, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    low = copy.deepcopy(model).bfloat16()
+    assert_as_exact_as_pytorch(y, plain(low, x.bfloat16()), exact(model, x))
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_frozen(model) -> None:
+    x = torch.randn(1, 3, 32, 32)
+    fast = tf.optimize(model, x, dtype=torch.float16)
+    assert fast.backend == "cuda"
+    assert "CUDA C++ kernels for sm_90" in fast.reason
+    y = fast(x.half())
+    model.base[1].conv.weight.data.mul_(2)
+    assert fast(x.half()).equal(y)
+    with pytest.raises(TypeError, match=r"x has dtype torch\.float32"):
+        fast(x)
+
+
+def test_objections_name_the_cause(model) -> None:
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), tf.use_backend("cuda"):
+        if not torch.cuda.is_available():
+            with pytest.raises(RuntimeError, match=r"'cuda' cannot run this call: .*unavailable"):
+                model(x)
+        with emulated_cuda("sm_75"):
+            with pytest.raises(RuntimeError, match=r"sm_80 or newer for torch\.bfloat16"):
+                copy.deepcopy(model).bfloat16()(x.bfloat16())
+            with pytest.raises(RuntimeError, match=r"one of .* these tensors are torch\.float64"):
+                copy.deepcopy(model).double()(x.double())
+            with torch.enable_grad(), pytest.raises(RuntimeError, match="gradients are wanted"):
+                model(x)
+            model.half().base[0].norm.float()
+            with pytest.raises(RuntimeError, match=r"weights of dtype torch\.float32, expected"):
+                model(x.half())
+
+
+def test_threads_take_turns(model) -> None:
+    xs = [torch.randn(1, 3, 32, 32) for _ in range(4)]
+    results: dict[int, Tensor] = {}
+
+    def call(index: int) -> None:
+        with torch.no_grad(), tf.use_backend("cuda"):
+            results[index] = model(xs[index])
+
+    with emulated_cuda():
+        threads = [threading.Thread(target=call, args=(index,)) for index in range(len(xs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for index, x in enumerate(xs):
+        torch.testing.assert_close(results[index], plain(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_more_pixels_than_indices_reach_are_refused(model) -> None:
+    plan = lower(model, (2**31 // (32 * 32), 3, 32, 32), fold=False)
+    with pytest.raises(UnsupportedModule, match=r"2147483648 pixels"):
+        CudaPlan(plan, Target(CPU, torch.float16, 90, 132, 227 * 1024))
+
+
+class TestOperators:
+    """What the executor's own operators refuse, before they touch memory."""
+
+    @pytest.fixture
+    def parts(self, model) -> Iterator[dict[str, Tensor]]:
+        plan = lower(model, (2, 3, 32, 32))
+        with emulated_cuda():
+            target = cuda.target(CPU, torch.float16)
+            compiled = CudaPlan(plan, target)
+            yield {
+                "x": torch.randn(2, 3, 32, 32).half(),
+                "program": compiled.program,
+                "packed": pack_network(plan, target),
+                "workspace": torch.empty(compiled.workspace_bytes, dtype=torch.uint8),
+            }
+
+    def test_runs(self, parts) -> None:
+        assert torch.ops.threshnet_fast_cuda.run_plan(**parts).isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("x", Tensor.float, "x has another dtype than the program"),
+            ("x", lambda x: x[:1], r"x has shape \[1, 3, 32, 32\], which is not what"),
+            ("x", lambda x: x[0], "x has shape .* expected four dimensions"),
+            ("program", lambda t: t[:-1], "program is not one"),
+            ("program", lambda t: t.int(), "program has the wrong dtype"),
+            ("packed", lambda t: t[:-1], "packed does not belong to program"),
+            ("packed", lambda t: t.view(torch.half), "packed has the wrong dtype"),
+            ("workspace", lambda t: t[1:], "workspace is too small"),
+            ("workspace", lambda t: t[::2], "workspace is not contiguous"),
+        ],
+    )
+    def test_bad_input(self, parts, name: str, change, message: str) -> None:
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            torch.ops.threshnet_fast_cuda.run_plan(**{**parts, name: change(parts[name])})
+
+    def test_weights_of_another_network(self, parts) -> None:
+        plan = lower(small(num_classes=9), (2, 3, 32, 32))
+        pack = torch.ops.threshnet_fast_cuda.pack_weights
+        with pytest.raises((RuntimeError, ValueError), match=r"elements, expected"):
+            pack(parts["program"], plan.weights())
+        with pytest.raises((RuntimeError, ValueError), match=r"weights has 1 tensors, expected"):
+            pack(parts["program"], plan.weights()[:1])
+
+
+def test_takes_over_where_triton_cannot_compile(model, monkeypatch) -> None:
+    """On a GPU; here both backends have their tensors on the CPU."""
+    pytest.importorskip("triton")
+    from emulation.interpreter import interpreted
+    from threshnet_fast.backends.triton_plan import TritonWorkspace
+
+    calls: list[str] = []
+
+    def fail(self, x: Tensor) -> Tensor:
+        calls.append("triton")
+        raise triton.CompilationFailed("Triton cannot compile this")
+
+    monkeypatch.setattr(select, "_fused_backends", lambda name, x: ("triton", "cuda"))
+    monkeypatch.setattr(TritonWorkspace, "launch", fail)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), interpreted(), emulated_cuda():
+        for _ in range(2):
+            check(model, x)
+        # What failed once is not tried again.
+        assert calls == ["triton"]
+        assert tf.explain(model, x).backend == "cuda"
+        fast = tf.optimize(model, x)
+    assert fast.backend == "cuda"
+    assert fast.reason.startswith("Triton cannot compile this; torch.float32 on cpu, CUDA C++")
+
+
+def test_plain_pytorch_where_neither_can(model, monkeypatch) -> None:
+    monkeypatch.setattr(select, "_fused_backends", lambda name, x: ("triton", "cuda"))
+    monkeypatch.setattr(gpu_plan, "_MAX_PIXELS", 100)
+    for module in (triton, cuda):
+        monkeypatch.setattr(module, "objection", lambda x, dtype=None: None)
+    monkeypatch.setattr(triton, "target", lambda *_: Target(CPU, torch.float32, 90, 132, 0))
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), emulated_cuda():
+        explanation = tf.explain(model, x)
+        assert model(x).equal(plain(model, x))
+    assert explanation.backend == "reference"
+    assert explanation.reason.count("pixels, more than 100") == 2
+
+
+def test_samples_notice_what_is_written(randomised) -> None:
+    """Which stands in for Triton's kernel where there is none."""
+    parameters = [p.detach() for p in randomised(small()).parameters()]
+    parameters += [parameters[0].half(), parameters[0].to(memory_format=torch.channels_last)]
+    views = samples.sample(parameters)
+    before = samples.read(views)
+    assert samples.read(views).equal(before)
+    for parameter in parameters:
+        kept = parameter.clone()
+        for change in (Tensor.neg_, lambda t: t.add_(1)):
+            change(parameter)
+            # Both zeros are different bits.
+            assert not samples.read(views).equal(before)
+            parameter.copy_(kept)
+            assert samples.read(views).equal(before)
+    parameters[0].flatten()[0] = torch.nan
+    found = samples.read(views)
+    assert found.equal(samples.read(views))
+    assert not found.equal(before)
+
+
+def test_graphs_follow_the_switch(monkeypatch) -> None:
+    monkeypatch.setenv(cuda_graphs.VARIABLE, "0")
+    plan = lower(small(), (1, 3, 32, 32), fold=False)
+    with emulated_cuda():
+        target = Target(torch.device("cuda", 0), torch.float16, 90, 132, 227 * 1024)
+        assert not cuda.PlanCache()._prepare(plan, target)._graphs
+        monkeypatch.delenv(cuda_graphs.VARIABLE)
+        assert cuda.PlanCache()._prepare(plan, target)._graphs
