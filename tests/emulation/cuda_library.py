@@ -30,7 +30,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +72,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 EMULATION = Path(__file__).resolve().parent / "cuda"
 BUILD = ROOT / "build" / "emulation"
+# Where `#include "..."` looks, behind the folder of the file that has it.
+_FOLDERS = (EMULATION, CSRC)
 
 # Of operands.h.
 MAX_SEGMENTS = 16
@@ -81,9 +83,16 @@ _FLAGS = ("-std=c++17", "-fPIC", "-fno-gnu-unique", "-DTHRESHNET_FAST_EMULATION"
 _DEBUGGABLE = ("-g1", "-fno-omit-frame-pointer")
 # What the compiler gets for each variant.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "plain": ("-O2",),
+    # The emulation has its own handler of what -fsanitize=alignment finds.
+    "plain": ("-O2", "-fsanitize=alignment"),
     "address": ("-O1", *_DEBUGGABLE, "-fsanitize=address", "-DEMULATION_ADDRESS_SANITIZER"),
-    "undefined": ("-O1", *_DEBUGGABLE, "-fsanitize=undefined", "-fno-sanitize-recover=all"),
+    "undefined": (
+        "-O1",
+        *_DEBUGGABLE,
+        "-fsanitize=undefined",
+        "-fno-sanitize-recover=all",
+        "-DEMULATION_UNDEFINED_SANITIZER",
+    ),
     "thread": ("-O1", *_DEBUGGABLE, "-fsanitize=thread", "-DEMULATION_THREAD_SANITIZER"),
 }
 _SANITIZER_OPTIONS = {
@@ -415,9 +424,8 @@ def build(
     tree = _Tree(dict(mutations or {}))
     tree.add(_layout_source(), _layout_checks())
     BUILD.mkdir(parents=True, exist_ok=True)
-    with _lock():
-        objects = _compile(variant, [*sources, *sorted(own), _layout_source()], tree)
-        return _link(variant, objects)
+    objects = _compile(variant, [*sources, *sorted(own), _layout_source()], tree)
+    return _link(variant, objects)
 
 
 def load(
@@ -464,7 +472,7 @@ class _Tree:
                 continue
             found.append(path)
             for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', self.text(path), re.MULTILINE):
-                for folder in (path.parent, EMULATION, CSRC):
+                for folder in (path.parent, *_FOLDERS):
                     included = Path(os.path.normpath(folder / name))
                     if included in self._texts or included.is_file():
                         waiting.append(included)
@@ -499,11 +507,21 @@ def _layout_checks() -> str:
     return "\n".join(lines) + "\n"
 
 
-@contextlib.contextmanager
-def _lock() -> Iterator[None]:
-    with (BUILD / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _make(target: Path, make: Callable[[Path], None]) -> Path:
+    """Returns a file of the build, made under another name first unless it is there.
+
+    Of several processes that want it, one makes it, and the others wait.
+    """
+    with (BUILD / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_file():
+            os.utime(target)
+            return target
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            made = Path(folder) / target.name
+            make(made)
+            made.replace(target)
+    return target
 
 
 @functools.cache
@@ -526,6 +544,8 @@ def _flags(variant: str, source: Path) -> list[str]:
     flags = [*_FLAGS, *VARIANTS[variant], *_instruction_sets()]
     if source.parent == EMULATION and source.suffix == ".cpp":
         flags = [flag for flag in flags if flag not in ("-O1", "-O2")] + ["-O3"]
+        if variant == "plain":
+            flags = [flag for flag in flags if flag != "-fsanitize=alignment"]
         if variant == "thread":
             # Its accesses are none of the kernels': see sanitizers.h.
             flags.remove("-fsanitize=thread")
@@ -553,37 +573,27 @@ def _compile(variant: str, sources: Sequence[Path], tree: _Tree) -> list[Path]:
         flags = _flags(variant, source)
         files = [part for path in closure for part in (str(path), tree.text(path))]
         key = _hash(_compiler_version(), str(cuda_include()), *flags, str(source), *files)
-        target = BUILD / f"{source.stem}-{key}.o"
-        if target.is_file():
-            os.utime(target)
-            return target
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+
+        def make(target: Path) -> None:
             root = ROOT
             if not tree.on_disk(closure):
-                root = Path(folder) / "tree"
+                root = target.parent / "tree"
                 for path in closure:
                     copy = root / path.relative_to(ROOT)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_text(tree.text(path), encoding="utf-8")
-            compiled = Path(folder) / target.name
             _run(
                 [
                     *flags,
                     f"-ffile-prefix-map={root}/=",
-                    f"-I{root / EMULATION.relative_to(ROOT)}",
-                    f"-I{root / CSRC.relative_to(ROOT)}",
-                    "-isystem",
-                    str(cuda_include()),
-                    "-x",
-                    "c++",
-                    "-c",
-                    str(root / source.relative_to(ROOT)),
-                    "-o",
-                    str(compiled),
+                    *(f"-I{root / folder.relative_to(ROOT)}" for folder in _FOLDERS),
+                    *("-isystem", str(cuda_include())),
+                    *("-x", "c++", "-c", str(root / source.relative_to(ROOT))),
+                    *("-o", str(target)),
                 ]
             )
-            compiled.replace(target)
-        return target
+
+        return _make(BUILD / f"{source.stem}-{key}.o", make)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, sources))
@@ -591,22 +601,21 @@ def _compile(variant: str, sources: Sequence[Path], tree: _Tree) -> list[Path]:
 
 def _link(variant: str, objects: Sequence[Path]) -> Path:
     if variant == "plain":
+        # Of several such libraries in a process, each uses its own functions.
         suffix, flags = ".so", ["-shared", "-Wl,-Bsymbolic"]
     else:
-        # -rdynamic: so that kernels have names.
+        # So that kernels have names at run time.
         suffix, flags = "", ["-rdynamic", *VARIANTS[variant]]
-    target = BUILD / f"{variant}-{_hash(*flags, *map(str, objects))}{suffix}"
-    if target.is_file():
-        os.utime(target)
-        return target
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        linked = Path(folder) / target.name
-        _run([*flags, *map(str, objects), "-ldl", "-o", str(linked)])
-        linked.replace(target)
-    for path in BUILD.iterdir():
-        if path.is_file() and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
-            path.unlink()
-    return target
+    paths = [str(path) for path in objects]
+
+    def make(target: Path) -> None:
+        _run([*flags, *paths, "-ldl", "-o", str(target)])
+        for path in BUILD.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                    path.unlink()
+
+    return _make(BUILD / f"{variant}-{_hash(*flags, *paths)}{suffix}", make)
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -778,7 +787,7 @@ class Library(_Launchers):
         self._library.emulation_set_schedule.argtypes = (ctypes.c_int, ctypes.c_uint64)
         self._library.emulation_set_recorder.argtypes = (ctypes.c_void_p,)
 
-    def call(self, name: str, *arguments: Any, result: Any = None) -> Any:  # noqa: D102, see base
+    def call(self, name: str, *arguments: Any, result: Any = None) -> Any:
         count = len(arguments)
         addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, arguments))
         sizes = (ctypes.c_size_t * count)(*map(ctypes.sizeof, arguments))
@@ -835,7 +844,7 @@ class SanitizedLibrary(_Launchers):
         super().__init__()
         self.path = path
 
-    def call(self, name: str, *arguments: Any, result: Any = None) -> Any:  # noqa: D102, see base
+    def call(self, name: str, *arguments: Any, result: Any = None) -> Any:
         buffers: dict[int, Tensor] = {}
         pointers: list[int] = []
         for index, argument in enumerate(arguments):
@@ -884,17 +893,25 @@ class SanitizedLibrary(_Launchers):
         with tempfile.TemporaryDirectory() as folder:
             given, got = Path(folder) / "input", Path(folder) / "output"
             given.write_bytes(message)
-            done = subprocess.run(
-                [str(self.path), str(given), str(got)],
-                env=os.environ | _SANITIZER_OPTIONS,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-            )
+            command = [str(self.path), str(given), str(got)]
+            done = self._finish(command)
+            if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
+                # ThreadSanitizer cannot stand addresses as random as some kernels make them.
+                done = self._finish(["setarch", "--addr-no-randomize", *command])
             if done.returncode != 0:
                 raise SanitizerError(done.stderr)
             return got.read_bytes()
+
+    @staticmethod
+    def _finish(command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            env=os.environ | _SANITIZER_OPTIONS,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
 
 
 def _numbers(*values: int) -> bytes:

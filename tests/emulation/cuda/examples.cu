@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kRowThreads) row_sums_kernel(const __grid_cons
   const int warp = static_cast<int>(threadIdx.x) / warpSize;
   const float* row = p.x + int64_t{blockIdx.x} * p.columns;
   float sum = 0.0f;
-  for (int i = static_cast<int>(threadIdx.x); i < p.columns; i += kRowThreads) sum += __ldg(row + i);
+  for (int i = static_cast<int>(threadIdx.x); i < p.columns; i += kRowThreads)
+    sum += __ldg(row + i);
   for (int step = warpSize / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
   if (lane == 0) partial[warp] = sum;
   __syncthreads();
@@ -171,12 +172,13 @@ __global__ void __launch_bounds__(kSumThreads) sum_parts_kernel(const __grid_con
 }
 
 void product(const Product& product) {
-  const int64_t blocks = int64_t{divide_up(product.rows, kTile)} * divide_up(product.columns, kTile);
+  const int64_t blocks =
+      int64_t{divide_up(product.rows, kTile)} * divide_up(product.columns, kTile);
   const int shared_bytes = kStages * 2 * kTileElements * 2;
   launch(product.dtype == DType::kFloat16 ? product_kernel<__half> : product_kernel<__nv_bfloat16>,
          blocks, product.parts, kProductThreads, shared_bytes, nullptr, product);
-  launch(sum_parts_kernel, divide_up(product.rows * product.columns, kSumThreads), 1, kSumThreads, 0,
-         nullptr, product);
+  launch(sum_parts_kernel, divide_up(product.rows * product.columns, kSumThreads), 1, kSumThreads,
+         0, nullptr, product);
 }
 
 // y[i] = 2 x[i], by vectors of 16 bytes.
@@ -194,9 +196,7 @@ __global__ void doubling_kernel(const __grid_constant__ Doubling p) {
   reinterpret_cast<Vector<float>*>(p.y)[i] = vector;
 }
 
-void doubling(const Doubling& doubling) {
-  launch(doubling_kernel, 1, 1, 32, 0, nullptr, doubling);
-}
+void doubling(const Doubling& doubling) { launch(doubling_kernel, 1, 1, 32, 0, nullptr, doubling); }
 
 // y[i] = x[i ^ 1], where the lanes of a warp meet at __syncwarp alone.
 struct Swap {

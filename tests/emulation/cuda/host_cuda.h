@@ -62,6 +62,8 @@ class Error : public std::runtime_error {
 };
 
 unsigned char* shared_memory();
+// Whether it is a thread of a launch that asks.
+bool in_kernel();
 
 // In what follows `file` and `line` are those of the caller, for error messages, and to see that
 // all threads are at the same place.
@@ -137,6 +139,7 @@ void launch(const Kernel& kernel, unsigned blocks, unsigned parts, unsigned thre
 // - lanes of a warp are at different warp-wide functions, or one of them is not in the mask;
 // - a shuffle reads a lane that does not take part;
 // - asynchronous copies and matrices are misaligned or outside of shared memory;
+// - anything else is misaligned: there AddressSanitizer's and ThreadSanitizer's builds do not look;
 // - something was written behind the shared memory.
 // What a kernel throws comes out of launch() too.
 template <typename Parameters>

@@ -237,6 +237,7 @@ class Machine {
   void complete(unsigned pending);
   void check_shared(const void* address, size_t bytes, const char* what, const Place& place);
 
+  bool in_kernel() const { return in_kernel_; }
   Warp& warp() { return *warp_; }
   unsigned lane() const { return lane_; }
 
@@ -775,6 +776,8 @@ void multiply(Operation operation, float* sums, const uint32_t* a, uint32_t b0, 
 }  // namespace
 
 const Device& device() { return machine.device; }
+
+bool in_kernel() { return machine.in_kernel(); }
 
 unsigned char* shared_memory() { return machine.shared(); }
 
