@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kRowThreads) row_sums_kernel(const __grid_cons
   if (lane >= kWarps) return;
   sum = partial[lane];
   for (int step = kWarps / 2; step > 0; step /= 2)
-    sum += __shfl_down_sync(kFirstLanes, sum, static_cast<unsigned>(step));
+    sum += __shfl_down_sync(kFirstLanes, sum, static_cast<unsigned>(step), kWarps);
   sum = __shfl_sync(kFirstLanes, sum, 0);
   if (lane == 0) p.y[blockIdx.x] = sum;
 }
