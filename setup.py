@@ -67,7 +67,7 @@ def cuda_left_out_reason():
         RuntimeError: If THRESHNET_FAST_CUDA asks for them and they cannot be built.
     """
     if not (ROOT / "csrc/cuda/bindings.cpp").is_file():
-        return "the source tree has no csrc/cuda/bindings.cpp"
+        return "their sources are not in csrc/cuda"
     return nvcc.left_out_reason()
 
 

@@ -34,14 +34,37 @@ STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_tiny, CompositeExplicitAutograd, m) {
 }
 """
 
+TINY_CUDA_BINDINGS = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include "threshnet_fast.h"
+int64_t run(const torch::stable::Tensor&) { return threshnet_fast_run(); }
+STABLE_TORCH_LIBRARY(threshnet_fast_tiny_cuda, m) { m.def("run(Tensor x) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_tiny_cuda, CUDA, m) { m.impl("run", TORCH_BOX(&run)); }
+"""
+
+TINY_KERNEL = """
+#include "threshnet_fast.h"
+__global__ void kernel() {}
+int threshnet_fast_run() { kernel<<<1, 1>>>(); return cudaGetLastError(); }
+"""
+
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
+)
+needs_nvcc = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    or not shutil.which("nvcc")
+    or sys.platform != "linux",
+    reason="no nvcc",
 )
 
 
 def environment(**changes):
     """This process's environment without what steers a build, then with ``changes``."""
     steering = {"CXX", "CC", "CFLAGS", "CXXFLAGS", "LDFLAGS", "THRESHNET_FAST_NO_EXT", "PYTHONPATH"}
+    steering |= {"CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "TORCH_CUDA_ARCH_LIST"}
+    steering |= {"THRESHNET_FAST_CUDA", "THRESHNET_FAST_WERROR"}
     result = {name: text for name, text in os.environ.items() if name not in steering}
     return {**result, **changes}
 
@@ -84,6 +107,18 @@ def tree(tmp_path):
     (folder / "kernels/__init__.py").touch()
     (folder / "kernels/example.py").write_text("ANSWER = 42\n")
     return folder
+
+
+@pytest.fixture
+def cuda_tree(tree):
+    """The same with one tiny kernel."""
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/bindings.cpp").write_text(TINY_CUDA_BINDINGS)
+    (tree / "csrc/cuda/kernel.cu").write_text(TINY_KERNEL)
+    (tree / "csrc/threshnet_fast.h").write_text(
+        '__attribute__((visibility("default"))) int threshnet_fast_run();\n'
+    )
+    return tree
 
 
 @pytest.fixture
@@ -148,6 +183,10 @@ class TestMetadata:
         )
         assert command.value == "threshnet_fast.cli:main"
         assert callable(command.load())
+
+    def test_header_has_the_version(self):
+        text = (ROOT / "csrc/threshnet_fast.h").read_text(encoding="utf-8")
+        assert f'#define THRESHNET_FAST_VERSION "{threshnet_fast.__version__}"\n' in text
 
     def test_changelog_has_the_version(self):
         text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -262,15 +301,26 @@ class TestBackendRequirements:
 
 class TestArchives:
     def test_sdist_holds_what_it_takes_to_build(self, tree, tmp_path):
-        stale = [tree / "threshnet_fast/_C.abi3.so", tree / "csrc/cpu/value.o"]
-        for path in stale:
-            path.write_bytes(b"stale")
+        (tree / "csrc/cuda").mkdir()
+        sources = {f"csrc/cuda/{name}" for name in ("a.cu", "a.cuh", "a.h", "bindings.cpp")}
+        for name in sources:
+            (tree / name).touch()
+        for name in (
+            "csrc/cpu/value.o",
+            "threshnet_fast/_C.abi3.so",
+            "threshnet_fast/include/threshnet_fast.h",
+            "threshnet_fast/lib/libthreshnet_fast_cuda.so",
+        ):
+            (tree / name).parent.mkdir(exist_ok=True)
+            (tree / name).write_bytes(b"stale")
         output_of(call_backend(tree, f"build_sdist({str(tmp_path)!r})"))
         (archive,) = tmp_path.glob("threshnet_fast-*.tar.gz")
         with tarfile.open(archive) as file:
             names = {name.partition("/")[2] for name in file.getnames()}
         wanted = {
+            *sources,
             "build_backend/backend.py",
+            "build_backend/nvcc.py",
             "build_backend/toolchain.py",
             "constraints.txt",
             "csrc/bindings.cpp",
@@ -285,6 +335,7 @@ class TestArchives:
         }
         assert wanted - names == set()
         assert [name for name in names if name.endswith((".so", ".o", ".pyc"))] == []
+        assert [name for name in names if name.startswith("threshnet_fast/include")] == []
 
     def test_pure_wheel(self, tree, tmp_path):
         (tree / "threshnet_fast/_C.abi3.so").write_bytes(b"stale")
@@ -448,3 +499,95 @@ class TestCompiler:
         (tree / "csrc/cpu/value.h").write_text("#pragma once\n#define VALUE 4\n")
         assert "bindings.cpp" in build()
         assert value() == 4
+
+
+class TestCuda:
+    """The whole way through setup.py; tests/test_cuda_build.py looks at its parts."""
+
+    libraries = frozenset(
+        {
+            "threshnet_fast/_C.abi3.so",
+            "threshnet_fast/_C_cuda.abi3.so",
+            "threshnet_fast/include/threshnet_fast.h",
+            "threshnet_fast/lib/libthreshnet_fast_cuda.so",
+        }
+    )
+
+    def compiled_files(self, folder):
+        """What a build leaves in the package's folder."""
+        package = folder / "threshnet_fast"
+        paths = (path for path in package.rglob("*") if path.suffix in (".so", ".h"))
+        return {path.relative_to(folder).as_posix() for path in paths}
+
+    @needs_nvcc
+    def test_wheel(self, cuda_tree, tmp_path):
+        hook = f"build_wheel({str(tmp_path)!r})"
+        run = call_backend(cuda_tree, hook, THRESHNET_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0")
+        assert "CUDA kernels for 8.0\n" in output_of(run)
+        (archive,) = tmp_path.glob("threshnet_fast-0.1.0-cp310-abi3-*.whl")
+        site_folder = tmp_path / "site"
+        zipfile.ZipFile(archive).extractall(site_folder)
+        assert self.compiled_files(site_folder) == self.libraries
+        # The next wheel is put together in the same folder; nothing of this one is in it.
+        other = tmp_path / "other"
+        output_of(call_backend(cuda_tree, f"build_wheel({str(other)!r})", THRESHNET_FAST_CUDA="0"))
+        (archive,) = other.glob("threshnet_fast-0.1.0-cp310-abi3-*.whl")
+        names = set(zipfile.ZipFile(archive).namelist())
+        assert self.libraries & names == {"threshnet_fast/_C.abi3.so"}
+        # Away from where it was linked, the one still finds the other.
+        shutil.rmtree(cuda_tree / "build")
+        code = (
+            "import torch\n"
+            f"torch.ops.load_library({str(site_folder / 'threshnet_fast/_C_cuda.abi3.so')!r})\n"
+            "print(torch._C._dispatch_has_kernel_for_dispatch_key("
+            "'threshnet_fast_tiny_cuda::run', 'CUDA'))"
+        )
+        assert output_of(run_python(code)).strip() == "True"
+
+    @needs_nvcc
+    def test_editable_and_then_without(self, cuda_tree, tmp_path):
+        hook = f"build_editable({str(tmp_path)!r})"
+        run = call_backend(cuda_tree, hook, TORCH_CUDA_ARCH_LIST="8.0")
+        assert "-c csrc/cuda/kernel.cu" in output_of(run)
+        assert self.compiled_files(cuda_tree) == self.libraries
+        run = call_backend(cuda_tree, hook, TORCH_CUDA_ARCH_LIST="8.0")
+        assert "-c csrc/cuda/kernel.cu" not in output_of(run)
+        assert self.compiled_files(cuda_tree) == self.libraries
+        text = output_of(call_backend(cuda_tree, hook, THRESHNET_FAST_CUDA="0"))
+        assert "built without its CUDA kernels: THRESHNET_FAST_CUDA=0 is set" in text
+        assert self.compiled_files(cuda_tree) == {"threshnet_fast/_C.abi3.so"}
+
+    @needs_nvcc
+    def test_failure_is_an_error(self, cuda_tree, tmp_path):
+        with (cuda_tree / "csrc/cuda/kernel.cu").open("a") as file:
+            file.write("#error this does not compile\n")
+        hook = f"build_wheel({str(tmp_path)!r})"
+        run = call_backend(cuda_tree, hook, TORCH_CUDA_ARCH_LIST="8.0")
+        assert run.returncode != 0
+        assert "this does not compile" in run.stdout + run.stderr
+        assert "THRESHNET_FAST_CUDA=0 leaves them out" in run.stderr
+        assert list(tmp_path.glob("*.whl")) == []
+
+    @needs_compiler
+    def test_no_nvcc(self, cuda_tree, tmp_path):
+        tools = tmp_path / "bin"
+        tools.mkdir()
+        for name in ("c++", "g++", "clang++", "as", "ld"):
+            if shutil.which(name):
+                (tools / name).symlink_to(shutil.which(name))
+        hook = f"build_wheel({str(tmp_path)!r})"
+        text = output_of(call_backend(cuda_tree, hook, PATH=str(tools)))
+        assert text.count("NOTE: threshnet_fast is built without its CUDA kernels: no nvcc") == 1
+        assert "WARNING" not in text
+        (archive,) = tmp_path.glob("*.whl")
+        names = zipfile.ZipFile(archive).namelist()
+        assert self.libraries & set(names) == {"threshnet_fast/_C.abi3.so"}
+        run = call_backend(cuda_tree, hook, PATH=str(tools), THRESHNET_FAST_CUDA="1")
+        assert run.returncode != 0
+        assert "THRESHNET_FAST_CUDA=1 asks for the CUDA kernels, but no nvcc" in run.stderr
+
+    def test_asked_for_in_pure_python(self, cuda_tree, tmp_path):
+        changes = {"THRESHNET_FAST_CUDA": "1", "THRESHNET_FAST_NO_EXT": "1"}
+        run = call_backend(cuda_tree, f"build_wheel({str(tmp_path)!r})", **changes)
+        assert run.returncode != 0
+        assert "THRESHNET_FAST_CUDA=1 needs the C++ extension" in run.stderr
