@@ -261,6 +261,10 @@ def test_layers_of_the_network(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prologue", [False, True])
 def test_nan_and_infinity(dtype: torch.dtype, prologue: bool) -> None:
+    nan_and_infinity(dtype, prologue, library())
+
+
+def nan_and_infinity(dtype: torch.dtype, prologue: bool, of: Library) -> None:
     """They reach the outputs whose windows hold them, through ReLU too, and no others."""
     x = torch.randn(1, 16, 9, 9).to(dtype)
     x[0, 3, 2, 2], x[0, 5, 6, 7] = torch.nan, torch.inf
@@ -281,11 +285,11 @@ def test_nan_and_infinity(dtype: torch.dtype, prologue: bool) -> None:
         output_pitch=pitch(output.view),
         relu=True,
     )
-    for tile, parts in itertools.product(range(library().tile_count(dtype)), (1, 2)):
+    for tile, parts in itertools.product(range(of.tile_count(dtype)), (1, 2)):
         configuration = Configuration(tile=tile, parts=parts)
         convolution.partials = torch.full((max(1, parts * 81 * 16),), torch.nan)
         output.view.fill_(torch.nan)
-        library().convolve(convolution, configuration)
+        of.convolve(convolution, configuration)
         near_nan = torch.zeros(9, 9, dtype=torch.bool)
         near_nan[1:4, 1:4] = True
         near_infinity = torch.zeros(9, 9, dtype=torch.bool)
