@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <deque>
 
 #include "sanitizers.h"
 
@@ -136,9 +137,16 @@ void Fiber::finish() {
 
 void Fiber::destroy() {
 #if defined(EMULATION_THREAD_SANITIZER)
-  if (sanitizer_ != nullptr) __tsan_destroy_fiber(sanitizer_);
-#endif
+  // ThreadSanitizer reports no race with a fiber whose history it has forgotten.
+  constexpr size_t kRemembered = 512;
+  static std::deque<void*> remembered;
+  if (sanitizer_ != nullptr) remembered.push_back(sanitizer_);
   sanitizer_ = nullptr;
+  if (remembered.size() > kRemembered) {
+    __tsan_destroy_fiber(remembered.front());
+    remembered.pop_front();
+  }
+#endif
 }
 
 }  // namespace emulation
