@@ -72,13 +72,13 @@ def pack_network(plan: Plan, target: Target) -> Tensor:
 
     Args:
         plan: The plan, with its head.
-        target: Whose device and dtype to pack for.
+        target: Whose dtype to pack in.
 
     Returns:
-        The packed weights, uint8 on the device.
+        The packed weights, uint8 on the device of the plan's weights.
     """
     program = compile_plan(plan, plan_memory(plan), target)
-    weights = [weight.to(target.device, torch.float32).contiguous() for weight in plan.weights()]
+    weights = [weight.contiguous() for weight in plan.weights()]
     packed: Tensor = torch.ops.threshnet_fast_cuda.pack_weights(program, weights)
     return packed
 

@@ -1,4 +1,4 @@
-"""What the executor does around CUDA graphs and streams, with stand-ins for both.
+"""What both executors for a GPU do around CUDA graphs and streams, with stand-ins for these.
 
 A stand-in of a graph keeps the launches of its capture and runs them again when it is replayed, as
 a graph does: nothing runs while it is captured, and a replay reads and writes the same memory. What
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,30 +19,40 @@ import torch
 from test_plan import small
 from torch import Tensor
 
-pytest.importorskip("triton")
-
-from threshnet_fast.kernels import launch
-
 import threshnet_fast as tf
-from emulation.interpreter import interpreted
-from threshnet_fast.backends import cuda_graphs, gpu_plan, triton, triton_plan
-from threshnet_fast.backends.triton_plan import Target, TritonPlan, pack_network
-from threshnet_fast.plan import lower
+from emulation import cuda_operators
+from threshnet_fast.backends import cuda, cuda_graphs, cuda_plan, gpu_plan, triton
+from threshnet_fast.backends.gpu_plan import GpuPlan, Workspace
+from threshnet_fast.plan import Plan, lower
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GPU = torch.device("cuda", 0)
+OPERATORS = ("compile_plan", "pack_weights", "workspace_bytes")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch that a graph holds.
+
+    Attributes:
+        run: Runs it.
+        tensors: What it reads and writes.
+    """
+
+    run: Callable[[], None]
+    tensors: list[Tensor]
 
 
 class Graph:
     def __init__(self) -> None:
-        self.launches: list[launch.Launch] = []
+        self.launches: list[Recorded] = []
         self.replays = 0
 
     def replay(self) -> None:
         self.replays += 1
         for each in self.launches:
-            each()
+            each.run()
 
 
 @dataclass
@@ -54,7 +64,7 @@ class Device:
         recording: The graph that is being captured.
         recorder: The thread that captures; others go on launching.
         graphs: Every graph so far.
-        launches: How many kernels have run.
+        launches: How many kernels have run, those of replayed graphs not counted.
         streams: Devices of the streams that were made.
     """
 
@@ -87,6 +97,15 @@ class Device:
     def capturing(self) -> bool:
         return self.recorder == threading.get_ident()
 
+    def launch(self, run: Callable[[], None], tensors: list[Tensor]) -> None:
+        """Runs a kernel, or keeps it in the graph that is being captured."""
+        if self.capturing():
+            assert self.recording is not None
+            self.recording.launches.append(Recorded(run, tensors))
+        else:
+            self.launches += 1
+            run()
+
 
 class Torch:
     """PyTorch, but for its GPUs, whose memory is on the CPU."""
@@ -108,27 +127,107 @@ class Torch:
 
     def empty(self, *size: Any, device: torch.device, dtype: torch.dtype, **options: Any) -> Tensor:
         assert device == GPU
-        return torch.empty(*size, dtype=dtype, **options).fill_(torch.nan)
+        poison = torch.nan if dtype.is_floating_point else 0xFF
+        return torch.empty(*size, dtype=dtype, **options).fill_(poison)
+
+
+def operators(device: Device) -> SimpleNamespace:
+    """The executor's operators in C++, the last of which launches kernels."""
+
+    def run_plan(x: Tensor, program: Tensor, packed: Tensor, workspace: Tensor) -> Tensor:
+        operator = torch.ops.threshnet_fast_cuda.run_plan
+        # The result is allocated at once, and computed when the launch runs.
+        y = operator(x, program, packed, workspace).fill_(torch.nan)
+        workspace.fill_(0xFF)
+
+        def run() -> None:
+            with torch.inference_mode(y.is_inference()):
+                y.copy_(operator(x, program, packed, workspace))
+
+        device.launch(run, [x, packed, workspace])
+        return y
+
+    others = {name: getattr(torch.ops.threshnet_fast_cuda, name) for name in OPERATORS}
+    return SimpleNamespace(**others, run_plan=SimpleNamespace(default=run_plan))
+
+
+@dataclass(frozen=True)
+class Executor:
+    """One of the two.
+
+    Attributes:
+        backend: Its module.
+        target: What it prepares for, by dtype.
+        prepare: Prepares a plan.
+        pack: Packs weights.
+        memory: Name of what a workspace has to itself.
+    """
+
+    backend: ModuleType
+    target: Callable[[torch.dtype], Any]
+    prepare: Callable[..., GpuPlan]
+    pack: Callable[[Plan, torch.dtype], Any]
+    memory: str
+
+    @property
+    def name(self) -> str:
+        return self.backend.__name__.rpartition(".")[2]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    """An executor, whose kernels run on the CPU."""
+    if request.param == "cuda":
+        if (reason := cuda_operators.skip_reason()) is not None:
+            pytest.skip(reason)
+
+        def target(dtype: torch.dtype) -> cuda_plan.Target:
+            return cuda_plan.Target(GPU, dtype, *cuda_operators.DEVICES["sm_90"])
+
+        def pack(plan: Plan, dtype: torch.dtype) -> Tensor:
+            return cuda_plan.pack_network(plan, target(dtype))
+
+        with cuda_operators.emulated_cuda():
+            yield Executor(cuda, target, cuda_plan.CudaPlan, pack, "_memory")
+        return
+    pytest.importorskip("triton")
+    from emulation.interpreter import interpreted
+    from threshnet_fast.backends import triton_plan
+
+    with interpreted():
+        yield Executor(
+            triton,
+            lambda dtype: triton_plan.Target(GPU, dtype, "ieee", "interpreter", 1),
+            triton_plan.TritonPlan,
+            triton_plan.pack_network,
+            "_arena",
+        )
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
-    run = launch.Launch.__call__
+    standin = Torch(device)
+    modules = [cuda_graphs, gpu_plan]
+    if executor.name == "cuda":
+        standin.ops = SimpleNamespace(threshnet_fast_cuda=operators(device))
+        modules.append(cuda_plan)
+    else:
+        from threshnet_fast.kernels import launch
 
-    def launched(each: launch.Launch) -> None:
-        if device.capturing():
-            assert device.recording is not None
-            device.recording.launches.append(each)
-        else:
-            device.launches += 1
-            run(each)
+        from threshnet_fast.backends import triton_plan
 
-    monkeypatch.setattr(launch.Launch, "__call__", launched)
-    for module in (cuda_graphs, gpu_plan, triton_plan):
-        monkeypatch.setattr(module, "torch", Torch(device))
-    with interpreted():
-        yield device
+        modules.append(triton_plan)
+        run = launch.Launch.__call__
+
+        def launched(each: launch.Launch) -> None:
+            tensors = [value for value in each.arguments.values() if isinstance(value, Tensor)]
+            device.launch(lambda: run(each), tensors)
+
+        monkeypatch.setattr(launch.Launch, "__call__", launched)
+    for module in modules:
+        monkeypatch.setattr(module, "torch", standin)
+    return device
 
 
 @pytest.fixture
@@ -152,12 +251,16 @@ def x() -> Tensor:
 class Network:
     """A prepared network and its weights."""
 
-    def __init__(self, model: tf.ThreshNet, x: Tensor, **options: Any) -> None:
-        target = Target(GPU, torch.float32, "ieee", "interpreter", 1)
-        plan = lower(model, x.shape)
+    def __init__(self, executor: Executor, model: tf.ThreshNet, x: Tensor, **options: Any) -> None:
+        self.executor = executor
         self.model = model
-        self.plan = TritonPlan(plan, target, **options)
-        self.packed = pack_network(plan, torch.float32)
+        self.lowered = lower(model, x.shape)
+        self.plan = executor.prepare(self.lowered, executor.target(torch.float32), **options)
+        self.pack()
+
+    def pack(self) -> None:
+        """Packs the model's weights as they are now."""
+        self.packed = self.executor.pack(lower(self.model, self.lowered.input_shape), torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.plan(x, self.packed)
@@ -171,11 +274,14 @@ class Network:
         return y
 
 
-def test_second_call_captures_and_later_ones_replay(model, x, device) -> None:
-    network = Network(model, x)
+def test_second_call_captures_and_later_ones_replay(executor, model, x, device) -> None:
+    network = Network(executor, model, x)
     network.check(x)
     count = device.launches
-    assert (len(device.graphs), count) == (0, len(network.plan._steps))
+    assert (len(device.graphs), count) == (
+        0,
+        1 if executor.name == "cuda" else len(network.plan._steps),
+    )
     network.check(2 * x)
     (graph,) = device.graphs
     assert len(graph.launches) == count
@@ -186,29 +292,30 @@ def test_second_call_captures_and_later_ones_replay(model, x, device) -> None:
         network.check(scale * x)
     assert device.graphs == [graph]
     assert graph.replays == 3
-    # The first call, one before the capture, three replays.
-    assert device.launches == 5 * count
+    # The first call, and one before the capture; the rest are replays.
+    assert device.launches == 2 * count
 
 
-def test_kernels_run_before_they_are_captured(model, x, device, monkeypatch) -> None:
+def test_kernels_run_before_they_are_captured(executor, model, x, device, monkeypatch) -> None:
     """With the very arguments, so that nothing is compiled within a capture."""
-    network = Network(model, x)
+    network = Network(executor, model, x)
     seen: list[tuple[bool, tuple[int, ...]]] = []
-    convolve = triton_plan.stem_convolution.convolve_stem
+    workspace = type(network.plan._workspace(0, network.packed))
+    run = workspace.launch
 
-    def spy(source: Tensor, *args: Any, **options: Any) -> list[launch.Launch]:
+    def spy(self: Workspace, source: Tensor) -> Tensor:
         seen.append((device.recording is not None, source.stride()))
-        return convolve(source, *args, **options)
+        return run(self, source)
 
-    monkeypatch.setattr(triton_plan.stem_convolution, "convolve_stem", spy)
+    monkeypatch.setattr(workspace, "launch", spy)
     last = x.contiguous(memory_format=torch.channels_last)
     for _ in range(2):
         network.check(last)
     assert seen == [(False, last.stride()), (False, x.stride()), (True, x.stride())]
 
 
-def test_outputs_are_copies(model, x, device) -> None:
-    network = Network(model, x)
+def test_outputs_are_copies(executor, model, x, device) -> None:
+    network = Network(executor, model, x)
     outputs = [network.check(scale * x) for scale in (1.0, 2.0, 3.0, 4.0)]
     assert len({y.data_ptr() for y in outputs}) == 4
     for y in outputs:
@@ -216,8 +323,8 @@ def test_outputs_are_copies(model, x, device) -> None:
     network.check(x)
 
 
-def test_inputs_of_other_strides_and_dtypes(model, x, device) -> None:
-    network = Network(model, x)
+def test_inputs_of_other_strides_and_dtypes(executor, model, x, device) -> None:
+    network = Network(executor, model, x)
     for _ in range(2):
         network.check(x)
     network.check(x.contiguous(memory_format=torch.channels_last))
@@ -226,29 +333,27 @@ def test_inputs_of_other_strides_and_dtypes(model, x, device) -> None:
     torch.testing.assert_close(network(x.double()), network(x))
 
 
-def test_streams_have_memory_of_their_own(model, x, device) -> None:
-    network = Network(model, x)
+def test_streams_have_memory_of_their_own(executor, model, x, device) -> None:
+    network = Network(executor, model, x)
     for _ in range(3):
         for device.stream in (0, 7):
             network.check(x)
     assert len(device.graphs) == 2
     first, second = network.plan._workspaces.values()
-    assert first._arena.data_ptr() != second._arena.data_ptr()
-    written = [
-        {
-            tensor.untyped_storage().data_ptr()
-            for each in graph.launches
-            for tensor in each.arguments.values()
-            if isinstance(tensor, Tensor)
-        }
+    one, other = (
+        getattr(workspace, executor.memory).untyped_storage().data_ptr()
+        for workspace in (first, second)
+    )
+    used = [
+        {tensor.untyped_storage().data_ptr() for each in graph.launches for tensor in each.tensors}
         for graph in device.graphs
     ]
-    for workspace, others in ((first, written[1]), (second, written[0])):
-        assert workspace._arena.data_ptr() not in others
+    assert one in used[0] - used[1]
+    assert other in used[1] - used[0]
 
 
-def test_memory_of_the_oldest_stream_is_given_up(model, x, device) -> None:
-    network = Network(model, x)
+def test_memory_of_the_oldest_stream_is_given_up(executor, model, x, device) -> None:
+    network = Network(executor, model, x)
     most = gpu_plan._MAX_WORKSPACES
     for device.stream in range(most + 1):
         network.check(x)
@@ -260,9 +365,9 @@ def test_memory_of_the_oldest_stream_is_given_up(model, x, device) -> None:
     assert list(network.plan._workspaces) == [*range(3, most + 1), 1, 0]
 
 
-def test_within_a_capture_of_the_caller(model, x, device) -> None:
+def test_within_a_capture_of_the_caller(executor, model, x, device) -> None:
     """Launches go to the caller's graph, on memory that nobody else uses."""
-    network = Network(model, x)
+    network = Network(executor, model, x)
     for _ in range(2):
         network.check(x)
     (own,) = device.graphs
@@ -282,20 +387,20 @@ def test_within_a_capture_of_the_caller(model, x, device) -> None:
         assert not between.equal(y)
 
 
-def test_other_weights_are_captured_anew(model, x, device) -> None:
-    network = Network(model, x)
+def test_other_weights_are_captured_anew(executor, model, x, device) -> None:
+    network = Network(executor, model, x)
     for _ in range(2):
         network.check(x)
     with torch.no_grad():
         model.base[1].conv.weight.mul_(-2)
-    network.packed = pack_network(lower(model, x.shape), torch.float32)
+    network.pack()
     for _ in range(3):
         network.check(x)
     assert len(device.graphs) == 2
 
 
-def test_without_graphs(model, x, device) -> None:
-    network = Network(model, x, graphs=False)
+def test_without_graphs(executor, model, x, device) -> None:
+    network = Network(executor, model, x, graphs=False)
     for _ in range(3):
         network.check(x)
     assert device.graphs == []
@@ -309,8 +414,8 @@ def test_switch(monkeypatch, value: str, wanted: bool) -> None:
     assert cuda_graphs.enabled() is True
 
 
-def test_captured_in_inference_mode(model, x, device) -> None:
-    network = Network(model, x)
+def test_captured_in_inference_mode(executor, model, x, device) -> None:
+    network = Network(executor, model, x)
     with torch.inference_mode():
         for _ in range(2):
             network(x)
@@ -319,9 +424,9 @@ def test_captured_in_inference_mode(model, x, device) -> None:
     network.check(x)
 
 
-def test_one_capture_at_a_time(model, x, device, monkeypatch) -> None:
+def test_one_capture_at_a_time(executor, model, x, device, monkeypatch) -> None:
     """Two threads that reach their second calls together; the stand-in refuses a second capture."""
-    networks = [Network(model, x) for _ in range(2)]
+    networks = [Network(executor, model, x) for _ in range(2)]
     for network in networks:
         network.check(x)
     barrier, errors = threading.Barrier(2), []
@@ -337,7 +442,7 @@ def test_one_capture_at_a_time(model, x, device, monkeypatch) -> None:
 
     monkeypatch.setattr(cuda_graphs.torch.cuda, "graph", slow)
     # Only captures matter here, and the interpreter runs one kernel at a time.
-    monkeypatch.setattr(launch.Launch, "__call__", lambda each: None)
+    monkeypatch.setattr(device, "launch", lambda run, tensors: None)
 
     def call(network: Network) -> None:
         barrier.wait()
@@ -355,10 +460,9 @@ def test_one_capture_at_a_time(model, x, device, monkeypatch) -> None:
     assert len(device.graphs) == 2
 
 
-def test_weights_are_not_packed_within_a_capture(model, x, device, monkeypatch) -> None:
-    goal = Target(GPU, torch.float16, "ieee", "interpreter", 1)
-    monkeypatch.setattr(triton, "target", lambda *_: goal)
-    cache = triton.PlanCache()
+def test_weights_are_not_packed_within_a_capture(executor, model, x, device, monkeypatch) -> None:
+    monkeypatch.setattr(executor.backend, "target", lambda _, dtype: executor.target(dtype))
+    cache = executor.backend.PlanCache()
     with (
         device.capture(Graph()),
         pytest.raises(
@@ -371,9 +475,9 @@ def test_weights_are_not_packed_within_a_capture(model, x, device, monkeypatch) 
         assert cache.get(model, x, head=True, dtype=torch.float16)[1] is packed
 
 
-def test_weights_of_a_captured_call_are_kept(model, x, monkeypatch) -> None:
+def test_weights_of_a_captured_call_are_kept(executor, model, x, monkeypatch) -> None:
     """The caller's graph goes on reading them after the model has changed."""
-    with interpreted(), torch.no_grad(), tf.use_backend("triton"):
+    with torch.no_grad(), tf.use_backend(executor.name):
         model(x)
         kept = model._fused._captured
         assert not kept
@@ -385,4 +489,5 @@ def test_weights_of_a_captured_call_are_kept(model, x, monkeypatch) -> None:
         model.base[1].conv.weight.mul_(-2)
         model(x)
         assert list(kept.values()) == [packed]
-        assert model._fused._snapshot._gpu_plans["triton"]._packed[torch.float32] is not packed
+        plans = model._fused._snapshot._gpu_plans[executor.name]
+        assert plans._packed[torch.float32] is not packed
