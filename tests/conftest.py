@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomised() -> Callable[[nn.Module], nn.Module]:
     """Function that makes every BatchNorm of a model non-trivial, in place, and returns the model.
 
