@@ -242,17 +242,3 @@ def test_device_without_bfloat16(plan: Path, interface: Interface) -> None:
 def test_version(interface: Interface) -> None:
     (written_there,) = re.findall(r'#define THRESHNET_FAST_VERSION "(.*)"', HEADER.read_text())
     assert interface.version == written_there == tf.__version__
-
-
-def test_save_plan_refuses(model: tf.ThreshNet, tmp_path: Path) -> None:
-    path = tmp_path / "network.plan"
-    with pytest.raises(tf.plan.UnsupportedModule, match="module"):
-        tf.save_plan(torch.nn.Linear(3, 3), SHAPE, path)
-    for shape in ((3, 32, 32), (1, 4, 32, 32), (0, 3, 32, 32), (1, 3, 32, 1)):
-        with pytest.raises(ValueError, match="input_shape is"):
-            tf.save_plan(model, shape, path)
-    with pytest.raises(RuntimeError, match="module is in training mode"):
-        tf.save_plan(tf.ThreshNet79(), SHAPE, path)
-    assert not path.exists()
-    with pytest.raises(OSError, match="No such file"):
-        tf.save_plan(model, SHAPE, tmp_path / "nowhere" / "network.plan")
