@@ -4,6 +4,7 @@
 // concatenation, the normalised input and the patches of the window are never stored.
 #pragma once
 
+#include "elementwise.cuh"
 #include "operands.h"
 #include "primitives.cuh"
 
@@ -37,6 +38,16 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kChunks + (chunk ^ (row / kRowsPerLine & kMask));
 }
 
+// Rows after which every swizzle repeats itself: a place so many rows on is at a distance that the
+// compiler knows.
+constexpr int kSwizzleRows = 8;
+
+// Neighbouring columns of the product.
+template <int kCount>
+struct alignas(4 * kCount) Sums {
+  float values[kCount];
+};
+
 // Products of 16-bit elements by tensor cores: each warp computes a part of the tile.
 template <typename T, int kPixels, int kColumns, int kPixelWarps, int kColumnWarps>
 class TensorCores {
@@ -48,23 +59,35 @@ class TensorCores {
   using Chunk = Vector<T>;
   static constexpr int kLeftChunks = kGroup / Chunk::kElements;
   static constexpr int kRightChunks = kColumns / Chunk::kElements;
+  static constexpr int kRun = 2;  // neighbouring columns that a thread has the sums of
 
-  __device__ __forceinline__ explicit TensorCores(int thread)
-      : lane_(thread % 32),
-        row_(thread / 32 / kColumnWarps * kWarpPixels),
-        column_(thread / 32 % kColumnWarps * kWarpColumns) {}
+  __device__ __forceinline__ explicit TensorCores(int thread) {
+    const int lane = thread % 32;
+    const int row = thread / 32 / kColumnWarps * kWarpPixels;
+    const int column = thread / 32 % kColumnWarps * kWarpColumns;
+    row_ = row + lane / 4;
+    column_ = column + 2 * (lane % 4);
+    left_ = swizzled<kLeftChunks>(row + lane % 16, lane / 16);
+#pragma unroll
+    for (int j = 0; j < kColumnTiles / 2; ++j)
+      right_[j] = right_place(lane % 16, column / 8 + 2 * j + lane / 16);
+  }
+
+  // Where a chunk of the right matrix, or of the results, lies.
+  __device__ __forceinline__ static int right_place(int row, int chunk) {
+    return swizzled<kRightChunks>(row, chunk);
+  }
 
   // Adds the products of one group of channels: left [kPixels][16], right [16][kColumns].
   __device__ __forceinline__ void multiply(const Chunk* left, const Chunk* right) {
+    static_assert(16 % kSwizzleRows == 0);
     uint32_t a[kPixelTiles][4];
 #pragma unroll
-    for (int i = 0; i < kPixelTiles; ++i)
-      load_matrices(a[i], left + swizzled<kLeftChunks>(row_ + 16 * i + lane_ % 16, lane_ / 16));
+    for (int i = 0; i < kPixelTiles; ++i) load_matrices(a[i], left + left_ + 16 * i * kLeftChunks);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; j += 2) {
       uint32_t b[4];
-      const int chunk = column_ / 8 + j + lane_ / 16;
-      load_matrices_transposed(b, right + swizzled<kRightChunks>(lane_ % 16, chunk));
+      load_matrices_transposed(b, right + right_[j / 2]);
 #pragma unroll
       for (int i = 0; i < kPixelTiles; ++i) {
         multiply_add<T>(sums_[i][j], a[i], b[0], b[1]);
@@ -73,17 +96,17 @@ class TensorCores {
     }
   }
 
-  // Calls visit(row, column, sums) for the thread's pairs of neighbouring columns.
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
+  // Calls visit(row, sums, prepared) for each run of sums, and prepare(column), which returns what
+  // is prepared, once for all rows.
+  template <typename Prepare, typename Visit>
+  __device__ __forceinline__ void for_each(Prepare prepare, Visit visit) const {
 #pragma unroll
-    for (int i = 0; i < kPixelTiles; ++i) {
+    for (int j = 0; j < kColumnTiles; ++j) {
+      const auto prepared = prepare(column_ + 8 * j);
 #pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) {
-        const int row = row_ + 16 * i + lane_ / 4;
-        const int column = column_ + 8 * j + 2 * (lane_ % 4);
-        visit(row, column, make_float2(sums_[i][j][0], sums_[i][j][1]));
-        visit(row + 8, column, make_float2(sums_[i][j][2], sums_[i][j][3]));
+      for (int i = 0; i < kPixelTiles; ++i) {
+        visit(row_ + 16 * i, Sums<2>{sums_[i][j][0], sums_[i][j][1]}, prepared);
+        visit(row_ + 16 * i + 8, Sums<2>{sums_[i][j][2], sums_[i][j][3]}, prepared);
       }
     }
   }
@@ -95,7 +118,8 @@ class TensorCores {
   static constexpr int kColumnTiles = kWarpColumns / 8;
   static_assert(kPixelTiles > 0 && kColumnTiles % 2 == 0, "a warp takes at least 16 x 16");
 
-  int lane_, row_, column_;
+  int row_, column_;                    // of the first sums
+  int left_, right_[kColumnTiles / 2];  // places of the matrices that the lane reads rows of
   float sums_[kPixelTiles][kColumnTiles][4] = {};
 };
 
@@ -110,19 +134,27 @@ class FloatUnits {
   using Chunk = Vector<float>;
   static constexpr int kLeftChunks = kGroup / Chunk::kElements;
   static constexpr int kRightChunks = kColumns / Chunk::kElements;
+  static constexpr int kRun = 4;
 
   __device__ __forceinline__ explicit FloatUnits(int thread)
-      : row_(thread / kRightChunks), chunk_(thread % kRightChunks) {}
+      : row_(thread / kRightChunks),
+        chunk_(thread % kRightChunks),
+        left_(swizzled<kLeftChunks>(row_, 0)) {}
+
+  // Neighbouring threads access neighbouring chunks: there are no bank conflicts to swizzle away.
+  __device__ __forceinline__ static int right_place(int row, int chunk) {
+    return row * kRightChunks + chunk;
+  }
 
   __device__ __forceinline__ void multiply(const Chunk* left, const Chunk* right) {
 #pragma unroll
     for (int k = 0; k < kLeftChunks; ++k) {
       Chunk b[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) b[i] = right[swizzled<kRightChunks>(4 * k + i, chunk_)];
+      for (int i = 0; i < 4; ++i) b[i] = right[right_place(4 * k + i, chunk_)];
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        const Chunk a = left[swizzled<kLeftChunks>(row_ + row * kRowStep, k)];
+        const Chunk a = left[(left_ ^ k) + row * kRowStep * kLeftChunks];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -143,14 +175,15 @@ class FloatUnits {
     }
   }
 
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
+  template <typename Prepare, typename Visit>
+  __device__ __forceinline__ void for_each(Prepare prepare, Visit visit) const {
+    const auto prepared = prepare(4 * chunk_);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
+      Sums<4> sums;
 #pragma unroll
-      for (int j = 0; j < 4; j += 2)
-        visit(row_ + row * kRowStep, 4 * chunk_ + j,
-              make_float2(sums_[row][j] + chain_[row][j], sums_[row][j + 1] + chain_[row][j + 1]));
+      for (int j = 0; j < 4; ++j) sums.values[j] = sums_[row][j] + chain_[row][j];
+      visit(row_ + row * kRowStep, sums, prepared);
     }
   }
 
@@ -159,8 +192,10 @@ class FloatUnits {
   static constexpr int kRowStep = kThreads / kRightChunks;
   static constexpr int kRows = kPixels / kRowStep;
   static_assert(kRows > 0, "a thread has at least one row");
+  static_assert(kRowStep % kSwizzleRows == 0, "all rows of a thread are swizzled alike");
 
   int row_, chunk_;
+  int left_;        // place of the first chunk of the first row; that of others is an exclusive or
   int length_ = 0;  // groups in the chain
   float chain_[kRows][4] = {};
   float sums_[kRows][4] = {};
@@ -185,49 +220,27 @@ struct GemmTile {
   static_assert(kOutput <= kStages * kStage, "the results take the place of the pipeline");
 };
 
-// A group of channels, as the reduction reaches it.
-struct ReductionCursor {
-  int tap_row, tap_column, segment, channel;  // channel: within the segment
-  int concatenated;                           // the channel in the concatenation
-
-  __device__ __forceinline__ ReductionCursor(const ImplicitGemmParameters& p, int group) {
-    const int groups_of_tap = p.channels / kGroup;
-    const int tap = group / groups_of_tap;
-    tap_row = tap / p.tap_columns;
-    tap_column = tap - tap_row * p.tap_columns;
-    concatenated = (group - tap * groups_of_tap) * kGroup;
-    segment = 0;
-    channel = concatenated;
-    while (channel >= p.segments[segment].channels) channel -= p.segments[segment++].channels;
-  }
-
-  __device__ __forceinline__ void advance(const ImplicitGemmParameters& p) {
-    concatenated += kGroup;
-    channel += kGroup;
-    if (channel < p.segments[segment].channels) return;
-    channel = 0;
-    if (++segment < p.segment_count) return;
-    segment = 0;
-    concatenated = 0;
-    if (++tap_column < p.tap_columns) return;
-    tap_column = 0;
-    ++tap_row;
-  }
-};
-
-// The pixels that a thread copies: the same rows of the tile in every step.
+// Copies the groups of a part of the reduction into shared memory, one after the other. A thread
+// copies chunks of the same rows of both matrices in every group, so that from one group to the
+// next its addresses only move on. They are found anew where a run ends: the groups of one segment
+// at one tap.
 template <typename Tile>
-class PixelRows {
+class GroupCopies {
  public:
-  static constexpr int kPasses = (Tile::kLeft + Tile::kThreads - 1) / Tile::kThreads;
+  using T = typename Tile::T;
+  using Chunk = typename Tile::Chunk;
+  static constexpr int kPasses = divide_up(Tile::kLeft, Tile::kThreads);
 
-  __device__ __forceinline__ PixelRows(const ImplicitGemmParameters& p, int first_pixel,
-                                       int thread) {
+  __device__ __forceinline__ GroupCopies(const ImplicitGemmParameters& p, int first_pixel,
+                                         int first_column, int first_group, int groups, int thread)
+      : thread_(thread),
+        left_place_(swizzled<kLeftChunks>(thread / kLeftChunks, thread % kLeftChunks)),
+        right_place_(Tile::Units::right_place(thread / kRightChunks, thread % kRightChunks)),
+        remaining_(groups) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int item = pass * Tile::kThreads + thread;
-      const int tile_pixel = first_pixel + item / Tile::Units::kLeftChunks;
-      const bool exists = item < Tile::kLeft && tile_pixel < p.pixels;
+      const int tile_pixel = first_pixel + pass * kLeftRows + thread / kLeftChunks;
+      const bool exists = !is_idle(pass, Tile::kLeft) && tile_pixel < p.pixels;
       const int pixel = exists ? tile_pixel : 0;
       const int row = pixel / p.out_width;
       const int column = pixel - row * p.out_width;
@@ -238,105 +251,189 @@ class PixelRows {
       // No tap of such a row lies inside of the map.
       if (!exists) top_[pass] = p.in_height;
     }
+    if (first_group > 0) {
+      const int groups_of_tap = p.channels / kGroup;
+      const int tap = first_group / groups_of_tap;
+      tap_row_ = tap / p.tap_columns;
+      tap_column_ = tap - tap_row_ * p.tap_columns;
+      channel_ = (first_group - tap * groups_of_tap) * kGroup;
+    }
+    const int first_row = thread / kRightChunks;
+    const int column = first_column + thread % kRightChunks * kElements;
+    inside_columns_ = column < p.weight_columns;
+    const int64_t tap = int64_t{tap_row_} * p.kernel_columns + tap_column_;
+    weight_ = static_cast<const T*>(p.weight) +
+              (tap * p.channels + channel_ + first_row) * p.weight_columns + column;
+    int channel = channel_;
+    while (channel >= p.segments[segment_].channels) channel -= p.segments[segment_++].channels;
+    begin_run(p, channel);
   }
 
-  // Whether a tap of the pixel lies inside of the map: padding does not.
-  __device__ __forceinline__ bool inside(const ImplicitGemmParameters& p, const ReductionCursor& at,
-                                         int pass) const {
-    const int y = top_[pass] + at.tap_row;
-    const int x = left_[pass] + at.tap_column;
-    return y >= 0 && y < p.in_height && x >= 0 && x < p.in_width;
+  // Starts the copies of the next groups into a stage. Behind the last group are zeros.
+  __device__ __forceinline__ void copy_stage(const ImplicitGemmParameters& p, Chunk* stage) {
+    if constexpr (Tile::kGroups > 1) {
+      if (run_ < Tile::kGroups) {
+#pragma unroll 1
+        for (int group = 0; group < Tile::kGroups; ++group) {
+          copy_group(p, 0, stage, group);
+          move_on(p, 1);
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int group = 0; group < Tile::kGroups; ++group) copy_group(p, group, stage, group);
+    move_on(p, Tile::kGroups);
   }
 
-  __device__ __forceinline__ int64_t pixel(const ImplicitGemmParameters& p,
-                                           const ReductionCursor& at, int pass) const {
-    return origin_[pass] + at.tap_row * p.in_width + at.tap_column;
+  // Copies nothing, for a stage behind the last one.
+  __device__ __forceinline__ void skip_stage() { history_ <<= Tile::kGroups * kPasses; }
+
+  // Normalises and rectifies what this thread copied into the oldest stage but for those that were
+  // normalised before: that of kStages - 1 stages ago. Padding stays zero.
+  __device__ __forceinline__ void apply_prologue(const ImplicitGemmParameters& p, Chunk* stage) {
+#pragma unroll
+    for (int group = 0; group < Tile::kGroups; ++group) {
+      const int channel = channel_ + thread_ % kLeftChunks * kElements;
+      Vector<float> scale[kElements / 4], shift[kElements / 4];
+#pragma unroll
+      for (int i = 0; i < kElements / 4; ++i) {
+        scale[i] = load_vector(p.scale + channel + 4 * i);
+        shift[i] = load_vector(p.shift + channel + 4 * i);
+      }
+      const int groups_ago = (Tile::kStages - 1) * Tile::kGroups - 1 - group;
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const bool inside = history_ >> (groups_ago * kPasses + pass) & 1;
+        if (!inside) continue;
+        Chunk& place = stage[group * Tile::kLeft + left_place_ + pass * Tile::kThreads];
+        Chunk values = place;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i)
+          values.elements[i] =
+              from_float<T>(rectify(fmaf(to_float(values.elements[i]), scale[i / 4].elements[i % 4],
+                                         shift[i / 4].elements[i % 4])));
+        place = values;
+      }
+      channel_ += kGroup;
+      if (channel_ == p.channels) channel_ = 0;
+    }
   }
 
  private:
-  int top_[kPasses], left_[kPasses], origin_[kPasses];
-};
+  static constexpr int kElements = Chunk::kElements;
+  static constexpr int kLeftChunks = Tile::Units::kLeftChunks;
+  static constexpr int kRightChunks = Tile::Units::kRightChunks;
+  static constexpr int kLeftRows = Tile::kThreads / kLeftChunks;
+  static constexpr int kRightRows = Tile::kThreads / kRightChunks;
+  static constexpr int kRightPasses = divide_up(Tile::kRight, Tile::kThreads);
+  static_assert(Tile::kThreads % kLeftChunks == 0 && Tile::kThreads % kRightChunks == 0,
+                "a thread copies the same chunk of a row in every pass");
+  static_assert(kLeftRows % kSwizzleRows == 0 && kRightRows % kSwizzleRows == 0,
+                "all rows of a thread are swizzled alike");
+  static_assert(kPasses * Tile::kGroups * (Tile::kStages - 1) <= 32, "the history has 32 bits");
 
-// Starts the copies of one group of channels.
-template <typename Tile>
-__device__ __forceinline__ void copy_group(const ImplicitGemmParameters& p,
-                                           const PixelRows<Tile>& rows, const ReductionCursor& at,
-                                           bool exists, int first_column, int thread,
-                                           typename Tile::Chunk* left,
-                                           typename Tile::Chunk* right) {
-  using T = typename Tile::T;
-  constexpr int kElements = Tile::Chunk::kElements;
-  constexpr int kLeftChunks = Tile::Units::kLeftChunks;
-  constexpr int kRightChunks = Tile::Units::kRightChunks;
-  const Segment& segment = p.segments[exists ? at.segment : 0];
-  const T* const data = static_cast<const T*>(segment.data);
-#pragma unroll
-  for (int pass = 0; pass < PixelRows<Tile>::kPasses; ++pass) {
-    const int item = pass * Tile::kThreads + thread;
-    if (Tile::kLeft % Tile::kThreads != 0 && item >= Tile::kLeft) break;
-    const int chunk = item % kLeftChunks;
-    const bool inside = exists && rows.inside(p, at, pass);
-    const T* from = data + rows.pixel(p, at, pass) * segment.pitch + at.channel + chunk * kElements;
-    copy_async_16(left + swizzled<kLeftChunks>(item / kLeftChunks, chunk), inside ? from : data,
-                  inside);
+  // Whether the thread has nothing to copy in a pass of all threads over so many chunks.
+  __device__ __forceinline__ bool is_idle(int pass, int chunks) const {
+    return chunks % Tile::kThreads != 0 && pass * Tile::kThreads + thread_ >= chunks;
   }
-  const T* const weight = static_cast<const T*>(p.weight);
-  const int tap = at.tap_row * p.kernel_columns + at.tap_column;
-  const int64_t first_row = int64_t{tap} * p.channels + at.concatenated;
-#pragma unroll
-  for (int item = thread; item < Tile::kRight; item += Tile::kThreads) {
-    const int row = item / kRightChunks;
-    const int chunk = item % kRightChunks;
-    const int column = first_column + chunk * kElements;
-    const bool inside = exists && column < p.weight_columns;
-    const T* from = weight + (first_row + row) * p.weight_columns + column;
-    copy_async_16(right + swizzled<kRightChunks>(row, chunk), inside ? from : weight, inside);
-  }
-}
 
-// Normalises and rectifies what this thread copied of a group. Padding stays zero.
-template <typename Tile>
-__device__ __forceinline__ void apply_prologue(const ImplicitGemmParameters& p,
-                                               const PixelRows<Tile>& rows,
-                                               const ReductionCursor& at, int thread,
-                                               typename Tile::Chunk* left) {
-  using T = typename Tile::T;
-  constexpr int kElements = Tile::Chunk::kElements;
-  constexpr int kLeftChunks = Tile::Units::kLeftChunks;
+  // Finds the addresses of the run that begins at a channel of the segment and tap.
+  __device__ __forceinline__ void begin_run(const ImplicitGemmParameters& p, int channel) {
+    const Segment& segment = p.segments[segment_];
+    run_ = min((segment.channels - channel) / kGroup, remaining_);
+    remaining_ -= run_;
+    inside_ = 0;
+    const T* const data =
+        static_cast<const T*>(segment.data) + channel + thread_ % kLeftChunks * kElements;
 #pragma unroll
-  for (int pass = 0; pass < PixelRows<Tile>::kPasses; ++pass) {
-    const int item = pass * Tile::kThreads + thread;
-    if (Tile::kLeft % Tile::kThreads != 0 && item >= Tile::kLeft) break;
-    if (!rows.inside(p, at, pass)) continue;
-    const int chunk = item % kLeftChunks;
-    const int channel = at.concatenated + chunk * kElements;
-    auto& place = left[swizzled<kLeftChunks>(item / kLeftChunks, chunk)];
-    auto values = place;
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int y = top_[pass] + tap_row_;
+      const int x = left_[pass] + tap_column_;
+      const bool inside = y >= 0 && y < p.in_height && x >= 0 && x < p.in_width;
+      inside_ |= static_cast<uint32_t>(inside) << pass;
+      const int64_t pixel = int64_t{origin_[pass]} + tap_row_ * p.in_width + tap_column_;
+      from_[pass] = data + pixel * segment.pitch;
+    }
+  }
+
+  __device__ __forceinline__ void move_on(const ImplicitGemmParameters& p, int groups) {
 #pragma unroll
-    for (int i = 0; i < kElements; i += 4) {
-      const auto scale = *reinterpret_cast<const Vector<float>*>(p.scale + channel + i);
-      const auto shift = *reinterpret_cast<const Vector<float>*>(p.shift + channel + i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float value = to_float(values.elements[i + j]);
-        values.elements[i + j] =
-            from_float<T>(rectify(fmaf(value, scale.elements[j], shift.elements[j])));
+    for (int pass = 0; pass < kPasses; ++pass) from_[pass] += groups * kGroup;
+    weight_ += int64_t{p.weight_columns} * (groups * kGroup);
+    run_ -= groups;
+    if (run_ > 0) return;
+    if (remaining_ == 0) {
+      inside_ = 0;
+      inside_columns_ = 0;
+      run_ = INT32_MAX;
+      return;
+    }
+    if (++segment_ == p.segment_count) {
+      segment_ = 0;
+      if (++tap_column_ == p.tap_columns) {
+        tap_column_ = 0;
+        ++tap_row_;
+        weight_ += int64_t{p.kernel_columns - p.tap_columns} * p.channels * p.weight_columns;
       }
     }
-    place = values;
+    begin_run(p, 0);
   }
-}
 
-// Scales, adds the bias and rectifies two neighbouring sums.
+  // Copies the group `ahead` of the next one to the place of the stage's group `group`.
+  __device__ __forceinline__ void copy_group(const ImplicitGemmParameters& p, int ahead,
+                                             Chunk* stage, int group) {
+    Chunk* const left = stage + group * Tile::kLeft + left_place_;
+    Chunk* const right = stage + Tile::kGroups * Tile::kLeft + group * Tile::kRight + right_place_;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass)
+      if (!is_idle(pass, Tile::kLeft))
+        copy_async_16(left + pass * Tile::kThreads, from_[pass] + ahead * kGroup,
+                      (inside_ & 1u << pass) != 0);
+#pragma unroll
+    for (int pass = 0; pass < kRightPasses; ++pass)
+      if (!is_idle(pass, Tile::kRight))
+        copy_async_16(right + pass * Tile::kThreads,
+                      weight_ + int64_t{p.weight_columns} * (ahead * kGroup + pass * kRightRows),
+                      inside_columns_ != 0);
+    history_ = history_ << kPasses | inside_;
+  }
+
+  int thread_, left_place_, right_place_;
+  int top_[kPasses], left_[kPasses], origin_[kPasses];
+  const T* from_[kPasses];
+  const T* weight_;
+  int tap_row_ = 0, tap_column_ = 0, segment_ = 0;
+  int run_, remaining_;  // groups of the run that are not copied yet, groups of later ones
+  int channel_ = 0;      // in the concatenation, of the next group that is to be normalised
+  uint32_t inside_;      // a bit for each pass: whether its pixel lies inside of the map at the tap
+  uint32_t inside_columns_;
+  uint32_t history_ = 0;  // inside_ of the latest groups
+};
+
+// Scales, adds the bias and rectifies the sums of some neighbouring columns.
+template <int kCount>
 struct Epilogue {
-  const float* output_scale;
-  const float* bias;
+  Sums<kCount> scale, bias;
   bool relu;
 
-  __device__ __forceinline__ float operator()(float sum, int column) const {
-    if (output_scale != nullptr) sum *= output_scale[column];
-    if (bias != nullptr) sum += bias[column];
-    return relu ? rectify(sum) : sum;
+  // For the columns from `column` on, of which there are `columns` in all, a multiple of kCount.
+  __device__ __forceinline__ Epilogue(const float* scales, const float* biases, bool rectifies,
+                                      int column, int columns)
+      : relu(rectifies) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      scale.values[i] = 1.0f;
+      bias.values[i] = 0.0f;
+    }
+    if (column >= columns) return;
+    if (scales != nullptr) scale = *reinterpret_cast<const Sums<kCount>*>(scales + column);
+    if (biases != nullptr) bias = *reinterpret_cast<const Sums<kCount>*>(biases + column);
+  }
+
+  __device__ __forceinline__ float operator()(float sum, int i) const {
+    const float value = fmaf(sum, scale.values[i], bias.values[i]);
+    return relu ? rectify(value) : value;
   }
 };
 
@@ -347,30 +444,54 @@ __device__ __forceinline__ void store_tile(const ImplicitGemmParameters& p,
                                            int first_column, int thread,
                                            typename Tile::Chunk* shared) {
   using T = typename Tile::T;
+  using Units = typename Tile::Units;
   constexpr int kElements = Tile::Chunk::kElements;
-  constexpr int kChunks = Tile::Units::kRightChunks;
-  const Epilogue epilogue{p.output_scale, p.bias, p.relu != 0};
-  units.for_each([&](int row, int column, float2 sums) {
-    // Scale and bias are as long as the weight is wide, an even number.
-    if (first_column + column >= p.weight_columns) return;
-    T* to = shared[swizzled<kChunks>(row, column / kElements)].elements + column % kElements;
-    to[0] = from_float<T>(epilogue(sums.x, first_column + column));
-    to[1] = from_float<T>(epilogue(sums.y, first_column + column + 1));
-  });
+  constexpr int kChunks = Units::kRightChunks;
+  constexpr int kRows = Tile::kThreads / kChunks;
+  constexpr int kRun = Units::kRun;
+  struct alignas(kRun * sizeof(T)) Run {
+    T elements[kRun];
+  };
+  struct Columns {
+    Epilogue<kRun> epilogue;
+    int chunk, offset;
+  };
+  units.for_each(
+      [&](int column) {
+        return Columns{
+            {p.output_scale, p.bias, p.relu != 0, first_column + column, p.weight_columns},
+            column / kElements,
+            column % kElements};
+      },
+      [&](int row, const Sums<kRun>& sums, const Columns& columns) {
+        Run run;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i)
+          run.elements[i] = from_float<T>(columns.epilogue(sums.values[i], i));
+        T* to = shared[Units::right_place(row, columns.chunk)].elements + columns.offset;
+        *reinterpret_cast<Run*>(to) = run;
+      });
   __syncthreads();
-  for (int item = thread; item < Tile::kOutput; item += Tile::kThreads) {
-    const int row = item / kChunks;
-    const int chunk = item % kChunks;
-    const int column = first_column + chunk * kElements;
-    if (first_pixel + row >= p.pixels || column >= p.out_channels) continue;
-    const auto& from = shared[swizzled<kChunks>(row, chunk)];
-    T* to = static_cast<T*>(p.output) + (first_pixel + row) * p.output_pitch + column;
-    if (p.vector_store && column + kElements <= p.out_channels) {
-      *reinterpret_cast<typename Tile::Chunk*>(to) = from;
+  static_assert(Tile::kThreads % kChunks == 0 && kRows % kSwizzleRows == 0,
+                "a thread writes the same chunk of rows that are swizzled alike");
+  const int chunk = thread % kChunks;
+  const int column = first_column + chunk * kElements;
+  const int count = min(kElements, p.out_channels - column);
+  if (count <= 0) return;
+  const bool vector = p.vector_store && count == kElements;
+  int row = thread / kChunks;
+  const auto* from = shared + Units::right_place(row, chunk);
+  T* to = static_cast<T*>(p.output) + (first_pixel + row) * p.output_pitch + column;
+  for (; row < Tile::kPixels && first_pixel + row < p.pixels; row += kRows) {
+    if (vector) {
+      *reinterpret_cast<typename Tile::Chunk*>(to) = *from;
     } else {
-      const int count = min(kElements, p.out_channels - column);
-      for (int i = 0; i < count; ++i) to[i] = from.elements[i];
+#pragma unroll
+      for (int i = 0; i < kElements; ++i)
+        if (i < count) to[i] = from->elements[i];
     }
+    from += kRows * kChunks;
+    to += kRows * p.output_pitch;
   }
 }
 
@@ -386,64 +507,61 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::Units::kBlocks)
   const int tile = static_cast<int>(blockIdx.x);
   const int first_pixel = tile / p.column_tiles * Tile::kPixels;
   const int first_column = tile % p.column_tiles * Tile::kColumns;
-  const int64_t groups = int64_t{p.tap_rows} * p.tap_columns * (p.channels / kGroup);
-  const int first_group = static_cast<int>(groups * blockIdx.y / gridDim.y);
-  const int last_group = static_cast<int>(groups * (blockIdx.y + 1) / gridDim.y);
-  const int steps = (last_group - first_group + Tile::kGroups - 1) / Tile::kGroups;
+  int first_group = 0;
+  int groups = p.tap_rows * p.tap_columns * (p.channels / kGroup);
+  if (gridDim.y > 1) {
+    const int parts = static_cast<int>(gridDim.y);
+    const int part = static_cast<int>(blockIdx.y);
+    const int each = groups / parts;
+    const int rest = groups - each * parts;
+    first_group = each * part + min(part, rest);
+    groups = each + (part < rest);
+  }
+  const int steps = (groups + Tile::kGroups - 1) / Tile::kGroups;
 
-  const PixelRows<Tile> rows(p, first_pixel, thread);
   typename Tile::Units units(thread);
-  ReductionCursor copied(p, first_group);
-  ReductionCursor ready = copied;
-  int copied_group = first_group;
-  int ready_group = first_group;
+  GroupCopies<Tile> copies(p, first_pixel, first_column, first_group, groups, thread);
 
-  const auto copy_stage = [&](int step) {
-    Chunk* const stage = shared + step % Tile::kStages * Tile::kStage;
-#pragma unroll
-    for (int group = 0; group < Tile::kGroups; ++group) {
-      copy_group<Tile>(p, rows, copied, copied_group < last_group, first_column, thread,
-                       stage + group * Tile::kLeft,
-                       stage + Tile::kGroups * Tile::kLeft + group * Tile::kRight);
-      if (++copied_group < last_group) copied.advance(p);
-    }
-  };
-
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < Tile::kStages - 1; ++step) {
-    if (step < steps) copy_stage(step);
+    if (step < steps)
+      copies.copy_stage(p, shared + step * Tile::kStage);
+    else if (kPrologue)
+      copies.skip_stage();
     copy_async_commit();
   }
+  Chunk* stage = shared;
+  Chunk* const last_stage = shared + (Tile::kStages - 1) * Tile::kStage;
+  Chunk* free_stage = last_stage;
   for (int step = 0; step < steps; ++step) {
-    Chunk* const stage = shared + step % Tile::kStages * Tile::kStage;
     copy_async_wait<Tile::kStages - 2>();
-    if (kPrologue) {
-#pragma unroll
-      for (int group = 0; group < Tile::kGroups; ++group) {
-        if (ready_group < last_group)
-          apply_prologue<Tile>(p, rows, ready, thread, stage + group * Tile::kLeft);
-        if (++ready_group < last_group) ready.advance(p);
-      }
-    }
+    if (kPrologue) copies.apply_prologue(p, stage);
     // All copies of this step are there, and all products of the last one are done: its stage is
     // free for the copies that start now.
     __syncthreads();
-    if (step + Tile::kStages - 1 < steps) copy_stage(step + Tile::kStages - 1);
+    if (step + Tile::kStages - 1 < steps)
+      copies.copy_stage(p, free_stage);
+    else if (kPrologue)
+      copies.skip_stage();
     copy_async_commit();
 #pragma unroll
     for (int group = 0; group < Tile::kGroups; ++group)
       units.multiply(stage + group * Tile::kLeft,
                      stage + Tile::kGroups * Tile::kLeft + group * Tile::kRight);
+    free_stage = stage;
+    stage = stage == last_stage ? shared : stage + Tile::kStage;
   }
 
   if (p.partials != nullptr) {
+    constexpr int kRun = Tile::Units::kRun;
     float* const partials = p.partials + int64_t{blockIdx.y} * p.pixels * p.weight_columns;
-    units.for_each([&](int row, int column, float2 sums) {
-      const int64_t pixel = first_pixel + row;
-      column += first_column;
-      if (pixel < p.pixels && column < p.weight_columns)
-        *reinterpret_cast<float2*>(partials + pixel * p.weight_columns + column) = sums;
-    });
+    units.for_each(
+        [&](int column) { return first_column + column; },
+        [&](int row, const Sums<kRun>& sums, int column) {
+          const int64_t pixel = first_pixel + row;
+          if (pixel < p.pixels && column < p.weight_columns)
+            *reinterpret_cast<Sums<kRun>*>(partials + pixel * p.weight_columns + column) = sums;
+        });
     return;
   }
   // Products of the last steps may still be read, and copies of none are under way.
@@ -481,12 +599,12 @@ __global__ void __launch_bounds__(kSplitReductionThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] += values.elements[i];
   }
-  const Epilogue epilogue{p.output_scale, p.bias, p.relu != 0};
+  const Epilogue<4> epilogue{p.output_scale, p.bias, p.relu != 0, column, p.columns};
   struct alignas(4 * sizeof(T)) Quad {
     T elements[4];
   } results;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) results.elements[i] = from_float<T>(epilogue(sums[i], column + i));
+  for (int i = 0; i < 4; ++i) results.elements[i] = from_float<T>(epilogue(sums[i], i));
   T* to = static_cast<T*>(p.output) + pixel * p.output_pitch + column;
   if (p.vector_store && column + 4 <= p.out_channels) {
     *reinterpret_cast<Quad*>(to) = results;

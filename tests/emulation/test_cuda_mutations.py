@@ -51,6 +51,7 @@ CASES = [
     Case((112,), 1, (1, 1), 32, tile=1, parts=2),
     Case((48,), 1, (5, 7), 32, 1, padding=0, tile=0),
     Case((16,), 2, (3, 3), 40, tile=1, stored=35, shift=8),
+    Case((32,), 1, (3, 1), 16, tile=0),
 ]
 
 
@@ -95,42 +96,43 @@ BUGS = [
     ),
     Bug(
         "copies into the stage that is read",
-        "step + Tile::kStages - 1 < steps) copy_stage(step + Tile::kStages - 1)",
-        "step + Tile::kStages - 1 < steps) copy_stage(step + Tile::kStages)",
+        "copies.copy_stage(p, free_stage)",
+        "copies.copy_stage(p, stage)",
     ),
     Bug("halo one row too far", "y >= 0 && y < p.in_height", "y >= 0 && y <= p.in_height"),
     Bug("halo one column too far", "x >= 0 && x < p.in_width", "x >= -1 && x < p.in_width"),
     Bug(
         "swizzle of the input's copies and loads differ",
-        "left + swizzled<kLeftChunks>(row_ + 16 * i + lane_ % 16, lane_ / 16)",
-        "left + (row_ + 16 * i + lane_ % 16) * kLeftChunks + lane_ / 16",
+        "left_ = swizzled<kLeftChunks>(row + lane % 16, lane / 16)",
+        "left_ = (row + lane % 16) * kLeftChunks + lane / 16",
     ),
     Bug(
         "swizzle of the weight's copies and loads differ",
-        "right + swizzled<kRightChunks>(lane_ % 16, chunk)",
-        "right + swizzled<kRightChunks>(lane_ % 16 + 1, chunk)",
+        "right_[j] = right_place(lane % 16,",
+        "right_[j] = right_place(lane % 16 + 1,",
     ),
     Bug(
         "shared memory that nothing wrote is read",
-        "    const bool inside = exists && rows.inside(p, at, pass);\n",
-        "    const bool inside = exists && rows.inside(p, at, pass);\n    if (!inside) continue;\n",
+        "if (!is_idle(pass, Tile::kLeft))",
+        "if (!is_idle(pass, Tile::kLeft) && (inside_ & 1u << pass))",
     ),
-    Bug("prologue on padding", "    if (!rows.inside(p, at, pass)) continue;\n", ""),
-    Bug("prologue of the next channels", "p.scale + channel + i", "p.scale + channel + i + 8"),
+    Bug("prologue on padding", "        if (!inside) continue;\n", ""),
+    Bug("prologue by another group's padding", "kGroups - 1 - group", "kGroups - 2 - group"),
+    Bug("prologue of the next channels", "p.scale + channel +", "p.scale + channel + 8 +"),
     Bug(
         "a segment is left out",
-        "if (++segment < p.segment_count) return;",
-        "if (++segment < p.segment_count - 1) return;",
+        "if (++segment_ == p.segment_count)",
+        "if (++segment_ >= p.segment_count - 1)",
     ),
     Bug(
         "the wrong tap's weights",
-        "at.tap_row * p.kernel_columns + at.tap_column",
-        "at.tap_row * p.tap_columns + at.tap_row",
+        "p.kernel_columns - p.tap_columns",
+        "p.kernel_columns - p.kernel_columns",
     ),
     Bug(
         "a part begins where the last one did",
-        "groups * blockIdx.y / gridDim.y",
-        "groups * (blockIdx.y - (blockIdx.y > 0)) / gridDim.y",
+        "first_group = each * part +",
+        "first_group = each * (part - (part > 0)) +",
     ),
     Bug(
         "all parts are written to one place",
@@ -142,8 +144,8 @@ BUGS = [
         "for (int part = 0; part < p.parts;",
         "for (int part = 1; part < p.parts;",
     ),
-    Bug("the wrong lane's row", "visit(row + 8, column", "visit(row + 4, column"),
-    Bug("the wrong lane's address", "lane_ % 16, lane_ / 16));", "lane_ % 8, lane_ / 16));"),
+    Bug("the wrong lane's row", "visit(row_ + 16 * i + 8,", "visit(row_ + 16 * i + 4,"),
+    Bug("the wrong lane's address", "row + lane % 16, lane / 16)", "row + lane % 8, lane / 16)"),
     Bug("not transposed", "load_matrices_transposed(b,", "load_matrices(b,"),
     Bug(
         "fragments swapped",
@@ -157,11 +159,11 @@ BUGS = [
         "",
     ),
     Bug("results read before they are written", "  });\n  __syncthreads();\n", "  });\n"),
-    Bug("bias of the next channel", "sum += bias[column]", "sum += bias[column ^ 1]"),
+    Bug("bias of the next channels", "(biases + column)", "(biases + (column ^ kCount))"),
     Bug(
         "the output's last vector is too long",
-        "column + kElements <= p.out_channels) {",
-        "column < p.out_channels) {",
+        "p.vector_store && count == kElements",
+        "p.vector_store",
     ),
     Bug("fmaxf, which drops NaN", "rectify(fmaf(", "fmaxf(0.0f, fmaf("),
 ]
