@@ -98,7 +98,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 _SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+    "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:atexit_sleep_ms=0",
 }
 _KEPT_SECONDS = 7 * 24 * 3600
 _TEXT_BYTES = 4096
