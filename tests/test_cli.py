@@ -23,6 +23,7 @@ from threshnet_fast.cli import (
     arguments,
     build_parser,
     cuda_providers,
+    doctor,
     info,
     machine,
     main,
@@ -996,6 +997,29 @@ class TestDoctor:
         captured = capsys.readouterr()
         assert "[FAIL] C++ extension: it was not built" in captured.out
         assert "left out: there is no fused engine here" in captured.out
+
+    @pytest.mark.parametrize("built", [True, False])
+    def test_cuda_extension(self, monkeypatch, built):
+        reason = None if built else "it was not built"
+        monkeypatch.setattr(doctor.extension, "cuda_left_out_reason", lambda: reason)
+        path = Path("lib/libthreshnet_fast_cuda.so")
+        monkeypatch.setattr(doctor.extension, "cuda_library_path", lambda: path)
+        findings = {finding.subject: finding for finding in doctor._extension()}
+        assert findings["CUDA extension"].state == ("ok" if built else "note")
+        assert findings["CUDA extension"].text == (str(path) if built else "it was not built")
+
+    @pytest.mark.parametrize("built", [True, False])
+    def test_cuda_kernels_that_are_off_beside_a_gpu(self, monkeypatch, built):
+        reason = "the kernels are off"
+        monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setattr(doctor.triton, "unavailable_reason", lambda: "no Triton")
+        monkeypatch.setattr(doctor.cuda, "unavailable_reason", lambda: reason)
+        absent = None if built else reason
+        monkeypatch.setattr(doctor.extension, "cuda_left_out_reason", lambda: absent)
+        (finding,) = (item for item in doctor._gpu() if item.subject == "CUDA kernels")
+        assert finding.state == ("warn" if built else "note")
+        assert finding.text == f"off: {reason}"
 
     def test_too_many_threads(self, monkeypatch, capsys):
         torch.set_num_threads(2)

@@ -99,6 +99,10 @@ def _extension() -> Iterator[_Finding]:
         yield _Finding("warn", "C++ extension", reason)
     else:
         yield _Finding("FAIL", "C++ extension", reason)
+    if reason is None:
+        absent = extension.cuda_left_out_reason()
+        state = "ok" if absent is None else "note"
+        yield _Finding(state, "CUDA extension", absent or str(extension.cuda_library_path()))
 
 
 def _instructions() -> Iterator[_Finding]:
@@ -150,7 +154,10 @@ def _gpu() -> Iterator[_Finding]:
         yield _Finding(state, "Triton", reason if version is None else f"{version}, off: {reason}")
     kernels = cuda.unavailable_reason()
     if kernels is not None:
-        yield _Finding("note", "CUDA kernels", f"off: {kernels}")
+        # They were built to be used.
+        built = extension.cuda_left_out_reason() is None and torch.version.hip is None
+        state = "warn" if built and torch.cuda.is_available() else "note"
+        yield _Finding(state, "CUDA kernels", f"off: {kernels}")
     else:
         use = "by use_backend('cuda') only" if reason is None else "in place of Triton"
         yield _Finding("ok", "CUDA kernels", f"loaded, taken {use}")
