@@ -1,4 +1,4 @@
-"""Both operators on Triton: what to run, and results and gradients in float64 to compare with."""
+"""Both operators on a GPU: what to run, and results and gradients in float64 to compare with."""
 
 from __future__ import annotations
 
@@ -117,8 +117,15 @@ def settings(precision: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def check_cat_bn_relu_conv(precision: str, case: Case, device: str = "cpu") -> None:
-    """Compares the result and every gradient with float64."""
+def check_cat_bn_relu_conv(
+    precision: str,
+    case: Case,
+    device: str = "cpu",
+    *,
+    backend: str = "triton",
+    gradients: bool = True,
+) -> None:
+    """Compares the result with float64, and every gradient or none."""
     kind = PRECISIONS[precision]
     xs, weight = _maps(case, kind.dtype, device)
     scale, shift = (t.to(device).requires_grad_() for t in vectors(sum(case.channels)))
@@ -130,11 +137,12 @@ def check_cat_bn_relu_conv(precision: str, case: Case, device: str = "cpu") -> N
             weight,
             stride=case.stride,
             padding=case.padding,
-            backend="triton",
+            backend=backend,
         )
         assert y.dtype == kind.dtype
         grad = torch.randn(y.shape).to(y)
-        grads = torch.autograd.grad(y, [*xs, scale, shift, weight], grad)
+        leaves = [*xs, scale, shift, weight]
+        grads = torch.autograd.grad(y, leaves, grad) if gradients else ()
 
     x, s, t, w, g = (_double(each) for each in (torch.cat(xs, 1), scale, shift, weight, grad))
     s, t = s[:, None, None], t[:, None, None]
@@ -150,6 +158,8 @@ def check_cat_bn_relu_conv(precision: str, case: Case, device: str = "cpu") -> N
         kind.factors,
     ).check(y)
 
+    if not gradients:
+        return
     *grads_x, grad_scale, grad_shift, grad_weight = grads
     through = w[:, 0].numel()
     exact, energy, magnitude = (
@@ -178,9 +188,15 @@ def check_cat_bn_relu_conv(precision: str, case: Case, device: str = "cpu") -> N
 
 
 def check_cat_conv_bn_relu(
-    precision: str, case: Case, act: str = "relu", device: str = "cpu"
+    precision: str,
+    case: Case,
+    act: str = "relu",
+    device: str = "cpu",
+    *,
+    backend: str = "triton",
+    gradients: bool = True,
 ) -> None:
-    """Compares the result and every gradient with float64."""
+    """Compares the result with float64, and every gradient or none."""
     kind = PRECISIONS[precision]
     xs, weight = _maps(case, kind.dtype, device)
     scale, shift = (t.to(device).requires_grad_() for t in vectors(case.out))
@@ -193,11 +209,12 @@ def check_cat_conv_bn_relu(
             stride=case.stride,
             padding=case.padding,
             act=act,
-            backend="triton",
+            backend=backend,
         )
         assert y.dtype == kind.dtype
         grad = torch.randn(y.shape).to(y)
-        grads = torch.autograd.grad(y, [*xs, weight, scale, shift], grad)
+        leaves = [*xs, weight, scale, shift]
+        grads = torch.autograd.grad(y, leaves, grad) if gradients else ()
 
     x, s, t, w, g = (_double(each) for each in (torch.cat(xs, 1), scale, shift, weight, grad))
     column = s[:, None, None]
@@ -212,6 +229,8 @@ def check_cat_conv_bn_relu(
         kind.products,
     ).check(y)
 
+    if not gradients:
+        return
     *grads_x, grad_weight, grad_scale, grad_shift = grads
     if act == "relu":
         # The mask is that of the result as it was rounded.
