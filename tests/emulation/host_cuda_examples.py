@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from .cuda_library import Library, Operands, SanitizedLibrary
 __all__ = [
     "EXAMPLES",
     "PATH",
+    "Answer",
     "Bug",
     "Case",
     "Doubling",
     "Product",
+    "Query",
     "Sizes",
     "Swap",
     "case",
@@ -59,6 +62,17 @@ class Product(Operands):
 
 class Doubling(Operands):
     _fields_ = (("x", _Pointer), ("y", _Pointer), ("vectors", _Int))
+
+
+class Query(Operands):
+    _fields_ = (("device", _Int),)
+
+
+class Answer(Operands):
+    _fields_ = tuple(
+        (name, _Int)
+        for name in ("devices", "selected", "architecture", "multiprocessors", "shared_bytes")
+    )
 
 
 class Swap(Operands):
@@ -184,11 +198,11 @@ def product_case(
     return Case("product", operands, c, exact_a @ exact_b, exact_a.abs() @ exact_b.abs(), depth)
 
 
-def _doubling_case() -> Case:
+def _doubling_case(name: str = "doubling") -> Case:
     x = torch.randn(80)
     y = poisoned(80)
     expected = 2 * x.double()
-    return Case("doubling", Doubling(x=x, y=y, vectors=20), y, expected, expected.abs(), 1)
+    return Case(name, Doubling(x=x, y=y, vectors=20), y, expected, expected.abs(), 1)
 
 
 def _swap_case() -> Case:
@@ -203,6 +217,7 @@ _CASES: dict[str, Callable[[], Case]] = {
     "row_sums": _row_sums_case,
     "product": product_case,
     "doubling": _doubling_case,
+    "doubling_there": functools.partial(_doubling_case, "doubling_there"),
     "swap": _swap_case,
 }
 

@@ -15,10 +15,12 @@ from emulation.cuda_library import Device, EmulationError, Library
 from emulation.host_cuda_examples import (
     EXAMPLES,
     PATH,
+    Answer,
     Bug,
     Case,
     Doubling,
     Product,
+    Query,
     Sizes,
     Swap,
     case,
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCHEDULES = [("forward", 0), ("reverse", 0), ("shuffled", 1), ("shuffled", 2)]
-NAMES = ["reverse", "row_sums", "product", "doubling", "swap"]
+NAMES = ["reverse", "row_sums", "product", "doubling", "doubling_there", "swap"]
 
 BUGS = [
     Bug(
@@ -281,6 +283,17 @@ def test_device_limits_shared_memory() -> None:
     ):
         library().call("example_empty", sizes)
     library().call("example_empty", sizes)
+
+
+def test_devices() -> None:
+    small = Device(architecture=86, multiprocessors=84, shared_bytes=99 * 1024)
+    with library().device(small):
+        answer = library().call("example_query", Query(device=1), result=Answer)
+    properties = answer.architecture, answer.multiprocessors, answer.shared_bytes
+    assert properties == (86, 84, 99 * 1024)
+    assert (answer.devices, answer.selected) == (2, 1)
+    with pytest.raises(RuntimeError, match="no such device: invalid device ordinal"):
+        library().call("example_query", Query(device=2), result=Answer)
 
 
 def test_misaligned_vector() -> None:

@@ -198,6 +198,48 @@ __global__ void doubling_kernel(const __grid_constant__ Doubling p) {
 
 void doubling(const Doubling& doubling) { launch(doubling_kernel, 1, 1, 32, 0, nullptr, doubling); }
 
+// The same in memory of the device's own.
+void doubling_there(const Doubling& given) {
+  const size_t bytes = static_cast<size_t>(given.vectors) * sizeof(Vector<float>);
+  void *x = nullptr, *y = nullptr;
+  check(cudaMalloc(&x, bytes), "no memory");
+  check(cudaMalloc(&y, bytes), "no memory");
+  check(cudaMemcpyAsync(x, given.x, bytes, cudaMemcpyHostToDevice, nullptr), "no copy");
+  doubling({static_cast<const float*>(x), static_cast<float*>(y), given.vectors});
+  check(cudaMemcpyAsync(given.y, y, bytes, cudaMemcpyDeviceToHost, nullptr), "no copy");
+  check(cudaStreamSynchronize(nullptr), "not done");
+  check(cudaFree(x), "not freed");
+  check(cudaFree(y), "not freed");
+}
+
+// Selects a device and asks for its properties.
+struct Query {
+  int32_t device;
+};
+
+struct Answer {
+  int32_t devices, selected, architecture, multiprocessors, shared_bytes;
+};
+
+Answer query(const Query& query) {
+  Answer answer;
+  int major, minor;
+  check(cudaGetDeviceCount(&answer.devices), "no devices");
+  check(cudaSetDevice(query.device), "no such device");
+  check(cudaGetDevice(&answer.selected), "no device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, query.device), "");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, query.device), "");
+  answer.architecture = 10 * major + minor;
+  check(
+      cudaDeviceGetAttribute(&answer.multiprocessors, cudaDevAttrMultiProcessorCount, query.device),
+      "");
+  check(cudaDeviceGetAttribute(&answer.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                               query.device),
+        "");
+  check(cudaSetDevice(0), "");
+  return answer;
+}
+
 // y[i] = x[i ^ 1], where the lanes of a warp meet at __syncwarp alone.
 struct Swap {
   const float* x;
@@ -240,6 +282,8 @@ EXPORTED(reverse);
 EXPORTED(row_sums);
 EXPORTED(product);
 EXPORTED(doubling);
+EXPORTED(doubling_there);
+EXPORTED(query);
 EXPORTED(swap);
 EXPORTED(throwing);
 EXPORTED(empty);

@@ -26,11 +26,10 @@ dim3 gridDim;
 namespace emulation {
 namespace {
 
-#if defined(EMULATION_ADDRESS_SANITIZER) || defined(EMULATION_THREAD_SANITIZER)
 constexpr size_t kStackBytes = 256 * 1024;
-#else
-constexpr size_t kStackBytes = 64 * 1024;
-#endif
+// Stacks begin at different places of a page, so that they do not all compete for the same few
+// lines of a cache.
+constexpr size_t kColours = 8, kColourBytes = 512;
 constexpr size_t kSharedAlignment = 128;
 constexpr size_t kVectorBytes = 16;
 constexpr int kUnwritten = 0xFF;
@@ -477,7 +476,8 @@ void Machine::prepare_threads() {
   for (unsigned t = 0; t < threads_; ++t) {
     thread_[t].copies.clear();
     thread_[t].group_ends.clear();
-    thread_[t].fiber.start({stacks_.data() + t * kStackBytes, kStackBytes}, run_thread);
+    thread_[t].fiber.start(
+        {stacks_.data() + t * kStackBytes, kStackBytes - t % kColours * kColourBytes}, run_thread);
   }
 }
 
