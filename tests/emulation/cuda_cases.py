@@ -21,6 +21,7 @@ __all__ = [
     "SCHEDULES",
     "Bad",
     "Guarded",
+    "PlantedBug",
     "available",
     "bits",
     "change",
@@ -48,8 +49,8 @@ GROUP = 16
 _NEIGHBOUR = 123.0
 """Beside outputs: unlike NaN, it shows also when NaN is written over it."""
 
-_GUARD = 64
-"""Elements before and behind; keeps what lies between them aligned to 16 bytes."""
+_GUARD = 4096
+"""Elements before and behind: more than planted bugs reach, and a multiple of 16 bytes."""
 
 
 available = pytest.mark.skipif(
@@ -73,6 +74,33 @@ def library() -> Library:
 def bits(tensor: Tensor) -> Tensor:
     """Returns the elements as integers, by which also NaNs and zeros can be compared."""
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+@dataclass(frozen=True)
+class PlantedBug:
+    """A kernel with one text instead of another.
+
+    Attributes:
+        name: What is wrong.
+        old: What the source says.
+        new: What it says with the bug.
+        header: The source, of ``csrc/cuda``.
+    """
+
+    name: str
+    old: str
+    new: str
+    header: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def library(self, launcher: str) -> Library:
+        """Returns the launchers of one source of ``csrc/cuda``, compiled with the bug."""
+        bug = cuda_library.mutation(f"csrc/cuda/{self.header}", self.old, self.new)
+        loaded = cuda_library.load(sources=[cuda_library.CSRC / "cuda" / launcher], mutations=bug)
+        assert isinstance(loaded, Library)
+        return loaded
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from op_cases import LAYOUT_SHAPES, LAYOUTS
@@ -12,6 +14,7 @@ from emulation.cuda_cases import (
     SCHEDULES,
     Bad,
     Guarded,
+    PlantedBug,
     available,
     bits,
     change,
@@ -22,7 +25,7 @@ from emulation.cuda_cases import (
     strides,
     whole,
 )
-from emulation.cuda_library import Gather
+from emulation.cuda_library import EmulationError, Gather
 
 pytestmark = [available, pytest.mark.usefixtures("one_thread")]
 
@@ -159,3 +162,58 @@ def test_bad_arguments(bad: Bad) -> None:
         library().gather(change(operands(x, output), bad.changes))
     assert output.view.isnan().all()
     output.assert_rest_untouched()
+
+
+PLANTED = [
+    PlantedBug("no barrier between reading and writing", "  __syncthreads();\n", "", "gather.cuh"),
+    PlantedBug(
+        "a channel too many",
+        "row[channel] = first_channel + channel < gather.channels",
+        "row[channel] = first_channel + channel <= gather.channels",
+        "gather.cuh",
+    ),
+    PlantedBug(
+        "a channel too many, along channels",
+        "values.elements[element] = first + element < gather.channels",
+        "values.elements[element] = first + element <= gather.channels",
+        "gather.cuh",
+    ),
+    PlantedBug(
+        "rows of different lengths",
+        "+ pixel * kGatherWords + vector * 4",
+        "+ pixel * (kGatherWords - 1) + vector * 4",
+        "gather.cuh",
+    ),
+    PlantedBug(
+        "channels behind the output",
+        " || channel >= gather.output_channels) return",
+        ") return",
+        "gather.cuh",
+    ),
+    PlantedBug(
+        "pixels behind the output",
+        "first_pixel + pixel >= p.pixels",
+        "first_pixel + pixel > p.pixels",
+        "gather.cuh",
+    ),
+    PlantedBug(
+        "images left out",
+        "position.image * gather.batch_stride",
+        "0 * gather.batch_stride",
+        "gather.cuh",
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=str)
+def test_planted_bugs(bug: PlantedBug, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutated = bug.library("gather.cu")
+    monkeypatch.setattr(sys.modules[__name__], "library", lambda: mutated)
+
+    def check() -> None:
+        for layout in ("contiguous", "channels_last", "narrowed_channels_last"):
+            for order in ("forward", "reverse"):
+                test_gather(layout, torch.float16, order)
+
+    with pytest.raises((AssertionError, EmulationError)):
+        check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ from emulation.cuda_cases import (
     SCHEDULES,
     Bad,
     Guarded,
+    PlantedBug,
     available,
     change,
     fenced,
@@ -23,7 +25,7 @@ from emulation.cuda_cases import (
     segment,
     whole,
 )
-from emulation.cuda_library import Head, Packing
+from emulation.cuda_library import EmulationError, Head, Packing
 
 pytestmark = [available, pytest.mark.usefixtures("one_thread")]
 
@@ -213,3 +215,78 @@ def test_bad_arguments(bad: Bad) -> None:
         library().head(change(given, bad.changes))
     assert output.view.isnan().all()
     output.assert_rest_untouched()
+
+
+PLANTED = [
+    PlantedBug(
+        "no barrier before the sums are added up",
+        "  __syncthreads();\n  // Always",
+        "  // Always",
+        "head.cuh",
+    ),
+    PlantedBug(
+        "no barrier before the means are read",
+        "  __syncthreads();\n\n  const int lane",
+        "\n  const int lane",
+        "head.cuh",
+    ),
+    PlantedBug(
+        "the last pixel counts more than once",
+        "if (first + i * p.parts < head.pixels)",
+        "if (first < head.pixels)",
+        "head.cuh",
+    ),
+    PlantedBug(
+        "every part adds all pixels",
+        "int first = part; first < head.pixels",
+        "int first = 0; first < head.pixels",
+        "head.cuh",
+    ),
+    PlantedBug(
+        "the first image only",
+        "int64_t{image} * head.pixels *",
+        "int64_t{0} * head.pixels *",
+        "head.cuh",
+    ),
+    PlantedBug("sums instead of means", "total.x * p.reciprocal", "total.x", "head.cuh"),
+    PlantedBug("a part is left out", "other < p.parts", "other < p.parts - 1", "head.cuh"),
+    PlantedBug(
+        "one plane's means for both",
+        "sums[plane * vectors + first + 32 * i]",
+        "sums[first + 32 * i]",
+        "head.cuh",
+    ),
+    PlantedBug(
+        "lanes left out of the sum",
+        "distance > 0; distance /= 2",
+        "distance > 1; distance /= 2",
+        "head.cuh",
+    ),
+    PlantedBug(
+        "a class of the next block",
+        "first_class + p.classes_of_block, head.classes)",
+        "first_class + p.classes_of_block, head.classes) + 1",
+        "head.cuh",
+    ),
+    PlantedBug(
+        "vectors behind the last",
+        "if (first + 32 * i < vectors)",
+        "if (first < vectors)",
+        "head.cuh",
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=str)
+def test_planted_bugs(bug: PlantedBug, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutated = bug.library("head.cu")
+    monkeypatch.setattr(sys.modules[__name__], "library", lambda: mutated)
+
+    def check() -> None:
+        for case in CASES:
+            for order in ("forward", "reverse"):
+                with library().schedule(order):
+                    run(case, torch.float16)
+
+    with pytest.raises((AssertionError, EmulationError)):
+        check()

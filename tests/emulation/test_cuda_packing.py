@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ from emulation.cuda_cases import (
     SCHEDULES,
     Bad,
     Guarded,
+    PlantedBug,
     available,
     bits,
     change,
@@ -22,7 +24,7 @@ from emulation.cuda_cases import (
     misaligned,
     whole,
 )
-from emulation.cuda_library import MAX_SEGMENTS, Packing, VectorPacking
+from emulation.cuda_library import MAX_SEGMENTS, EmulationError, Packing, VectorPacking
 
 pytestmark = [available, pytest.mark.usefixtures("one_thread")]
 
@@ -212,3 +214,54 @@ def test_bad_vector(bad: Bad) -> None:
         library().pack_vector(change(given, bad.changes))
     assert output.view.isnan().all()
     output.assert_rest_untouched()
+
+
+PLANTED = [
+    PlantedBug(
+        "no barrier before the transposed tile is read", "  __syncthreads();\n", "", "packing.cuh"
+    ),
+    PlantedBug(
+        "not transposed",
+        "tile[lane * (kPackingTile + 1) + row]",
+        "tile[row * (kPackingTile + 1) + lane]",
+        "packing.cuh",
+    ),
+    PlantedBug(
+        "segments without padding", "    if (packed < packed_first) return -1;\n", "", "packing.cuh"
+    ),
+    PlantedBug(
+        "every segment from the first channel", "  first += channels;\n", "  \n", "packing.cuh"
+    ),
+    PlantedBug(
+        "columns not cut", "if (first_column + lane >= p.columns) return;", "", "packing.cuh"
+    ),
+    PlantedBug(
+        "columns behind the source",
+        "channel >= 0 && first_column + column < p.out_channels",
+        "channel >= 0",
+        "packing.cuh",
+    ),
+    PlantedBug(
+        "rows not cut", "if (first_row + row >= p.rows * p.taps) continue;", "", "packing.cuh"
+    ),
+    PlantedBug(
+        "rows behind the source",
+        "channel >= 0 && output_channel < p.out_channels",
+        "channel >= 0",
+        "packing.cuh",
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=str)
+def test_planted_bugs(bug: PlantedBug, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutated = bug.library("packing.cu")
+    monkeypatch.setattr(sys.modules[__name__], "library", lambda: mutated)
+
+    def check() -> None:
+        for case in CASES:
+            for order in ("forward", "reverse"):
+                test_weight(case, torch.float32, torch.float16, order)
+
+    with pytest.raises((AssertionError, EmulationError)):
+        check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ from emulation.cuda_cases import (
     SCHEDULES,
     Bad,
     Guarded,
+    PlantedBug,
     available,
     change,
     library,
@@ -24,7 +26,7 @@ from emulation.cuda_cases import (
     segment,
     window,
 )
-from emulation.cuda_library import Pool
+from emulation.cuda_library import EmulationError, Pool
 
 pytestmark = [available, pytest.mark.usefixtures("one_thread")]
 
@@ -183,3 +185,44 @@ def test_bad_arguments(bad: Bad) -> None:
         library().pool(change(operands(SMALL, x, output), bad.changes))
     assert output.view.isnan().all()
     output.assert_rest_untouched()
+
+
+PLANTED = [
+    PlantedBug("a row behind the map", "window.in_height - 1)", "window.in_height)", "pool.cuh"),
+    PlantedBug(
+        "a column before the map",
+        "min(max(left + tap_column, 0)",
+        "min(max(left + tap_column, -1)",
+        "pool.cuh",
+    ),
+    PlantedBug(
+        "rows of the wrong length",
+        "y * window.in_width + x",
+        "y * window.out_width + x",
+        "pool.cuh",
+    ),
+    PlantedBug("NaN lost", "b > a || b != b ? b : a", "b > a ? b : a", "pool.cuh"),
+    PlantedBug("zero chosen", "kAverage ? 0.0f : -INFINITY", "0.0f", "pool.cuh"),
+    PlantedBug(
+        "sum instead of average", "results[element] * p.reciprocal", "results[element]", "pool.cuh"
+    ),
+    PlantedBug(
+        "channels not cut", "aligned && count >= Vector<T>::kElements", "aligned", "elementwise.cuh"
+    ),
+    PlantedBug(
+        "a channel too many", "if (element < count)", "if (element <= count)", "elementwise.cuh"
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=str)
+def test_planted_bugs(bug: PlantedBug, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutated = bug.library("pool.cu")
+    monkeypatch.setattr(sys.modules[__name__], "library", lambda: mutated)
+
+    def check() -> None:
+        for case in CASES:
+            run(case, torch.float16)
+
+    with pytest.raises((AssertionError, EmulationError)):
+        check()

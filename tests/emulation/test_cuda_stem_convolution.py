@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,7 @@ from emulation.cuda_cases import (
     SCHEDULES,
     Bad,
     Guarded,
+    PlantedBug,
     available,
     change,
     fenced,
@@ -27,7 +29,7 @@ from emulation.cuda_cases import (
     whole,
     window,
 )
-from emulation.cuda_library import StemConvolution
+from emulation.cuda_library import EmulationError, StemConvolution
 
 pytestmark = [available, pytest.mark.usefixtures("one_thread")]
 
@@ -75,6 +77,7 @@ CASES = [
     Case(17, 1, (7, 5), 40, (3, 3), 1, 1, gap=3),
     Case(40, 2, (5, 3), 8, (3, 3), 3, 2, layout="channels_last", stored=8),
     Case(4, 3, (2, 29), 12, (1, 5), 1, 2, layout="narrowed_channels_last"),
+    Case(4, 1, (6, 5), 12, (3, 2), 1, 1),
     Case(3, 1, (2, 2), 1100),
     *(Case(3, 2, (7, 7), 16, layout=name) for name in LAYOUTS),
 ]
@@ -211,3 +214,65 @@ def test_bad_arguments(bad: Bad) -> None:
         library().convolve_stem(change(given, bad.changes))
     assert output.view.isnan().all()
     output.assert_rest_untouched()
+
+
+PLANTED = [
+    PlantedBug(
+        "no padding to the left",
+        "const int left = position.column * window.stride - window.padding",
+        "const int left = position.column * window.stride",
+        "stem_convolution.cuh",
+    ),
+    PlantedBug(
+        "a column behind the map",
+        "x < 0 || x >= window.in_width",
+        "x < 0 || x > window.in_width",
+        "stem_convolution.cuh",
+    ),
+    PlantedBug(
+        "padding not masked",
+        "const bool inside = y >= 0 &&",
+        "const bool inside =",
+        "stem_convolution.cuh",
+    ),
+    PlantedBug(
+        "the wrong tap's weights",
+        "tap_row * window.kernel_width + tap_column",
+        "tap_row * window.kernel_height + tap_column",
+        "stem_convolution.cuh",
+    ),
+    PlantedBug(
+        "a channel's stride of 1",
+        "element += convolution.channel_stride",
+        "element += 1",
+        "stem_convolution.cuh",
+    ),
+    PlantedBug(
+        "rows of the wrong length",
+        "factors += convolution.weight_columns",
+        "factors += convolution.out_channels",
+        "stem_convolution.cuh",
+    ),
+    PlantedBug(
+        "bias of other columns",
+        "convolution.bias + column + element",
+        "convolution.bias + first + element",
+        "stem_convolution.cuh",
+    ),
+    PlantedBug(
+        "not rectified", "if (convolution.relu) value = rectify(value);", "", "stem_convolution.cuh"
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=str)
+def test_planted_bugs(bug: PlantedBug, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutated = bug.library("stem_convolution.cu")
+    monkeypatch.setattr(sys.modules[__name__], "library", lambda: mutated)
+
+    def check() -> None:
+        for case in CASES:
+            run(case, torch.float16)
+
+    with pytest.raises((AssertionError, EmulationError)):
+        check()
