@@ -2,7 +2,9 @@
 
     pytest -m gpu
 
-Tests that ask for a ``place`` run on a GPU, and with ``--sweep`` in Triton's interpreter too.
+Most tests run twice there: on Triton, and on the CUDA C++ kernels, as where Triton is not installed.
+Tests that ask for a ``place`` also run without a GPU, with ``--sweep``: in Triton's interpreter, and
+on the emulated CUDA kernels.
 """
 
 from __future__ import annotations
@@ -15,45 +17,100 @@ import importlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
-from op_cases import LAYOUTS, SMALL, Case, vectors
+from op_cases import CASES, LAYOUTS, SMALL, Case, vectors
 from test_plan import small
 from torch import Tensor, nn
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cuda_graphs, triton
+from emulation import operators
+from threshnet_fast.backends import cuda, cuda_graphs, select, triton
 
 GPU = torch.device("cuda")
+
+gpu = pytest.mark.gpu
 
 # About 20 ms on any GPU: longer than the host takes to enqueue what a test calls.
 CYCLES = 40_000_000
 
 
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend that ``"auto"`` takes on the GPU."""
+    with taken_by_auto(request.param):
+        yield request.param
+
+
+@contextlib.contextmanager
+def taken_by_auto(backend: str) -> Iterator[None]:
+    """Has ``"auto"`` take a backend on the GPU: ``"cuda"`` by leaving Triton out."""
+    if backend == "triton":
+        yield
+        return
+    reason = cuda.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    with mock.patch.object(triton, "unavailable_reason", return_value="left out by the test"):
+        yield
+
+
 @pytest.fixture(
     params=[
+        pytest.param("triton", marks=pytest.mark.gpu),
         pytest.param("cuda", marks=pytest.mark.gpu),
-        pytest.param("interpreter", marks=pytest.mark.sweep),
+        pytest.param("triton interpreted", marks=pytest.mark.sweep),
+        pytest.param("cuda emulated", marks=pytest.mark.sweep),
     ]
 )
 def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where a test's tensors are; Triton runs the networks there."""
-    if request.param == "cuda":
-        yield GPU
+    """Where a test's tensors are; a backend for a GPU runs the networks there."""
+    backend, _, pretence = request.param.partition(" ")
+    if not pretence:
+        with taken_by_auto(backend):
+            yield GPU
+        return
+    with pretended(backend), tf.use_backend(backend):
+        yield torch.device("cpu")
+
+
+@contextlib.contextmanager
+def pretended(backend: str) -> Iterator[None]:
+    """Runs a backend for a GPU on tensors in the CPU's memory."""
+    if backend == "cuda":
+        from emulation.cuda_operators import emulated_cuda, skip_reason
+
+        reason = skip_reason()
+        if reason is not None:
+            pytest.skip(reason)
+        with emulated_cuda():
+            yield
         return
     pytest.importorskip("triton")
     from emulation.interpreter import interpreted
 
     for name in ("backends.triton_plan", "kernels.cat_bn_relu_conv", "kernels.cat_conv_bn_relu"):
         importlib.import_module(f"threshnet_fast.{name}")
-    with interpreted(), tf.use_backend("triton"):
-        yield torch.device("cpu")
+    with interpreted():
+        yield
+
+
+def expected_backend() -> str:
+    """The backend that has to run a network, as the fixtures above have set things up."""
+    requested = select.requested_backend()
+    if requested != "auto":
+        return requested
+    return "triton" if triton.unavailable_reason() is None else "cuda"
 
 
 @contextlib.contextmanager
 def multiplied(precision: str) -> Iterator[None]:
-    """Has PyTorch, and so Triton, multiply float32 in ``"ieee"`` or ``"tf32"`` arithmetic."""
+    """Has PyTorch multiply float32 in ``"ieee"`` or ``"tf32"`` arithmetic, and so Triton.
+
+    The CUDA kernels never take TF32.
+    """
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
@@ -83,10 +140,10 @@ def exact(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def fused(model: nn.Module, x: Tensor) -> Tensor:
-    """The output of ``model(x)``, which Triton computes."""
+    """The output of ``model(x)``, which a backend for a GPU computes."""
     with torch.no_grad():
         explanation = tf.explain(model, x)
-        assert explanation.backend == "triton", explanation.reason
+        assert explanation.backend == expected_backend(), explanation.reason
         return model(x)
 
 
@@ -115,10 +172,9 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 def captured_graphs(owner: object) -> int:
     """How many CUDA graphs a model or a frozen network replays."""
-    plans = owner._triton_plans if hasattr(owner, "_triton_plans") else None
-    if plans is None:
-        plans = owner._fused._snapshot._triton_plans
-    workspaces = [w for plan in plans._plans.values() for w in plan._workspaces.values()]
+    holder = owner if hasattr(owner, "_gpu_plans") else owner._fused._snapshot
+    plans = [plan for cache in holder._gpu_plans.values() for plan in cache._plans.values()]
+    workspaces = [workspace for plan in plans for workspace in plan._workspaces.values()]
     return sum(workspace._graph is not None for workspace in workspaces)
 
 
@@ -141,7 +197,7 @@ def x(place: torch.device) -> Tensor:
 
 
 @pytest.fixture
-def network(randomised) -> tf.ThreshNet:
+def network(randomised, engine: str) -> tf.ThreshNet:
     """A small network on the GPU, for tests that need one."""
     return randomised(small()).cuda()
 
@@ -169,7 +225,7 @@ def test_small_network(model, x, dtype, precision, unit_roundoff) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(model, x, dtype, place) -> None:
     with torch.autocast(place.type, dtype), torch.no_grad():
-        assert tf.explain(model, x).backend == "triton"
+        assert tf.explain(model, x).backend == expected_backend()
         y = model(x)
     assert y.dtype == dtype
     expected = exact(model, x)
@@ -227,7 +283,7 @@ def test_features_and_head(model, x) -> None:
 def test_frozen(model, x, place) -> None:
     expected = plain(model, x)
     frozen = tf.optimize(model.train(), x)
-    assert frozen.backend == "triton"
+    assert frozen.backend == expected_backend()
     with torch.no_grad():
         model.base[1].conv.weight.mul_(-2)
     for _ in range(3):
@@ -358,8 +414,8 @@ def test_training_and_evaluation_take_turns(model, x, place) -> None:
         assert_close(fused(model, x), plain(model, x))
 
 
-def test_asking_for_triton_where_it_cannot_run_names_the_cause(model, x) -> None:
-    with tf.use_backend("triton"):
+def test_asking_for_a_backend_where_it_cannot_run_names_the_cause(model, x) -> None:
+    with tf.use_backend(expected_backend()):
         with pytest.raises(RuntimeError, match="gradients are wanted"):
             model(x)
         with torch.no_grad():
@@ -381,7 +437,7 @@ def test_operators_in_any_layout(place, name, layout) -> None:
     _, arguments = operator_arguments(name, case)
     outputs = []
     for where, dtype, backend in (
-        (place, torch.float32, "triton"),
+        (place, torch.float32, expected_backend()),
         (torch.device("cpu"), torch.float64, "reference"),
     ):
         leaves = [t.to(where, dtype).requires_grad_() for t in arguments]
@@ -394,6 +450,17 @@ def test_operators_in_any_layout(place, name, layout) -> None:
         torch.testing.assert_close(
             actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
         )
+
+
+@gpu
+@pytest.mark.parametrize("case", [*CASES, *operators.SMALL], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_operators_of_the_cuda_kernels(precision, case) -> None:
+    """As tests/emulation/test_cuda_operators.py, whose Triton twins run on a GPU too."""
+    with taken_by_auto("cuda"):
+        options = {"device": "cuda", "backend": "cuda", "gradients": False}
+        operators.check_cat_bn_relu_conv(precision, case, **options)
+        operators.check_cat_conv_bn_relu(precision, case, **options)
 
 
 def operator_arguments(name: str, case: Case) -> tuple[object, list[Tensor]]:
@@ -418,22 +485,46 @@ def moved(layout: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 # What needs a GPU.
 
-gpu = pytest.mark.gpu
-
 
 @gpu
 @pytest.mark.parametrize("name", ["threshnet95", "threshnet79"])
-def test_takes_triton_by_itself(randomised, name) -> None:
+def test_runs_fused_by_itself(randomised, name, engine) -> None:
     model = randomised(tf.create_model(name, num_classes=10).eval()).cuda()
     x = photograph_like(1, 64, 64).cuda()
     with torch.no_grad():
         explanation = tf.explain(model, x)
-    assert explanation.backend == "triton", explanation.reason
-    assert triton.architecture() in explanation.reason
+    assert explanation.backend == engine, explanation.reason
+    kernels = triton.architecture() if engine == "triton" else cuda.architecture(x.device)
+    assert kernels in explanation.reason
     assert any("implicit GEMM" in algorithm for algorithm in explanation.algorithms)
-    assert tf.optimize(model, x).backend == "triton"
+    assert tf.optimize(model, x).backend == engine
     choice = tf.show_config()["backend"]
-    assert choice.startswith("auto: triton on CUDA devices")
+    assert choice.startswith(f"auto: {engine} on CUDA devices")
+
+
+@gpu
+def test_takes_triton_before_the_cuda_kernels(randomised) -> None:
+    model, x = randomised(small()).cuda(), photograph_like(1, 32, 32).cuda()
+    with torch.no_grad():
+        assert tf.explain(model, x).backend == "triton"
+        if cuda.unavailable_reason() is None:
+            with tf.use_backend("cuda"):
+                assert tf.explain(model, x).backend == "cuda"
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_both_backends_agree(randomised, precision) -> None:
+    """Two implementations of one plan, on the same weights and input."""
+    dtype, _, unit_roundoff = PRECISIONS[precision]
+    model, x = randomised(small()).cuda().to(dtype), photograph_like(3, 64, 48).cuda().to(dtype)
+    outputs = []
+    for backend in ("triton", "cuda"):
+        with taken_by_auto(backend):
+            outputs.append(fused(model, x))
+    expected = exact(model, x)
+    for y in outputs:
+        assert_as_exact_as_pytorch(y, plain(model, x), expected, unit_roundoff)
 
 
 @functools.cache
@@ -456,7 +547,7 @@ PRECISIONS = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (225, 225), (160, 288)], ids=str)
-def test_threshnet95(size, batch, precision) -> None:
+def test_threshnet95(size, batch, precision, engine) -> None:
     """From a launch one by one to a replay, in both memory formats of the input."""
     dtype, arithmetic, unit_roundoff = PRECISIONS[precision]
     original, known = threshnet95()
@@ -472,7 +563,7 @@ def test_threshnet95(size, batch, precision) -> None:
             assert y.dtype == dtype
             assert_as_exact_as_pytorch(y, other, known[key], unit_roundoff)
         frozen = tf.optimize(model, x)
-        assert frozen.backend == "triton"
+        assert frozen.backend == engine
         for _ in range(3):
             assert_as_exact_as_pytorch(frozen(x), other, known[key], unit_roundoff)
     assert captured_graphs(model) == captured_graphs(frozen) == 1
@@ -480,7 +571,7 @@ def test_threshnet95(size, batch, precision) -> None:
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_threshnet95_under_autocast(dtype) -> None:
+def test_threshnet95_under_autocast(dtype, engine) -> None:
     original, _ = threshnet95()
     model, x = copy.deepcopy(original).cuda(), photograph_like(3, 96, 96).cuda()
     with torch.autocast("cuda", dtype):
@@ -704,7 +795,7 @@ def test_weights_are_not_packed_while_the_caller_captures(network) -> None:
 
 
 @gpu
-def test_operators_captured_by_the_caller() -> None:
+def test_operators_captured_by_the_caller(engine) -> None:
     for name in tf.ops.__all__:
         operator, arguments = operator_arguments(name, SMALL)
         xs, others = split(arguments)
@@ -764,7 +855,7 @@ def test_memory_does_not_grow_as_weights_change(network) -> None:
 
 
 @gpu
-def test_memory_is_given_back(randomised) -> None:
+def test_memory_is_given_back(randomised, engine) -> None:
     x = photograph_like(4, 64, 64).cuda()
     # What libraries and compiled kernels keep for good is allocated by the first one.
     for _ in range(2):
@@ -795,7 +886,7 @@ def test_fallbacks_say_why_and_compute_the_same(network) -> None:
         network(x)
         assert seen
         handle.remove()
-        assert tf.explain(network, x).backend == "triton"
+        assert tf.explain(network, x).backend == expected_backend()
 
         with tf.use_backend("reference"):
             assert tf.explain(network, x).backend == "reference"
@@ -823,7 +914,9 @@ def test_wrong_devices_are_errors(network) -> None:
     with pytest.raises(ValueError, match="needs tensors on the CPU"):
         tf.ops.cat_conv_bn_relu(xs, *others, backend="cpu")
     with pytest.raises(ValueError, match="these are on cpu"):
-        tf.ops.cat_conv_bn_relu([t.cpu() for t in xs], *(t.cpu() for t in others), backend="triton")
+        tf.ops.cat_conv_bn_relu(
+            [t.cpu() for t in xs], *(t.cpu() for t in others), backend=expected_backend()
+        )
 
 
 @gpu
@@ -832,7 +925,7 @@ def test_to_the_cpu_and_back(network) -> None:
     expected = fused(network, x.cuda())
     network.cpu()
     with torch.no_grad():
-        assert tf.explain(network, x).backend != "triton"
+        assert tf.explain(network, x).backend in ("cpu", "reference")
         assert_close(network(x), expected.cpu())
     network.cuda()
     assert_close(fused(network, x.cuda()), expected)
@@ -840,7 +933,7 @@ def test_to_the_cpu_and_back(network) -> None:
 
 @gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_devices(randomised) -> None:
+def test_two_devices(randomised, engine) -> None:
     """Whichever device is current."""
     model = randomised(small())
     x = photograph_like(2, 64, 64)
@@ -893,7 +986,7 @@ def test_compiles_in_one_graph(network) -> None:
 @pytest.mark.parametrize("name", ["cat_bn_relu_conv", "cat_conv_bn_relu"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(name, layout, requires_grad) -> None:
+def test_opcheck(name, layout, requires_grad, engine) -> None:
     operator, arguments = operator_arguments(name, SMALL)
     xs, others = split(arguments)
     xs = [LAYOUTS[layout](x.cpu()).cuda() for x in xs]
@@ -904,7 +997,7 @@ def test_opcheck(name, layout, requires_grad) -> None:
 
 @gpu
 @pytest.mark.parametrize("name", ["cat_bn_relu_conv", "cat_conv_bn_relu"])
-def test_operators_compile_in_one_graph(name) -> None:
+def test_operators_compile_in_one_graph(name, engine) -> None:
     torch._dynamo.reset()
     _, arguments = operator_arguments(name, SMALL)
     xs, others = split([t.requires_grad_() for t in arguments])
@@ -924,7 +1017,7 @@ def test_operators_compile_in_one_graph(name) -> None:
 
 @gpu
 @pytest.mark.parametrize("name", ["cat_bn_relu_conv", "cat_conv_bn_relu"])
-def test_operators_run_on_the_current_stream(name) -> None:
+def test_operators_run_on_the_current_stream(name, engine) -> None:
     """Forward and backward, behind what is enqueued."""
     _, arguments = operator_arguments(name, SMALL)
     xs, others = split(arguments)
@@ -950,7 +1043,7 @@ def test_operators_run_on_the_current_stream(name) -> None:
 
 
 @gpu
-def test_a_training_step_with_operators_under_autocast_and_scaling() -> None:
+def test_a_training_step_with_operators_under_autocast_and_scaling(engine) -> None:
     """The operators as a layer: loss falls, gradients are finite, weights stay float32."""
     _, arguments = operator_arguments("cat_conv_bn_relu", SMALL)
     xs, (weight, scale, shift) = split(arguments)
@@ -974,7 +1067,7 @@ def test_a_training_step_with_operators_under_autocast_and_scaling() -> None:
 
 
 @gpu
-def test_more_elements_than_32_bits_count(randomised) -> None:
+def test_more_elements_than_32_bits_count(randomised, engine) -> None:
     """Offsets within a feature map are 64-bit."""
     network = randomised(small()).cuda().half()
     size, batch = 4096, 34
@@ -987,7 +1080,7 @@ def test_more_elements_than_32_bits_count(randomised) -> None:
     assert batch * (size // 2) ** 2 * 16 > 2**31
     with torch.no_grad():
         explanation = tf.explain(network, x)
-        assert explanation.backend == "triton", explanation.reason
+        assert explanation.backend == engine, explanation.reason
         y = network(x)
         expected = network(x[:2])
     largest = expected.abs().max().item()
