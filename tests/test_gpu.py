@@ -2,8 +2,8 @@
 
     pytest -m gpu
 
-Most tests run twice there: on Triton, and on the CUDA C++ kernels, as where Triton is not installed.
-Tests that ask for a ``place`` also run without a GPU, with ``--sweep``: in Triton's interpreter, and
+Most tests run twice there: on Triton, and on the CUDA C++ kernels as if Triton were not installed.
+Tests that ask for a ``place`` also run without a GPU, with ``--sweep``: in Triton's interpreter and
 on the emulated CUDA kernels.
 """
 
@@ -21,12 +21,12 @@ from unittest import mock
 
 import pytest
 import torch
+from emulation import operators
 from op_cases import CASES, LAYOUTS, SMALL, Case, vectors
 from test_plan import small
 from torch import Tensor, nn
 
 import threshnet_fast as tf
-from emulation import operators
 from threshnet_fast.backends import cuda, cuda_graphs, select, triton
 
 GPU = torch.device("cuda")
