@@ -175,7 +175,7 @@ class Compiler {
     step.input_pixels = tables.input_pixels;
     step.output_pixels = tables.output_pixels;
     step.pixel_taps = tables.pixel_taps;
-    split_tasks(step, from, panels, widest);
+    split_tasks(step, from, panels);
     split_chunks(step, tables.used_taps, widest);
     reserve_scratch(step, widest);
   }
@@ -312,8 +312,7 @@ class Compiler {
 
   // Small maps with many weights are split by output channels, so that each core streams its own
   // part of the weights; large maps by pixels, so that each core keeps its own part of the map.
-  void split_tasks(Step& step, const Buffer& from, const std::vector<Panel>& panels,
-                   int64_t widest) {
+  void split_tasks(Step& step, const Buffer& from, const std::vector<Panel>& panels) {
     const int64_t taps = step.kernel_height * step.kernel_width;
     const int64_t panel_count = step.panel_count;
     const int64_t tile = table_->tile_pixels[panels[0].vectors];
