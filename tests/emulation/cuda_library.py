@@ -340,8 +340,8 @@ _STRUCTS: tuple[type[Operands], ...] = (
 
 
 def compiler() -> str | None:
-    """Returns the C++ compiler, or None."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+    """Returns g++, or None."""
+    return shutil.which("g++")
 
 
 @functools.cache

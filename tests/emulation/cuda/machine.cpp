@@ -2,13 +2,14 @@
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -244,7 +245,9 @@ class Machine {
 
  private:
   void check_launch(unsigned threads, size_t shared_bytes) const;
+  std::vector<unsigned> order_of_blocks(unsigned count);
   void run_block();
+  void check_behind_shared() const;
   void prepare_shared();
   void release_shared();
   void prepare_threads();
@@ -256,7 +259,7 @@ class Machine {
   void perform(Operation operation, unsigned mask);
   std::string describe_deadlock() const;
   std::string launch_text() const;
-  std::string thread_text(unsigned thread) const;
+  std::string block_text() const;
   void throw_failure();
   void destroy_threads();
 
@@ -315,15 +318,16 @@ std::string Machine::launch_text() const {
   return "kernel " + (symbol.empty() ? "without an exported name" : readable(symbol));
 }
 
-std::string Machine::thread_text(unsigned thread) const {
+std::string Machine::block_text() const {
   return launch_text() + ", block (" + std::to_string(blockIdx.x) + ", " +
-         std::to_string(blockIdx.y) + "), thread " + std::to_string(thread);
+         std::to_string(blockIdx.y) + ")";
 }
 
 void Machine::fail(const std::string& what, const Place& place) {
   if (!in_kernel_) throw Error(what);
   failed_ = true;
-  failure_ = thread_text(threadIdx.x) + ", " + place.text() + ": " + what;
+  failure_ =
+      block_text() + ", thread " + std::to_string(threadIdx.x) + ", " + place.text() + ": " + what;
   release(launch_key_);
   thread_[threadIdx.x].fiber.suspend();
   std::abort();
@@ -362,38 +366,27 @@ void Machine::launch(const Kernel& kernel, unsigned blocks, unsigned parts, unsi
   warps_.resize(warps);
   stacks_.reserve(threads * kStackBytes);
 
-  const size_t count = size_t{blocks} * parts;
-  // Each block has its own keys, so that nothing orders the accesses of two blocks.
+  const std::vector<unsigned> order = order_of_blocks(blocks * parts);
+  // For ThreadSanitizer each block has its own keys, so that nothing orders the accesses of two.
   const size_t keys_of_block = 2 + 2 * warps;
-  std::vector<uint64_t> keys;
-#if defined(EMULATION_THREAD_SANITIZER)
-  keys.resize(1 + count * keys_of_block);
-#else
-  keys.resize(1 + keys_of_block);
-#endif
+  std::vector<uint64_t> keys(1 + (kThreadSanitizer ? order.size() : 1) * keys_of_block);
   launch_key_ = keys.data();
-
-  std::vector<unsigned> shuffled;
-  if (schedule.order == Order::kShuffled) {
-    shuffled.resize(count);
-    for (size_t i = 0; i < count; ++i) shuffled[i] = static_cast<unsigned>(i);
-    for (size_t i = count; i > 1; --i)
-      std::swap(shuffled[i - 1], shuffled[random_.below(static_cast<unsigned>(i))]);
-  }
-  for (size_t i = 0; i < count; ++i) {
-    size_t block = i;
-    if (schedule.order == Order::kReverse) block = count - 1 - i;
-    if (schedule.order == Order::kShuffled) block = shuffled[i];
-    blockIdx.x = static_cast<unsigned>(block % blocks);
-    blockIdx.y = static_cast<unsigned>(block / blocks);
-#if defined(EMULATION_THREAD_SANITIZER)
-    block_keys_ = keys.data() + 1 + i * keys_of_block;
-#else
-    block_keys_ = keys.data() + 1;
-#endif
+  for (size_t i = 0; i < order.size(); ++i) {
+    blockIdx.x = order[i] % blocks;
+    blockIdx.y = order[i] / blocks;
+    block_keys_ = keys.data() + 1 + (kThreadSanitizer ? i : 0) * keys_of_block;
     run_block();
   }
   acquire(launch_key_);
+}
+
+std::vector<unsigned> Machine::order_of_blocks(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  if (schedule.order == Order::kReverse) std::reverse(order.begin(), order.end());
+  if (schedule.order == Order::kShuffled)
+    for (unsigned i = count; i > 1; --i) std::swap(order[i - 1], order[random_.below(i)]);
+  return order;
 }
 
 void Machine::run_block() {
@@ -408,18 +401,16 @@ void Machine::run_block() {
     release_shared();
     throw_failure();
   }
-  const unsigned char* behind = shared_ + shared_bytes_;
-#if !defined(EMULATION_ADDRESS_SANITIZER)
-  for (size_t i = 0; i < kWatched; ++i)
-    if (behind[i] != kUnwritten)
-      throw Error(launch_text() + ", block (" + std::to_string(blockIdx.x) + ", " +
-                  std::to_string(blockIdx.y) + "): byte " + std::to_string(shared_bytes_ + i) +
+  if (!kAddressSanitizer) check_behind_shared();
+  release_shared();
+}
+
+void Machine::check_behind_shared() const {
+  for (size_t i = shared_bytes_; i < shared_bytes_ + kWatched; ++i)
+    if (shared_[i] != kUnwritten)
+      throw Error(block_text() + ": byte " + std::to_string(i) +
                   " of shared memory is written, the launch asked for " +
                   std::to_string(shared_bytes_));
-#else
-  static_cast<void>(behind);
-#endif
-  release_shared();
 }
 
 void Machine::throw_failure() {
@@ -433,34 +424,30 @@ void Machine::throw_failure() {
 }
 
 void Machine::prepare_shared() {
-#if defined(EMULATION_ADDRESS_SANITIZER)
-  void* memory = nullptr;
-  if (posix_memalign(&memory, kSharedAlignment, shared_bytes_ > 0 ? shared_bytes_ : 1) != 0)
-    throw std::bad_alloc();
-  shared_ = static_cast<unsigned char*>(memory);
-  std::memset(shared_, kUnwritten, shared_bytes_);
-#else
-  shared_pages_.reserve(shared_bytes_ + kWatched);
-#if defined(EMULATION_THREAD_SANITIZER)
-  shared_pages_.renew();
-#endif
-  shared_ = shared_pages_.data();
-  std::memset(shared_, kUnwritten, shared_bytes_ + kWatched);
-#endif
+  if (kAddressSanitizer) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kSharedAlignment, std::max<size_t>(shared_bytes_, 1)) != 0)
+      throw std::bad_alloc();
+    shared_ = static_cast<unsigned char*>(memory);
+    std::memset(shared_, kUnwritten, shared_bytes_);
+  } else {
+    shared_pages_.reserve(shared_bytes_ + kWatched);
+    if (kThreadSanitizer) shared_pages_.renew();
+    shared_ = shared_pages_.data();
+    std::memset(shared_, kUnwritten, shared_bytes_ + kWatched);
+  }
 }
 
 void Machine::release_shared() {
-#if defined(EMULATION_ADDRESS_SANITIZER)
-  allow(shared_, shared_bytes_);
-  std::free(shared_);
-#endif
+  if (kAddressSanitizer) {
+    allow(shared_, shared_bytes_);
+    std::free(shared_);
+  }
   shared_ = nullptr;
 }
 
 void Machine::prepare_threads() {
-#if defined(EMULATION_THREAD_SANITIZER)
-  stacks_.renew();
-#endif
+  if (kThreadSanitizer) stacks_.renew();
   live_ = threads_;
   at_barrier_ = 0;
   generation_ = 0;
@@ -476,8 +463,8 @@ void Machine::prepare_threads() {
   for (unsigned t = 0; t < threads_; ++t) {
     thread_[t].copies.clear();
     thread_[t].group_ends.clear();
-    thread_[t].fiber.start(
-        {stacks_.data() + t * kStackBytes, kStackBytes - t % kColours * kColourBytes}, run_thread);
+    const size_t bytes = kStackBytes - t % kColours * kColourBytes;
+    thread_[t].fiber.start({stacks_.data() + t * kStackBytes, bytes}, run_thread);
   }
 }
 
@@ -568,8 +555,7 @@ void Machine::run_warps() {
 }
 
 std::string Machine::describe_deadlock() const {
-  std::string text = launch_text() + ", block (" + std::to_string(blockIdx.x) + ", " +
-                     std::to_string(blockIdx.y) + "): threads wait for each other for ever";
+  std::string text = block_text() + ": threads wait for each other for ever";
   for (unsigned w = 0; w < warps_.size(); ++w) {
     const Warp& warp = warps_[w];
     const unsigned first = w * kWarp;

@@ -24,6 +24,17 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace emulation {
 
+#if defined(EMULATION_ADDRESS_SANITIZER)
+constexpr bool kAddressSanitizer = true;
+#else
+constexpr bool kAddressSanitizer = false;
+#endif
+#if defined(EMULATION_THREAD_SANITIZER)
+constexpr bool kThreadSanitizer = true;
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
+
 // Everything before a release() of a key happens before what follows an acquire() of it.
 inline void release([[maybe_unused]] void* key) {
 #if defined(EMULATION_THREAD_SANITIZER)
