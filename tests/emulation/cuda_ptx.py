@@ -4,6 +4,9 @@
         library.pool(operands)     # of cuda_library: its launcher runs, its kernels' PTX too
     log[0].kernel, log[0].grid, log[0].text
 
+    with emulated_cuda("sm_80") as library, ptx_operators(library, "sm_80"):
+        plan(x, packed)            # of cuda_plan: all launches of a network
+
 Which kernel is launched and what it is given is what the launchers decide; see :mod:`.ptx_machine`
 for what is checked.
 """
@@ -25,11 +28,20 @@ from typing import Any
 from unittest import mock
 
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import cuda_library
-from .ptx import UndefinedBytes, modules, run_ptx
+from .ptx import Device, UndefinedBytes, modules
 
-__all__ = ["PTXLaunch", "Rewrite", "kernels", "nvcc", "ptx_launches", "run_launches"]
+__all__ = [
+    "PTXLaunch",
+    "Rewrite",
+    "kernels",
+    "nvcc",
+    "ptx_launches",
+    "ptx_operators",
+    "run_launches",
+]
 
 Rewrite = Callable[[str, str], str]
 """Given the PTX of a kernel and its name, returns the PTX to run instead."""
@@ -140,22 +152,23 @@ def run_launches(
         PTXError: A program did what a GPU forbids or leaves undefined, or cannot be executed.
     """
     log = []
+    device = Device(undefined)
+    device.add_in_place(memory)
     for each in launches:
         text = kernels(architecture)[each.kernel]
         if rewrite is not None:
             text = rewrite(text, each.kernel)
-        steps = run_ptx(
+        steps = device.run(
             text,
             each.kernel,
             each.grid,
             (each.threads,),
             [each.parameters],
-            memory=memory,
             dynamic_shared=each.shared_bytes,
-            undefined=undefined,
             races=races,
         )
         log.append(PTXLaunch(each.kernel, each.grid, each.threads, each.shared_bytes, steps, text))
+    device.copy_back()
     return log
 
 
@@ -191,3 +204,56 @@ def ptx_launches(architecture: str, **options: Any) -> Iterator[list[PTXLaunch]]
 
     with mock.patch.object(cuda_library.Library, "call", call_as_ptx):
         yield log
+
+
+class ptx_operators(TorchDispatchMode):
+    """Context manager within which launches of ``torch.ops.threshnet_fast_cuda`` run as PTX.
+
+    The kernels may access the operator's arguments and results, and nothing else: memory that an
+    operator keeps to itself is out of bounds. Of what it writes, nothing counts as written before.
+
+    Args:
+        library: The library that the operators are linked with.
+        architecture: What nvcc compiles for: ``"sm_75"``, ``"sm_80"``, ...
+
+    Attributes:
+        log: The launches that ran.
+    """
+
+    def __init__(self, library: cuda_library.Library, architecture: str) -> None:
+        super().__init__()
+        self.log: list[PTXLaunch] = []
+        self._library = library
+        self._architecture = architecture
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), names: Any = None
+    ) -> Any:
+        """Calls an operator."""
+        names = names or {}
+        if operator.namespace != "threshnet_fast_cuda":
+            return operator(*arguments, **names)
+        with self._library.recorded() as launches:
+            result = operator(*arguments, **names)
+        if launches:
+            schema = operator._schema.arguments
+            written = [
+                value
+                for declared, value in zip(schema, arguments, strict=False)
+                if declared.alias_info is not None and declared.alias_info.is_write
+            ]
+            written.append(result)
+            undefined = UndefinedBytes()
+            for tensor in written:
+                undefined.add(tensor)
+            memory = [*_tensors(arguments), result]
+            self.log += run_launches(launches, self._architecture, memory, undefined=undefined)
+        return result
+
+
+def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, Sequence):
+            yield from _tensors(argument)

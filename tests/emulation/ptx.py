@@ -26,7 +26,7 @@ from .ptx_parser import parse
 from .ptx_translator import Translation, translate
 from .ptx_types import PTXError
 
-__all__ = ["PTXError", "UndefinedBytes", "entries", "modules", "run_ptx", "unsupported"]
+__all__ = ["Device", "PTXError", "UndefinedBytes", "entries", "modules", "run_ptx", "unsupported"]
 
 _ENTRY = re.compile(r"^[ \t]*(?:\.visible\s+|\.weak\s+)?\.entry\b", re.MULTILINE)
 
@@ -118,10 +118,9 @@ def run_ptx(
         PTXError: The program did what a GPU forbids or leaves undefined, or cannot be executed.
         ValueError: There are tensors among the arguments and others in ``memory``.
     """
-    translation = _translation(text, name)
     if memory and any(isinstance(each, Tensor) for each in arguments):
         raise ValueError("arguments: expected no tensors beside memory, which has the addresses")
-    device = _Device(undefined)
+    device = Device(undefined)
     device.add_in_place(memory)
     values: list[int | float | bytes] = []
     for number, argument in enumerate(arguments):
@@ -129,9 +128,7 @@ def run_ptx(
             values.append(device.add(argument, f"the storage of argument {number}"))
         else:
             values.append(0 if argument is None else argument)
-    steps = launch(
-        translation, device.memory, grid, block, values, dynamic_shared=dynamic_shared, races=races
-    )
+    steps = device.run(text, name, grid, block, values, dynamic_shared=dynamic_shared, races=races)
     device.copy_back()
     return steps
 
@@ -145,11 +142,15 @@ class _Copy:
     undefined: np.ndarray | None
 
 
-class _Device:
-    """Global memory that holds copies of tensors."""
+class Device:
+    """Global memory that holds copies of tensors, for one launch or several.
 
-    def __init__(self, undefined: UndefinedBytes | None) -> None:
-        self.memory = GlobalMemory()
+    Args:
+        undefined: Memory whose reading is an error until it is written.
+    """
+
+    def __init__(self, undefined: UndefinedBytes | None = None) -> None:
+        self._memory = GlobalMemory()
         self._undefined = undefined
         self._copies: dict[int, _Copy] = {}
 
@@ -176,23 +177,46 @@ class _Device:
         self, storage: torch.UntypedStorage, start: int, count: int, label: str, *, in_place: bool
     ) -> None:
         contents = _contents(start, count)
-        address = self.memory.allocate(
+        address = self._memory.allocate(
             contents, address=start if in_place else None, alignment=start, label=label
         )
         which = None if self._undefined is None else self._undefined.of(storage)
         if which is not None:
             first = start - storage.data_ptr()
             which = which[first : first + count]
-            self.memory.mark_undefined(address, which)
+            self._memory.mark_undefined(address, which)
         self._copies[start] = _Copy(address, contents, which)
+
+    def run(
+        self,
+        text: str,
+        name: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[int | float | bytes],
+        *,
+        dynamic_shared: int = 0,
+        races: bool = True,
+    ) -> int:
+        """Runs a kernel, as :func:`run_ptx` does, on what is in memory."""
+        translation = _translation(text, name)
+        return launch(
+            translation,
+            self._memory,
+            grid,
+            block,
+            arguments,
+            dynamic_shared=dynamic_shared,
+            races=races,
+        )
 
     def copy_back(self) -> None:
         """Gives the storages, and what is known of them, what is in memory now."""
         for copy in self._copies.values():
             count = len(copy.contents)
-            copy.contents[:] = self.memory.read(copy.address, count)
+            copy.contents[:] = self._memory.read(copy.address, count)
             if copy.undefined is not None:
-                copy.undefined[:] = self.memory.undefined(copy.address, count)
+                copy.undefined[:] = self._memory.undefined(copy.address, count)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

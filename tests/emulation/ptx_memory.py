@@ -30,7 +30,8 @@ GLOBAL_BASE = 0x10_0000_0000
 _GUARD_BYTES = 512
 # An address that is farther from all allocations has nothing to do with them.
 _NEARBY_BYTES = 1 << 20
-_NOBODY = -1
+# Of a byte: who, block 0 being 1. Nobody is 0, so that memory that nothing touches costs nothing.
+_NOBODY = 0
 _SEVERAL = -2
 _CONSTANT = np.full((1, 1), -3, np.int32)
 
@@ -134,6 +135,8 @@ class GlobalMemory:
         # Room for a vector that begins at the last byte.
         while self.top + 256 > len(self.bytes):
             self.bytes = _grown(self.bytes)
+            if self._undefined is not None:
+                self._undefined = _grown(self._undefined)
         self.bytes[start : start + len(contents)] = contents
         self._addresses.insert(number, address)
         self._ends.insert(number, end)
@@ -152,11 +155,8 @@ class GlobalMemory:
 
     def mark_undefined(self, address: int, which: np.ndarray) -> None:
         """Makes reads of the bytes from an address on for which the mask is set an error."""
-        if self._undefined is None or len(self._undefined) < len(self.bytes):
-            before = self._undefined
+        if self._undefined is None:
             self._undefined = np.zeros(len(self.bytes), np.bool_)
-            if before is not None:
-                self._undefined[: len(before)] = before
         start = self._place(address)
         self._undefined[start : start + len(which)] = which
 
@@ -219,10 +219,12 @@ class GlobalMemory:
 
     def gather(self, places: np.ndarray, size: int, text: str) -> np.ndarray:
         """Reads ``size`` bytes at each place."""
-        if self._undefined is not None and any(
-            self._undefined.take(places + byte).any() for byte in range(size)
-        ):
-            raise PTXError(f"uninitialised global memory is read: {text}")
+        if self._undefined is not None:
+            unit = min(size, 8)
+            flags = self._undefined.view(BYTES[unit])
+            first = places >> (unit.bit_length() - 1)
+            if any(flags.take(first + number).any() for number in range(size // unit)):
+                raise PTXError(f"uninitialised global memory is read: {text}")
         return self.view(size).take(places >> (size.bit_length() - 1))
 
     def scatter(
@@ -238,8 +240,11 @@ class GlobalMemory:
             index = _spread(index, np.broadcast_shapes(data.shape, index.shape))
         self.view(size)[index] = data
         if self._undefined is not None:
-            for byte in range(size):
-                self._undefined[places + byte] = False
+            unit = min(size, 8)
+            flags = self._undefined.view(BYTES[unit])
+            first = places >> (unit.bit_length() - 1)
+            for number in range(size // unit):
+                flags[first + number] = 0
 
     def check_agreement(
         self, places: np.ndarray, data: np.ndarray, mask: np.ndarray | None, text: str
@@ -291,7 +296,7 @@ class GlobalRaces:
     """
 
     def __init__(self, size: int) -> None:
-        self._writer = np.full(size, _NOBODY, np.int32)
+        self._writer = np.zeros(size, np.int32)
         # Of what is written.
         self._first, self._end = size, 0
         self._reads: list[_Reads] = []
@@ -307,7 +312,7 @@ class GlobalRaces:
         text: str,
     ) -> None:
         """Notes writes of ``size`` bytes at each place by the blocks ``owners``."""
-        places, owners = np.broadcast_arrays(places, owners)
+        places, owners = np.broadcast_arrays(places, owners + 1)
         places, owners = chosen(places, mask).reshape(-1), chosen(owners, mask).reshape(-1)
         self._first = min(self._first, int(places.min()))
         self._end = max(self._end, int(places.max()) + size)
@@ -321,8 +326,8 @@ class GlobalRaces:
                 wrong = before != owners
             if wrong.any():
                 raise PTXError(
-                    f"global-memory race: blocks {before[wrong][0]} and {owners[wrong][0]} "
-                    f"both write a byte: {text}"
+                    f"global-memory race: blocks {before[wrong][0] - 1} and "
+                    f"{owners[wrong][0] - 1} both write a byte: {text}"
                 )
 
     def read(
@@ -334,8 +339,7 @@ class GlobalRaces:
         text: str,
     ) -> None:
         """Notes reads of ``size`` bytes at each place, by blocks or, for None, as constant."""
-        if owners is None:
-            owners = _CONSTANT
+        owners = _CONSTANT if owners is None else owners + 1
         self._reads.append(_Reads(places, size, owners, mask, text))
         self._logged += places.nbytes
         if self._logged > _MAX_LOGGED_BYTES:
@@ -376,9 +380,11 @@ class GlobalRaces:
                 wrong = (writer != _NOBODY) & (writer != owners)
                 if wrong.any():
                     reader = owners[wrong][0]
-                    what = "a read as constant is of" if reader < 0 else f"block {reader} reads"
+                    what = "a read as constant is of"
+                    if reader > 0:
+                        what = f"block {reader - 1} reads"
                     raise PTXError(
-                        f"global-memory race: {what} a byte that block {writer[wrong][0]} "
+                        f"global-memory race: {what} a byte that block {writer[wrong][0] - 1} "
                         f"writes: {reads.text}"
                     )
 
@@ -386,7 +392,7 @@ class GlobalRaces:
         """Replaces the list of reads by the reader of each byte."""
         self._compare()
         if self._reader is None:
-            self._reader = np.full(len(self._writer), _NOBODY, np.int32)
+            self._reader = np.zeros(len(self._writer), np.int32)
         for reads in self._reads:
             places, owners = np.broadcast_arrays(reads.places, reads.owners)
             places, owners = chosen(places, reads.mask), chosen(owners, reads.mask)

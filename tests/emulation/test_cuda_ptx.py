@@ -15,8 +15,10 @@ from op_cases import LAYOUTS
 
 pytest.importorskip("triton")
 
+import threshnet_fast as tf
 from emulation import (
     cuda_library,
+    cuda_operators,
     cuda_ptx,
     test_cuda_gather,
     test_cuda_head,
@@ -25,10 +27,12 @@ from emulation import (
     test_cuda_pool,
     test_cuda_stem_convolution,
 )
-from emulation.cuda_cases import DTYPES, available, library
-from emulation.cuda_ptx import Rewrite, kernels, ptx_launches
+from emulation.cuda_cases import DTYPES, available, library, output_map, pitched, window
+from emulation.cuda_ptx import Rewrite, kernels, ptx_launches, ptx_operators
 from emulation.mutation import without_instruction
+from emulation.networks import first_blocks_of_threshnet79, odd
 from emulation.ptx import PTXError, unsupported
+from emulation.test_cuda_network import check_step_by_step
 
 pytestmark = [
     available,
@@ -147,6 +151,71 @@ def run(name: str, case: Any, dtype: torch.dtype) -> None:
 def test_other_kernels(name: str, case: Any, dtype: torch.dtype, architecture: str) -> None:
     with ptx_launches(architecture):
         run(name, case, dtype)
+
+
+# Whole networks: every launch of the executor, with its arguments.
+
+NETWORKS = {
+    "odd": (odd, (2, 4, 40, 36)),
+    "first blocks": (first_blocks_of_threshnet79, (2, 3, 32, 33)),
+    "threshnet79": (lambda: tf.ThreshNet79(num_classes=10).eval(), (1, 3, 32, 32)),
+}
+"""What makes a model, and the shape of its input."""
+
+
+@pytest.mark.skipif(
+    cuda_operators.skip_reason() is not None, reason=str(cuda_operators.skip_reason())
+)
+@pytest.mark.parametrize(
+    ("name", "dtype", "architecture"),
+    [
+        ("odd", torch.float16, "sm_80"),
+        ("first blocks", torch.float16, "sm_90"),
+        *sweep(
+            ("odd", torch.float16, "sm_75"),
+            ("odd", torch.bfloat16, "sm_80"),
+            ("odd", torch.float32, "sm_90"),
+            ("first blocks", torch.float16, "sm_75"),
+            ("first blocks", torch.bfloat16, "sm_120"),
+            ("first blocks", torch.float32, "sm_80"),
+            ("threshnet79", torch.float16, "sm_90"),
+            ("threshnet79", torch.float32, "sm_86"),
+        ),
+    ],
+    ids=str,
+)
+def test_network(
+    randomised: Callable[[torch.nn.Module], torch.nn.Module],
+    name: str,
+    dtype: torch.dtype,
+    architecture: str,
+) -> None:
+    make, shape = NETWORKS[name]
+    model = randomised(make())
+    with (
+        cuda_operators.emulated_cuda(architecture) as emulated,
+        ptx_operators(emulated, architecture) as operators,
+    ):
+        algorithms = check_step_by_step(model, torch.randn(shape), dtype)
+    assert len(operators.log) > len(algorithms)
+
+
+def test_only_operands_are_in_bounds() -> None:
+    """To the byte, also within a storage."""
+    case = test_cuda_pool.Case(16, 1, (4, 4), (2, 2), 2, gap=0)
+    x, output = (
+        pitched(torch.randn(1, 16, 4, 4).half(), gap=8),
+        output_map((1, 16, 2, 2), torch.half),
+    )
+    with ptx_launches("sm_80"):
+        library().pool(test_cuda_pool.operands(case, x, output))
+        for given in (
+            test_cuda_pool.operands(case, x[..., :3], output),
+            test_cuda_pool.operands(case, x, replace(output, view=output.view[:, :, :1])),
+        ):
+            given.window = window(x, (2, 2), 2, 0)
+            with pytest.raises(PTXError, match="global access out of bounds"):
+                library().pool(given)
 
 
 # What holds for all of them.

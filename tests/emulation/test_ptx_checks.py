@@ -135,6 +135,16 @@ def test_uninitialised_global_memory() -> None:
 WRITE = "mad.wide.u32 %d2, %t, 4, %q0; st.global.b32 [%d2], %t;"
 
 
+def test_much_memory_behind_what_is_uninitialised() -> None:
+    undefined = UndefinedBytes()
+    y, z = words(64), words(100_000)
+    undefined.add(y)
+    body = "mad.wide.u32 %d1, %t, 4, %q{}; ld.global.b32 %r1, [%d1+{}];"
+    run(body.format(1, 4 * (len(z) - 64)), y, z, undefined=undefined)
+    with pytest.raises(PTXError, match="uninitialised global memory"):
+        run(body.format(0, 0), y, z, undefined=undefined)
+
+
 def test_strided_views_are_uninitialised_element_by_element() -> None:
     y = torch.zeros(64, 2, dtype=torch.int16)
     undefined = UndefinedBytes()
