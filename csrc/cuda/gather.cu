@@ -52,9 +52,10 @@ void gather(const Gather& gather, Stream stream) {
       GatherPixelsParameters parameters;
       parameters.gather = gather;
       parameters.pixels = static_cast<int32_t>(pixels);
-      launch(gather_pixels_kernel<T>, divide_up(pixels, int64_t{kGatherPixels}),
-             divide_up(gather.output_channels, kGatherChannels<T>), kGatherThreads,
-             kGatherPixels * kGatherWords * 4, stream, parameters);
+      launch(
+          gather_pixels_kernel<T>, divide_up(pixels, int64_t{kGatherPixels}),
+          static_cast<int>(divide_up(int64_t{gather.output_channels}, int64_t{kGatherChannels<T>})),
+          kGatherThreads, kGatherPixels * kGatherWords * 4, stream, parameters);
     }
   });
 }

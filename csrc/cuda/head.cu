@@ -9,6 +9,13 @@ namespace threshnet_fast::cuda {
 
 namespace {
 
+// Few enough that no index of a class behind the last one needs more than 32 bits.
+constexpr int kMaxClasses = 1 << 30;
+
+// Few enough that no index of a pixel behind the last one needs more than 32 bits.
+constexpr int kMaxParts = 64;
+static_assert(kMaxPixels + kHeadPixels * kMaxParts < int64_t{1} << 31);
+
 // Blocks that keep the largest devices busy. Fewer slices of classes average a map less often.
 constexpr int kEnoughBlocks = 512;
 
@@ -22,6 +29,7 @@ void head(const Head& head, Stream stream) {
   check.at_most(head.input.channels, kMaxHeadChannels, "channels of the input");
   check.pointer(head.weight, 16, "weight");
   check.positive(head.classes, "classes");
+  check.at_most(head.classes, kMaxClasses, "classes");
   check.optional(head.bias, alignof(float), "bias");
   check.pointer(head.output, size, "output");
 
@@ -34,7 +42,8 @@ void head(const Head& head, Stream stream) {
   with_type(head.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int vectors = head.input.channels / Vector<T>::kElements;
-    parameters.parts = std::min(kHeadThreads / std::min(vectors, kHeadThreads), head.pixels);
+    parameters.parts =
+        std::min({kHeadThreads / std::min(vectors, kHeadThreads), kMaxParts, head.pixels});
     // Every device has that much without being asked for more.
     static_assert(kHeadThreads * sizeof(Vector<float>) * 2 <= 48 * 1024 &&
                   kMaxHeadChannels * sizeof(float) <= 48 * 1024);

@@ -41,8 +41,8 @@ void pool(const Pool& pool, Stream stream) {
       static_cast<float>(1.0 / (int64_t{window.kernel_height} * window.kernel_width));
   with_type(pool.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parameters.grid =
-        ElementwiseGrid(divide_up(pool.out_channels, Vector<T>::kElements), window.out_pixels());
+    parameters.grid = ElementwiseGrid(
+        divide_up(int64_t{pool.out_channels}, int64_t{Vector<T>::kElements}), window.out_pixels());
     launch(pool.average ? kernel_for<T, true>(window) : kernel_for<T, false>(window),
            parameters.grid.blocks(), parameters.grid.parts(), kElementwiseThreads, 0, stream,
            parameters);

@@ -22,8 +22,9 @@ void convolve_stem(const StemConvolution& convolution, Stream stream) {
 
   StemParameters parameters;
   parameters.convolution = convolution;
-  parameters.grid = ElementwiseGrid(divide_up(convolution.out_channels, kStemColumns),
-                                    convolution.window.out_pixels());
+  parameters.grid =
+      ElementwiseGrid(divide_up(int64_t{convolution.out_channels}, int64_t{kStemColumns}),
+                      convolution.window.out_pixels());
   parameters.aligned =
       has_aligned_pixels(convolution.output, convolution.output_pitch, convolution.dtype);
   with_type(convolution.dtype, [&](auto type) {

@@ -200,6 +200,7 @@ BAD = [
     Bad("weight is null", {"weight": None}),
     Bad("weight is not aligned to 16 bytes", {"weight": misaligned(8)}),
     Bad("classes is 0, expected a positive", {"classes": 0}),
+    Bad("classes is 1073741825, expected at most", {"classes": 2**30 + 1}),
     Bad("bias is not aligned to 4 bytes", {"bias": misaligned(2)}),
     Bad("output is null", {"output": None}),
     Bad("output is not aligned to 2 bytes", {"output": misaligned(1)}),
