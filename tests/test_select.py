@@ -146,7 +146,7 @@ class OnGPU:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Function that makes backends available on a GPU, the others not, each with a reason."""
 
-    def make(*available: str, architecture: int = 90) -> None:
+    def make(*available: str, architecture: int = 90, failure: str | None = None) -> None:
         for module in (triton, cuda):
             name = module.__name__.rpartition(".")[2]
             reason = None if name in available else f"{name} is switched off"
@@ -155,6 +155,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(triton, "architecture", lambda: f"sm_{architecture}")
         properties = cuda.Properties(architecture, 132, 227 * 1024)
         monkeypatch.setattr(cuda, "_properties", lambda device: properties)
+        monkeypatch.setattr(cuda, "_launch_failure", lambda device: failure)
 
     return make
 
@@ -210,6 +211,15 @@ def test_cuda_on_older_devices(gpu, architecture: int) -> None:
         backend = choose([OnGPU(dtype)]).backend
         runs = architecture >= (80 if dtype is torch.bfloat16 else 75)
         assert backend == ("cuda" if runs else "reference")
+
+
+def test_cuda_that_was_built_for_other_devices(gpu) -> None:
+    gpu("cuda", failure="its kernels do not start on cuda:0: no kernel image")
+    choice = choose([OnGPU()])
+    assert choice.backend == "reference"
+    assert "backend 'cuda' is unavailable: its kernels do not start on cuda:0" in choice.reason
+    with pytest.raises(RuntimeError, match="its kernels do not start"):
+        choose([OnGPU()], "cuda")
 
 
 def test_cuda_is_not_for_rocm(monkeypatch: pytest.MonkeyPatch) -> None:

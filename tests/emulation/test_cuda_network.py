@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +29,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 GROUP = 16
 POISON = 0xFF
@@ -219,7 +224,7 @@ def test_changed_weights_are_packed_again(model) -> None:
 @pytest.mark.usefixtures("on_cuda")
 def test_weights_are_packed_once_for_all_shapes(model) -> None:
     for size in (32, 40, 48):
-        model(torch.randn(1, 3, size, 32))
+        check(model, torch.randn(1, 3, size, 32))
     plans = model._fused._snapshot._gpu_plans["cuda"]
     assert len(plans) == 3
     assert list(plans._packed) == [torch.float32]
@@ -388,6 +393,58 @@ def test_plain_pytorch_where_neither_can(model, monkeypatch) -> None:
         assert model(x).equal(plain(model, x))
     assert explanation.backend == "reference"
     assert explanation.reason.count("pixels, more than 100") == 2
+
+
+def test_kernels_that_do_not_start_are_an_objection(monkeypatch) -> None:
+    """As where the library was built for other devices."""
+    x = torch.ones(1, 1, 1, 1)
+    with emulated_cuda():
+        cuda._first_launch_failure.cache_clear()
+        assert cuda.objection(x) is None
+        cuda._first_launch_failure.cache_clear()
+        operator = mock.Mock(side_effect=RuntimeError("no kernel image is available\nhere"))
+        monkeypatch.setattr(torch.ops.threshnet_fast_cuda, "cat_conv_bn_relu", operator)
+        try:
+            for _ in range(2):
+                with pytest.raises(
+                    RuntimeError, match=r"do not start on cpu: no kernel image .*e$"
+                ):
+                    raise cuda.objection(x)
+            operator.assert_called_once()
+            monkeypatch.setattr(cuda_graphs, "capturing", lambda device: True)
+            assert cuda.objection(x) is None
+        finally:
+            cuda._first_launch_failure.cache_clear()
+
+
+def test_runs_where_triton_is_not_installed() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+sys.path.insert(0, "tests")
+import torch
+from emulation.cuda_operators import emulated_cuda
+from test_plan import small
+import threshnet_fast as tf
+from threshnet_fast.backends import triton
+assert triton.unavailable_reason() == "triton is not installed"
+model, x = small(), torch.randn(1, 3, 32, 32)
+with torch.no_grad(), emulated_cuda(), tf.use_backend("cuda"):
+    y = model(x)
+    assert tf.explain(model, x).backend == "cuda"
+with torch.no_grad(), tf.use_backend("reference"):
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+    weight, one = torch.randn(2, 3, 1, 1, requires_grad=True), torch.ones(2)
+with emulated_cuda():
+    y = tf.ops.cat_conv_bn_relu([x], weight, one, one, padding=0, backend="cuda")
+    y.sum().backward()
+assert weight.grad is not None
+print("done")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.stdout == "done\n", run.stderr
 
 
 def test_samples_notice_what_is_written(randomised) -> None:

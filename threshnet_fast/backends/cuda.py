@@ -87,6 +87,9 @@ def objection(x: Tensor, dtype: torch.dtype | None = None) -> Exception | None:
             f"backend 'cuda' needs sm_{_OLDEST_WITH_BFLOAT16} or newer for torch.bfloat16: "
             f"{x.device} is sm_{number}"
         )
+    failure = _launch_failure(x.device)
+    if failure is not None:
+        return RuntimeError(f"backend 'cuda' is unavailable: {failure}")
     return None
 
 
@@ -120,6 +123,27 @@ class PlanCache(GpuPlanCache["Target", "CudaPlan", Tensor]):
         from .cuda_plan import pack_network
 
         return pack_network(whole, target)
+
+
+def _launch_failure(device: torch.device) -> str | None:
+    """Returns why no kernel of the library starts on a device, or None.
+
+    The library may have been built for other devices, which shows when a kernel is launched.
+    """
+    # A capture is not for trying; somebody has called the network or the operator before.
+    return None if cuda_graphs.capturing(device) else _first_launch_failure(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _first_launch_failure(device: torch.device) -> str | None:
+    with torch.inference_mode():
+        pixel = torch.ones(1, 1, 1, 1, device=device)
+        one = pixel.flatten()
+        try:
+            torch.ops.threshnet_fast_cuda.cat_conv_bn_relu([pixel], pixel, one, one, 1, 0, False)
+        except RuntimeError as error:
+            return f"its kernels do not start on {device}: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 def _device_type() -> str:
