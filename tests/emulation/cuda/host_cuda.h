@@ -1,6 +1,6 @@
 // CUDA C++ for a C++ compiler of the CPU, for tests. Kernels that include this instead of CUDA's
 // device headers are plain functions; emulation::launch() runs every thread of a block as a fiber,
-// one block after the other. README.md says what that proves and what it does not.
+// one block after the other. ../README.md says what that proves and what it does not.
 //
 // A kernel takes one struct, only dynamic shared memory, threads along x. What it must not do is an
 // error that names the kernel, the block, the thread and the line: see launch().
