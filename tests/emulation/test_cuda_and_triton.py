@@ -68,10 +68,22 @@ def assert_agree(
     finfo = torch.finfo(one.dtype)
     one, other = one.double(), other.double()
     assert one.isfinite().all()
+    assert other.isfinite().all()
     rounding = finfo.eps / 2 * (one.abs() + other.abs()) + finfo.eps * finfo.smallest_normal
     bound = rounding + 2 * dot_bound(magnitude, length, torch.float32) + apart
     ratio = (one - other).abs() / bound.clamp_min(torch.finfo(torch.float64).tiny)
     assert (ratio <= 1).all(), f"they differ by {ratio.max().item():.3g} times the bound"
+
+
+def test_what_is_no_agreement() -> None:
+    y = torch.tensor([1.5, -300.0, 0.25]).half()
+    magnitude = y.double().abs()
+    next_ones = torch.nextafter(y, torch.tensor(torch.inf).half())
+    assert_agree(y, next_ones, magnitude, 100)
+    further = torch.nextafter(next_ones, torch.tensor(torch.inf).half())
+    for wrong in (further, torch.full_like(y, torch.nan)):
+        with pytest.raises(AssertionError):
+            assert_agree(y, wrong, magnitude, 100)
 
 
 def rounded_apart(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
