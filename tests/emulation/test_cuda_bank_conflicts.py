@@ -108,7 +108,7 @@ def test_convolution(dtype: torch.dtype, prologue: bool, architecture: str) -> N
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_head(dtype: torch.dtype) -> None:
     with accesses() as found, ptx_launches("sm_80", races=False):
-        test_cuda_head.run(test_cuda_head.Case(2, 128, (3, 5), 40), dtype)
+        test_cuda_head.run(test_cuda_head.Case(128, 2, (3, 5), 40), dtype)
     assert kinds(found) == {"ld", "st"}
     assert {text: count for text, count in found.items() if count > 1} == {}
 
