@@ -364,21 +364,26 @@ def test_synchronisation_of_convolutions(
     assert unnoticed(architecture, lambda: convolve(case, dtype)) == expected
 
 
+SYNCHRONISED = {
+    "head": lambda: run("head", test_cuda_head.Case(37, 2, (5, 3), 33), torch.float16),
+    "gather_pixels": lambda: test_cuda_gather.run(torch.randn(2, 37, 5, 7).half(), gap=0),
+    "pack_weight": lambda: run("weight", test_cuda_packing.Case((40, 3), 33, 9), torch.float16),
+}
+"""Of the other kernels, those whose threads wait for each other."""
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("name", "case"),
-    [
-        ("head", test_cuda_head.Case(37, 2, (5, 3), 33)),
-        ("gather", "contiguous"),
-    ],
-    ids=str,
-)
-def test_synchronisation_of_other_kernels(name: str, case: Any, architecture: str) -> None:
-    if name == "gather":
-        x = test_cuda_gather.special((2, 37, 5, 7), torch.float16)
-        assert unnoticed(architecture, lambda: test_cuda_gather.run(x, gap=0)) == {}
-    else:
-        assert unnoticed(architecture, lambda: run(name, case, torch.float16)) == {}
+@pytest.mark.parametrize("name", SYNCHRONISED)
+def test_synchronisation_of_other_kernels(name: str, architecture: str) -> None:
+    assert unnoticed(architecture, SYNCHRONISED[name]) == {}
+
+
+def test_other_kernels_need_no_synchronisation() -> None:
+    patterns = (BARRIER, WAIT, COMMIT, SHUFFLE)
+    synchronised = "|".join(["implicit_gemm", *SYNCHRONISED])
+    for name, text in kernels("sm_80").items():
+        if not re.search(f"({synchronised})_kernel", name):
+            assert not any(re.search(pattern, text) for pattern in patterns), name
 
 
 def swapped(pattern: str) -> Rewrite:
