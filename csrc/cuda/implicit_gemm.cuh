@@ -54,8 +54,9 @@ class TensorCores {
  public:
   static constexpr int kThreads = 32 * kPixelWarps * kColumnWarps;
   // Blocks that a multiprocessor can hold at least. Said so, the compiler takes the registers that
-  // this leaves; unsaid, it spills some to make room for one more block.
-  static constexpr int kBlocks = kPixels * kColumns < 8192 ? 4 : kThreads == 256 ? 1 : 2;
+  // this leaves; unsaid, it spills some to make room for one more block. Of the larger tiles it
+  // holds no more for want of shared memory.
+  static constexpr int kBlocks = kPixels * kColumns < 4096 ? 4 : kPixels * kColumns < 8192 ? 3 : 2;
   using Chunk = Vector<T>;
   static constexpr int kLeftChunks = kGroup / Chunk::kElements;
   static constexpr int kRightChunks = kColumns / Chunk::kElements;
@@ -289,34 +290,49 @@ class GroupCopies {
   // Copies nothing, for a stage behind the last one.
   __device__ __forceinline__ void skip_stage() { history_ <<= Tile::kGroups * kPasses; }
 
+  // Scale and shift of a chunk of channels.
+  struct Affine {
+    Vector<float> scale[Chunk::kElements / 4], shift[Chunk::kElements / 4];
+  };
+
+  // Loads what the chunks of the next group are normalised by. Behind the last group that is
+  // something, for chunks that are not normalised.
+  __device__ __forceinline__ Affine load_affine(const ImplicitGemmParameters& p) {
+    Affine affine;
+    const int channel = channel_ + thread_ % kLeftChunks * kElements;
+#pragma unroll
+    for (int i = 0; i < kElements / 4; ++i) {
+      affine.scale[i] = load_vector(p.scale + channel + 4 * i);
+      affine.shift[i] = load_vector(p.shift + channel + 4 * i);
+    }
+    channel_ += kGroup;
+    if (channel_ == p.channels) channel_ = 0;
+    return affine;
+  }
+
   // Normalises and rectifies what this thread copied into the oldest stage but for those that were
-  // normalised before: that of kStages - 1 stages ago. Padding stays zero.
-  __device__ __forceinline__ void apply_prologue(const ImplicitGemmParameters& p, Chunk* stage) {
+  // normalised before: that of kStages - 1 stages ago. Padding stays zero. `affine` is that of the
+  // stage's first group; of each other it is loaded while the one before is normalised.
+  __device__ __forceinline__ void apply_prologue(const ImplicitGemmParameters& p, Affine affine,
+                                                 Chunk* stage) {
 #pragma unroll
     for (int group = 0; group < Tile::kGroups; ++group) {
-      const int channel = channel_ + thread_ % kLeftChunks * kElements;
-      Vector<float> scale[kElements / 4], shift[kElements / 4];
-#pragma unroll
-      for (int i = 0; i < kElements / 4; ++i) {
-        scale[i] = load_vector(p.scale + channel + 4 * i);
-        shift[i] = load_vector(p.shift + channel + 4 * i);
-      }
+      const Affine next = group + 1 < Tile::kGroups ? load_affine(p) : affine;
       const int groups_ago = (Tile::kStages - 1) * Tile::kGroups - 1 - group;
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
+        if (is_idle(pass, Tile::kLeft)) continue;
         const bool inside = history_ >> (groups_ago * kPasses + pass) & 1;
-        if (!inside) continue;
         Chunk& place = stage[group * Tile::kLeft + left_place_ + pass * Tile::kThreads];
         Chunk values = place;
 #pragma unroll
         for (int i = 0; i < kElements; ++i)
-          values.elements[i] =
-              from_float<T>(rectify(fmaf(to_float(values.elements[i]), scale[i / 4].elements[i % 4],
-                                         shift[i / 4].elements[i % 4])));
-        place = values;
+          values.elements[i] = from_float<T>(
+              rectify(fmaf(to_float(values.elements[i]), affine.scale[i / 4].elements[i % 4],
+                           affine.shift[i / 4].elements[i % 4])));
+        if (inside) place = values;
       }
-      channel_ += kGroup;
-      if (channel_ == p.channels) channel_ = 0;
+      affine = next;
     }
   }
 
@@ -495,10 +511,22 @@ __device__ __forceinline__ void store_tile(const ImplicitGemmParameters& p,
   }
 }
 
+// Whether copies to shared memory pass registers, as before sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kCopiesPassRegisters = true;
+#else
+constexpr bool kCopiesPassRegisters = false;
+#endif
+
+// Of the largest tile only one block fits where a thread has more to keep than sums.
+template <typename Tile, bool kPrologue>
+constexpr int kBlocks =
+    Tile::kThreads > 128 && (kPrologue || kCopiesPassRegisters) ? 1 : Tile::Units::kBlocks;
+
 // Computes one tile of the output, or one part of its sums. Blocks along x run over the tiles,
 // those of the same pixels next to each other; blocks along y over the parts of the reduction.
 template <typename Tile, bool kPrologue>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::Units::kBlocks)
+__global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile, kPrologue>)
     implicit_gemm_kernel(const __grid_constant__ ImplicitGemmParameters p) {
   using Chunk = typename Tile::Chunk;
   DYNAMIC_SHARED(shared_bytes);
@@ -534,8 +562,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::Units::kBlocks)
   Chunk* const last_stage = shared + (Tile::kStages - 1) * Tile::kStage;
   Chunk* free_stage = last_stage;
   for (int step = 0; step < steps; ++step) {
+    // Loaded while the copies are waited for.
+    typename GroupCopies<Tile>::Affine affine;
+    if (kPrologue) affine = copies.load_affine(p);
     copy_async_wait<Tile::kStages - 2>();
-    if (kPrologue) copies.apply_prologue(p, stage);
+    if (kPrologue) copies.apply_prologue(p, affine, stage);
     // All copies of this step are there, and all products of the last one are done: its stage is
     // free for the copies that start now.
     __syncthreads();

@@ -151,7 +151,15 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
 }
 
 // max(value, 0), which keeps a NaN as PyTorch does and fmaxf does not.
-__device__ __forceinline__ float rectify(float value) { return value < 0.0f ? 0.0f : value; }
+__device__ __forceinline__ float rectify(float value) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  return value < 0.0f ? 0.0f : value;
+#endif
+}
 
 // Elements of 16 bytes, read and written at once.
 template <typename T>

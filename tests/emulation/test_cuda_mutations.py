@@ -116,7 +116,7 @@ BUGS = [
         "if (!is_idle(pass, Tile::kLeft))",
         "if (!is_idle(pass, Tile::kLeft) && (inside_ & 1u << pass))",
     ),
-    Bug("prologue on padding", "        if (!inside) continue;\n", ""),
+    Bug("prologue on padding", "if (inside) place = values", "place = values"),
     Bug("prologue by another group's padding", "kGroups - 1 - group", "kGroups - 2 - group"),
     Bug("prologue of the next channels", "p.scale + channel +", "p.scale + channel + 8 +"),
     Bug(
