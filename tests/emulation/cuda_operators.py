@@ -43,6 +43,10 @@ _FLAGS = (
 
 def skip_reason() -> str | None:
     """Returns why the operators cannot be built or called, or None."""
+    if torch.cuda.is_available():
+        # torch takes one implementation of each operator, and loads libraries in such a way that
+        # functions of the first one take the place of the same of the second.
+        return "a process cannot have the operators both of the emulated and of the real library"
     return cuda_library.skip_reason() or extension.unavailable_reason()
 
 
