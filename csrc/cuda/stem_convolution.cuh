@@ -8,6 +8,9 @@
 namespace threshnet_fast::cuda {
 
 constexpr int kStemColumns = 8;
+// Blocks that a multiprocessor can hold at least of the kernel for any window. Unsaid (0), the
+// compiler spills some registers of this one to make room for more.
+constexpr int kAnyStemBlocks = 8;
 
 struct StemParameters {
   StemConvolution convolution;
@@ -32,7 +35,7 @@ __device__ __forceinline__ void add_products(float (&sums)[kStemColumns], float 
 
 // kKernel: height and width of the window, kChannels: of the input; both 0 for any.
 template <typename T, int kKernel, int kChannels>
-__global__ void __launch_bounds__(kElementwiseThreads)
+__global__ void __launch_bounds__(kElementwiseThreads, kKernel > 0 ? 0 : kAnyStemBlocks)
     stem_convolution_kernel(const __grid_constant__ StemParameters p) {
   const StemConvolution& convolution = p.convolution;
   const Window& window = convolution.window;
