@@ -326,10 +326,17 @@ class GroupCopies {
         Chunk& place = stage[group * Tile::kLeft + left_place_ + pass * Tile::kThreads];
         Chunk values = place;
 #pragma unroll
-        for (int i = 0; i < kElements; ++i)
-          values.elements[i] = from_float<T>(
-              rectify(fmaf(to_float(values.elements[i]), affine.scale[i / 4].elements[i % 4],
-                           affine.shift[i / 4].elements[i % 4])));
+        for (int i = 0; i < kElements; i += 2) {
+          float pair[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            pair[j] =
+                fmaf(to_float(values.elements[i + j]), affine.scale[i / 4].elements[i % 4 + j],
+                     affine.shift[i / 4].elements[i % 4 + j]);
+          const Pair<T> rectified = rectified_pair<T>(pair[0], pair[1]);
+          values.elements[i] = rectified.elements[0];
+          values.elements[i + 1] = rectified.elements[1];
+        }
         if (inside) place = values;
       }
       affine = next;

@@ -15,6 +15,7 @@
 #endif
 
 #include <cstdint>
+#include <cstring>
 
 namespace threshnet_fast::cuda {
 
@@ -160,6 +161,38 @@ __device__ __forceinline__ float rectify(float value) {
   return value < 0.0f ? 0.0f : value;
 #endif
 }
+
+// Neighbouring elements.
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T elements[2];
+};
+
+// Rectifies and rounds.
+template <typename T>
+__device__ __forceinline__ Pair<T> rectified_pair(float first, float second) {
+  return {from_float<T>(rectify(first)), from_float<T>(rectify(second))};
+}
+
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ Pair<__half> rectified_pair<__half>(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  Pair<__half> pair;
+  memcpy(&pair, &bits, sizeof(bits));
+  return pair;
+}
+template <>
+__device__ __forceinline__ Pair<__nv_bfloat16> rectified_pair<__nv_bfloat16>(float first,
+                                                                             float second) {
+  uint32_t bits;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  Pair<__nv_bfloat16> pair;
+  memcpy(&pair, &bits, sizeof(bits));
+  return pair;
+}
+#endif
 
 // Elements of 16 bytes, read and written at once.
 template <typename T>

@@ -165,7 +165,11 @@ BUGS = [
         "p.vector_store && count == kElements",
         "p.vector_store",
     ),
-    Bug("fmaxf, which drops NaN", "rectify(fmaf(", "fmaxf(0.0f, fmaf("),
+    Bug(
+        "fmaxf, which drops NaN",
+        "rectified_pair<T>(pair[0], pair[1])",
+        "rectified_pair<T>(fmaxf(0.0f, pair[0]), fmaxf(0.0f, pair[1]))",
+    ),
 ]
 
 

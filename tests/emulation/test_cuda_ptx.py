@@ -98,6 +98,14 @@ def test_split_reduction(dtype: torch.dtype, architecture: str) -> None:
     assert [launch.grid[1] for launch in log] == [5, 1]
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", *sweep("sm_90")])
+@pytest.mark.parametrize("dtype", [torch.float16, *sweep(*DTYPES[1:])], ids=str)
+def test_nan_and_infinity(dtype: torch.dtype, architecture: str) -> None:
+    """ReLU is an instruction from sm_80 on, in the prologue a conversion."""
+    with ptx_launches(architecture, races=False):
+        test_cuda_implicit_gemm.nan_and_infinity(dtype, True, library())
+
+
 # The other kernels, by the tests of their sources.
 
 
