@@ -4,8 +4,10 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "cpu/profile.h"
 #include "cpu/program.h"
 #include "tensors.h"
 
@@ -112,7 +114,10 @@ Tensor create_workspace(const Tensor& program, int64_t threads) {
   return empty_floats(program_of(program).workspace_floats(threads));
 }
 
-Tensor run_plan(const Tensor& x, const Tensor& program, const Tensor& packed, Tensor workspace) {
+// Calls run(program, packed, workspace, binding, threads) for one part of the batch after another.
+template <typename Run>
+Tensor run_parts(const Tensor& x, const Tensor& program, const Tensor& packed,
+                 const Tensor& workspace, const Run& run) {
   const cpu::Program view = program_of(program);
   const cpu::ProgramHeader& header = view.header();
   check_float(x, "x");
@@ -144,10 +149,61 @@ Tensor run_plan(const Tensor& x, const Tensor& program, const Tensor& packed, Te
     binding.input = {static_cast<const float*>(x.data_ptr()) + first * x.stride(0), x.stride(0),
                      x.stride(1), x.stride(2), x.stride(3)};
     binding.output = static_cast<float*>(output.data_ptr()) + first * image_floats;
-    cpu::run(view, static_cast<const float*>(packed.data_ptr()),
-             static_cast<float*>(workspace.data_ptr()), binding, threads, parallel_for);
+    run(view, static_cast<const float*>(packed.data_ptr()),
+        static_cast<float*>(workspace.data_ptr()), binding, threads);
   }
   return output;
+}
+
+Tensor run_plan(const Tensor& x, const Tensor& program, const Tensor& packed, Tensor workspace) {
+  return run_parts(
+      x, program, packed, workspace,
+      [](const cpu::Program& view, const float* weights, float* memory, const cpu::Binding& binding,
+         int64_t threads) { cpu::run(view, weights, memory, binding, threads, parallel_for); });
+}
+
+// The output, and for each step of the description the nanoseconds of its parts, of all images.
+std::tuple<Tensor, Tensor> profile_plan(const Tensor& x, const Tensor& program,
+                                        const Tensor& packed, Tensor workspace) {
+  std::vector<cpu::StepTime> sums;
+  const auto run = [&](const cpu::Program& view, const float* weights, float* memory,
+                       const cpu::Binding& binding, int64_t threads) {
+    const std::vector<cpu::StepTime> times =
+        cpu::profile(view, weights, memory, binding, threads, parallel_for);
+    sums.resize(times.size());
+    for (size_t i = 0; i < times.size(); ++i) {
+      for (int64_t part = 0; part < cpu::kStepParts; ++part) sums[i][part] += times[i][part];
+    }
+  };
+  Tensor output = run_parts(x, program, packed, workspace, run);
+  Tensor times =
+      torch::stable::empty({static_cast<int64_t>(sums.size()), cpu::kStepParts}, ScalarType::Long);
+  int64_t* to = static_cast<int64_t*>(times.data_ptr());
+  for (const cpu::StepTime& time : sums) to = std::copy(time.begin(), time.end(), to);
+  return {output, times};
+}
+
+void check_threads(int64_t threads) {
+  const int64_t most = torch::stable::get_num_threads();
+  check(threads >= 1 && threads <= most, "threads is " + std::to_string(threads) +
+                                             ", expected 1 to " + std::to_string(most) +
+                                             ", the number of torch's threads");
+}
+
+double peak_flops(int64_t isa, int64_t threads) {
+  check(cpu::ukernel_table(isa) != nullptr,
+        "isa is " + std::to_string(isa) + ", expected 0 to " + std::to_string(cpu::best_isa()));
+  check_threads(threads);
+  return cpu::measure_peak(isa, threads, parallel_for);
+}
+
+double read_bandwidth(const Tensor& memory, int64_t threads) {
+  check_float(memory, "memory");
+  check_dense(memory, "memory");
+  check(memory.numel() > 0, "memory is empty");
+  check_threads(threads);
+  return cpu::measure_bandwidth(static_cast<const float*>(memory.data_ptr()), memory.numel(),
+                                threads, parallel_for);
 }
 
 struct Window {
@@ -278,6 +334,11 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("create_workspace(Tensor program, int threads) -> Tensor");
   m.def("run_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor");
   m.def(
+      "profile_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) "
+      "-> (Tensor, Tensor)");
+  m.def("peak_flops(int isa, int threads) -> float");
+  m.def("read_bandwidth(Tensor memory, int threads) -> float");
+  m.def(
       "cat_bn_relu_conv(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
       "int padding, int isa) -> Tensor");
   m.def(
@@ -305,6 +366,7 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("best_isa", TORCH_BOX(&best_isa));
+  m.impl("peak_flops", TORCH_BOX(&peak_flops));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
@@ -315,6 +377,8 @@ STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("create_workspace", TORCH_BOX(&create_workspace));
   m.impl("run_plan", TORCH_BOX(&run_plan));
+  m.impl("profile_plan", TORCH_BOX(&profile_plan));
+  m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth));
   m.impl("cat_bn_relu_conv", TORCH_BOX(&cat_bn_relu_conv));
   m.impl("cat_conv_bn_relu", TORCH_BOX(&cat_conv_bn_relu));
 }

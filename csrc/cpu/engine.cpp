@@ -499,7 +499,7 @@ static int64_t task_count(const Step& step) {
 }
 
 void run(const Program& program, const float* packed, float* workspace, const Binding& binding,
-         int64_t threads, ParallelFor parallel_for) {
+         int64_t threads, ParallelFor parallel_for, const TaskObserver* observer) {
   const ProgramHeader& header = program.header();
   std::vector<int64_t> tasks;
   for (int64_t i = 0; i < header.step_count; ++i) tasks.push_back(task_count(program.step(i)));
@@ -508,13 +508,17 @@ void run(const Program& program, const float* packed, float* workspace, const Bi
   struct Context {
     const Engine& engine;
     Team& team;
-  } context{engine, team};
+    const TaskObserver* observer;
+  } context{engine, team, observer};
   parallel_for(
       threads,
       [](void* opaque, int64_t begin, int64_t) {
         const Context& context = *static_cast<Context*>(opaque);
-        context.team.work(
-            begin, [&](int64_t step, int64_t task) { context.engine.run(step, task, begin); });
+        context.team.work(begin, [&](int64_t step, int64_t task) {
+          context.engine.run(step, task, begin);
+          if (context.observer != nullptr)
+            context.observer->finished(context.observer->context, step, begin);
+        });
       },
       &context);
 }

@@ -148,8 +148,14 @@ struct Binding {
   float* output = nullptr;
 };
 
+// Told by a thread that a task of a step is over, before any thread can begin the next step.
+struct TaskObserver {
+  void (*finished)(void* context, int64_t step, int64_t thread);
+  void* context;
+};
+
 // Runs a program. `workspace` holds workspace_floats(threads) floats, 64-byte aligned.
 void run(const Program& program, const float* packed, float* workspace, const Binding& binding,
-         int64_t threads, ParallelFor parallel_for);
+         int64_t threads, ParallelFor parallel_for, const TaskObserver* observer = nullptr);
 
 }  // namespace threshnet_fast::cpu
