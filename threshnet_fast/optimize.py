@@ -94,9 +94,9 @@ def optimize(
         dtype: What to compute in, and the dtype of inputs: None keeps the module's. On the CPU
             float32, on a GPU also float16 and bfloat16.
         exact: Keep to direct convolution, as a GPU always does. Otherwise Winograd's F(2x2, 3x3)
-            serves where it is faster, with an error that is still about that of PyTorch's own
-            convolutions, but not the same everywhere: an infinity spreads over a tile of 2x2
-            outputs. ``THRESHNET_FAST_EXACT=1`` has the same effect.
+            and F(4x4, 3x3) serve where they are faster, with an error that is still about that of
+            PyTorch's own convolutions, but not the same everywhere: an infinity spreads over a tile
+            of 2x2 or 4x4 outputs. ``THRESHNET_FAST_EXACT=1`` has the same effect.
 
     Returns:
         A callable that takes images and returns what ``module`` would. Where no fused backend is

@@ -26,6 +26,8 @@ constexpr int64_t kWinogradPixels = 64;
 // What a block's transformed inputs and products may hold of L2, beside the weights.
 constexpr int64_t kWinogradBytes = 320 * 1024;
 constexpr int64_t kWinogradTiles = 56;
+// From how many tiles of 4 x 4 outputs on they are worth the weights that they read.
+constexpr int64_t kLargeWinogradTiles = 40;
 // From how many pixels on the inputs are transformed for all panels together, and how much of the
 // last level of cache they may take.
 constexpr int64_t kWinogradStepPixels = 100;
@@ -146,10 +148,12 @@ class Compiler {
     step.packs = planned.reads_network_input || step.scale_index >= 0;
 
     std::vector<Panel> panels = split_panels(step.output_channels);
+    step.winograd_size = choose_winograd_size(to);
     step.winograd = choose_winograd(step, to, panels.size());
     if (step.winograd) {
       // FNV-1a over the numbers of the steps.
-      const uint64_t hash = static_cast<uint64_t>(header_.layout) ^ static_cast<uint64_t>(number_);
+      const uint64_t hash = static_cast<uint64_t>(header_.layout) ^
+                            static_cast<uint64_t>(8 * number_ + step.winograd_size);
       header_.layout = static_cast<int64_t>(hash * 0x100000001b3u);
     }
     int64_t widest = 0;
@@ -248,10 +252,10 @@ class Compiler {
     return tables;
   }
 
-  // Winograd multiplies 16 numbers where direct convolution multiplies 36, but transforms every
-  // input and reads 16/9 of the weights: it pays where enough tiles share the weights. With few
-  // channels all of it is done in one task, in L2; with many, the transformed inputs are shared by
-  // all panels.
+  // Winograd multiplies 16 numbers where direct convolution multiplies 36, or 36 where that
+  // multiplies 144, but transforms every input and reads more weights: it pays where enough tiles
+  // share them. With few channels all of it is done in one task, in L2; with many, the transformed
+  // inputs are shared by all panels.
   WinogradMode choose_winograd(const Step& step, const Buffer& to, size_t panels) const {
     if (exact_ || step.packs || step.kernel_height != 3 || step.kernel_width != 3 ||
         step.stride != 1 || step.padding != 1 || step.input_channels < 16)
@@ -259,33 +263,44 @@ class Compiler {
     const int64_t pixels = to.height * to.width;
     if (pixels >= kWinogradPixels && step.input_channels <= 256 && panels <= 2)
       return kWinogradInTask;
-    const int64_t bytes =
-        4 * kWinogradPositions * winograd_tiles(to) * round_up(step.input_channels, 16);
+    const int64_t bytes = 4 * winograd_positions(step.winograd_size) *
+                          winograd_tiles(to, step.winograd_size) *
+                          round_up(step.input_channels, 16);
     return pixels >= kWinogradStepPixels && bytes <= kTransformBytes ? kWinogradInSteps
                                                                      : kNoWinograd;
   }
 
-  int64_t winograd_tiles(const Buffer& to) const {
-    return header_.batch * divide_up(to.height, 2) * divide_up(to.width, 2);
+  int64_t winograd_tiles(const Buffer& to, int64_t size) const {
+    return header_.batch * divide_up(to.height, size) * divide_up(to.width, size);
+  }
+
+  // F(4x4, 3x3) multiplies 36 numbers for 16 outputs where F(2x2, 3x3) multiplies 64, and reads 9/4
+  // of its weights: it pays where enough tiles share those and few reach over the map's edge.
+  int64_t choose_winograd_size(const Buffer& to) const {
+    const int64_t large_tiles = winograd_tiles(to, 4);
+    const bool fewer =
+        winograd_positions(4) * large_tiles < winograd_positions(2) * winograd_tiles(to, 2);
+    return large_tiles >= kLargeWinogradTiles && fewer ? 4 : 2;
   }
 
   void split_winograd(Step& step, const Buffer& to, int64_t widest) {
-    step.pixel_count = winograd_tiles(to);
+    step.pixel_count = winograd_tiles(to, step.winograd_size);
+    const int64_t positions = positions_of(step);
     step.split_count = step.chunk_count = 1;
     const int64_t wanted = threads_ > 1 ? threads_ * kTasksPerThread : 1;
     if (step.winograd == kWinogradInSteps) {
       const int64_t channels = round_up(step.input_channels, 16);
       header_.partial_floats =
-          std::max(header_.partial_floats, kWinogradPositions * step.pixel_count * channels);
+          std::max(header_.partial_floats, positions * step.pixel_count * channels);
       step.group_panels = 1;
       step.group_count = step.panel_count;
       step.block_count = std::max(divide_up(wanted, step.group_count),
                                   divide_up(step.pixel_count, kWinogradTiles));
       step.block_count = std::min(step.block_count, divide_up(step.pixel_count, kMaxTilePixels));
-      reserve(kWinogradPositions * block_pixels(step) * widest);
+      reserve(positions * block_pixels(step) * widest);
       return;
     }
-    const int64_t tile_floats = kWinogradPositions * (step.input_channels + widest);
+    const int64_t tile_floats = positions * (step.input_channels + widest);
     const int64_t fit = std::clamp<int64_t>(kWinogradBytes / 4 / tile_floats, 8, kWinogradTiles);
     step.block_count = divide_up(step.pixel_count, fit);
     if (threads_ > 1) {
@@ -296,8 +311,7 @@ class Compiler {
     }
     step.group_count = 1;
     step.group_panels = step.panel_count;
-    reserve(kWinogradPositions * block_pixels(step) * (step.input_channels + widest) +
-            zero_floats(step));
+    reserve(positions * block_pixels(step) * (step.input_channels + widest) + zero_floats(step));
   }
 
   // The step before a convolution that finds its inputs transformed.
@@ -413,7 +427,8 @@ std::vector<std::byte> compile(const int64_t* description, int64_t length, int64
 }
 
 Algorithm algorithm_of(const Step& step) {
-  return step.winograd ? kWinograd : step.packs ? kPacked : kDirect;
+  if (step.winograd) return step.winograd_size == 2 ? kWinograd2 : kWinograd4;
+  return step.packs ? kPacked : kDirect;
 }
 
 Program::Program(const void* bytes, int64_t size) : bytes_(static_cast<const std::byte*>(bytes)) {

@@ -18,14 +18,14 @@ struct Tiles {
   int64_t begin(int64_t tile) const { return count * tile / tiles; }
 };
 
-// Where a tile of 2 x 2 outputs lies: its image and its first row and column.
+// Where a tile of `size` x `size` outputs lies: its image and its first row and column.
 struct WinogradTile {
   int64_t image, y, x;
-  WinogradTile(int64_t index, const Buffer& to) {
-    const int64_t rows = divide_up(to.height, 2);
-    const int64_t columns = divide_up(to.width, 2);
-    x = index % columns * 2;
-    y = index / columns % rows * 2;
+  WinogradTile(int64_t index, int64_t size, const Buffer& to) {
+    const int64_t rows = divide_up(to.height, size);
+    const int64_t columns = divide_up(to.width, size);
+    x = index % columns * size;
+    y = index / columns % rows * size;
     image = index / columns / rows;
   }
 };
@@ -100,14 +100,14 @@ class Engine {
     }
   }
 
-  // F(2x2, 3x3) for some tiles in one task: all inputs are transformed, multiplied position by
+  // F(m x m, 3x3) for some tiles in one task: all inputs are transformed, multiplied position by
   // position, and the products transformed back, while everything stays in L2.
   void convolve_winograd(const Step& step, int64_t first_tile, int64_t count,
                          float* scratch) const {
     const int64_t channels = step.input_channels;
     float* const inputs = scratch + zero_floats(step);
     transform_inputs(step, first_tile, count, scratch, inputs, count);
-    float* const products = inputs + kWinogradPositions * count * channels;
+    float* const products = inputs + positions_of(step) * count * channels;
     for (int64_t p = 0; p < step.panel_count; ++p)
       multiply_transformed(step, program_.at<Panel>(step.panels)[p], first_tile, count, inputs,
                            count, products);
@@ -118,26 +118,28 @@ class Engine {
                         float* inputs, int64_t pitch) const {
     const Buffer& to = program_.buffer(step.output_buffer);
     const int64_t channels = step.input_channels;
+    const int64_t extent = step.winograd_size + 2;
+    const WinogradFunctions& functions = winograd_functions(step);
     std::memset(zeros, 0, channels * sizeof(float));
     const BufferSegment* segments = program_.at<BufferSegment>(step.segments);
     for (int64_t i = 0; i < count; ++i) {
-      const WinogradTile tile(first_tile + i, to);
+      const WinogradTile tile(first_tile + i, step.winograd_size, to);
       const int64_t left = tile.x - 1;
       const int64_t top = tile.y - 1;
       float* output = inputs + i * channels;
       for (int64_t s = 0; s < step.segment_count; ++s) {
         const Buffer& from = program_.buffer(segments[s].buffer);
         const float* base = input_of(segments[s]);
-        const float* pixels[kWinogradPositions];
-        for (int64_t y = 0; y < 4; ++y) {
+        const float* pixels[kMaxWinogradPositions];
+        for (int64_t y = 0; y < extent; ++y) {
           const bool row_valid = top + y >= 0 && top + y < from.height;
           const int64_t row = (tile.image * from.height + top + y) * from.width + left;
-          for (int64_t x = 0; x < 4; ++x) {
+          for (int64_t x = 0; x < extent; ++x) {
             const bool valid = row_valid && left + x >= 0 && left + x < from.width;
-            pixels[4 * y + x] = valid ? base + (row + x) * from.pitch : zeros;
+            pixels[extent * y + x] = valid ? base + (row + x) * from.pitch : zeros;
           }
         }
-        table_.winograd_input(pixels, segments[s].channels, output, pitch * channels);
+        functions.input(pixels, segments[s].channels, output, pitch * channels);
         output += segments[s].channels;
       }
     }
@@ -158,7 +160,7 @@ class Engine {
     tile.output_pitch = lanes;
     tile.channels = lanes;
     tile.relu = false;
-    for (int64_t position = 0; position < kWinogradPositions; ++position) {
+    for (int64_t position = 0; position < positions_of(step); ++position) {
       for (int64_t t = 0; t < tiles.tiles; ++t) {
         const ChannelRun run{inputs + (position * pitch + tiles.begin(t)) * channels,
                              packed_ + panel.weights + position * channels * panel.pitch, channels,
@@ -170,17 +172,26 @@ class Engine {
     }
 
     const Buffer& to = program_.buffer(step.output_buffer);
+    const int64_t size = step.winograd_size;
     float* const output = output_of(step) + panel.channel;
     for (int64_t i = 0; i < count; ++i) {
-      const auto [image, y, x] = WinogradTile(first_tile + i, to);
-      float* const corner = output + ((image * to.height + y) * to.width + x) * to.pitch;
-      float* const outputs[4] = {
-          corner, x + 1 < to.width ? corner + to.pitch : nullptr,
-          y + 1 < to.height ? corner + to.width * to.pitch : nullptr,
-          x + 1 < to.width && y + 1 < to.height ? corner + (to.width + 1) * to.pitch : nullptr};
-      table_.winograd_output(products + i * lanes, count * lanes, bias, panel.channels,
-                             step.relu != 0, outputs);
+      const auto [image, y, x] = WinogradTile(first_tile + i, size, to);
+      float* outputs[kMaxWinogradPositions];
+      for (int64_t row = 0; row < size; ++row) {
+        for (int64_t column = 0; column < size; ++column) {
+          const bool exists = y + row < to.height && x + column < to.width;
+          outputs[size * row + column] =
+              exists ? output + ((image * to.height + y + row) * to.width + x + column) * to.pitch
+                     : nullptr;
+        }
+      }
+      winograd_functions(step).output(products + i * lanes, count * lanes, bias, panel.channels,
+                                      step.relu != 0, outputs);
     }
+  }
+
+  const WinogradFunctions& winograd_functions(const Step& step) const {
+    return step.winograd_size == 2 ? table_.winograd_2x2 : table_.winograd_4x4;
   }
 
   // Transforms the inputs of some tiles for the step that follows.

@@ -17,7 +17,7 @@ void require_count(const Weight& weight, int64_t expected, const char* what, int
 }
 
 // G g G^T of F(2x2, 3x3), in float64.
-void transform_kernel(const float* kernel, float* transformed) {
+void transform_kernel_2x2(const float* kernel, float* transformed) {
   double half[4][3];
   for (int x = 0; x < 3; ++x) {
     const double top = kernel[x], middle = kernel[3 + x], bottom = kernel[6 + x];
@@ -32,6 +32,27 @@ void transform_kernel(const float* kernel, float* transformed) {
     transformed[4 * y + 1] = static_cast<float>((left + middle + right) / 2);
     transformed[4 * y + 2] = static_cast<float>((left - middle + right) / 2);
     transformed[4 * y + 3] = static_cast<float>(right);
+  }
+}
+
+// G g G^T of F(4x4, 3x3), in float64; see f32_ukernels.h for the points.
+void transform_kernel_4x4(const float* kernel, float* transformed) {
+  const double a = 0.70710678118654752440, b = 1.41421356237309504880;
+  const double rows[6][3] = {{1, 0, 0},
+                             {-2.0 / 3, -2.0 / 3 * a, -1.0 / 3},
+                             {-2.0 / 3, 2.0 / 3 * a, -1.0 / 3},
+                             {1.0 / 6, 1.0 / 6 * b, 1.0 / 3},
+                             {1.0 / 6, -1.0 / 6 * b, 1.0 / 3},
+                             {0, 0, 1}};
+  double half[6][3];
+  for (int y = 0; y < 6; ++y) {
+    for (int x = 0; x < 3; ++x)
+      half[y][x] = rows[y][0] * kernel[x] + rows[y][1] * kernel[3 + x] + rows[y][2] * kernel[6 + x];
+  }
+  for (int y = 0; y < 6; ++y) {
+    for (int x = 0; x < 6; ++x)
+      transformed[6 * y + x] = static_cast<float>(
+          rows[x][0] * half[y][0] + rows[x][1] * half[y][1] + rows[x][2] * half[y][2]);
   }
 }
 
@@ -56,9 +77,14 @@ void pack_panel(const Step& step, const Panel& panel, const float* weight, const
     for (int64_t channel = first; channel < last && step.winograd; ++channel) {
       float* to = packed + channel * panel.pitch;
       for (int64_t lane = 0; lane < panel.channels; ++lane) {
-        float transformed[kWinogradPositions];
-        transform_kernel(rows + (lane * channels + channel) * taps, transformed);
-        for (int64_t i = 0; i < kWinogradPositions; ++i)
+        float transformed[kMaxWinogradPositions];
+        const float* kernel = rows + (lane * channels + channel) * taps;
+        if (step.winograd_size == 2) {
+          transform_kernel_2x2(kernel, transformed);
+        } else {
+          transform_kernel_4x4(kernel, transformed);
+        }
+        for (int64_t i = 0; i < positions_of(step); ++i)
           to[i * channels * panel.pitch + lane] = transformed[i];
       }
     }

@@ -46,8 +46,9 @@ struct Step {
   int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
   int64_t scale, shift;  // float offsets into the packed weights
   int64_t panels, panel_count;
-  int64_t winograd;  // WinogradMode of F(2x2, 3x3): tiles of 2 x 2 outputs take the place of pixels
-  int64_t packs;     // gather the tile's inputs into a panel first: a prologue, or strided input
+  int64_t winograd;       // WinogradMode of F(m x m, 3x3)
+  int64_t winograd_size;  // m: tiles of m x m outputs take the place of pixels
+  int64_t packs;  // gather the tile's inputs into a panel first: a prologue, or strided input
   // Output pixels in the order in which they are computed: byte offsets of int32 input pixel (the
   // top left tap's, possibly outside of the map), int32 output pixel and uint64 mask of valid taps.
   int64_t pixel_count, input_pixels, output_pixels, pixel_taps;
@@ -63,11 +64,15 @@ struct Step {
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
+// Products of a tile of F(m x m, 3x3).
+inline int64_t winograd_positions(int64_t size) { return (size + 2) * (size + 2); }
+
 // What the compiler reserves and the engine then uses lies as these say.
 
 // Weights of an output channel for each input channel.
 inline int64_t positions_of(const Step& step) {
-  return step.winograd ? kWinogradPositions : step.kernel_height * step.kernel_width;
+  return step.winograd ? winograd_positions(step.winograd_size)
+                       : step.kernel_height * step.kernel_width;
 }
 
 // Floats between the gathered windows of neighbouring pixels.
@@ -121,7 +126,7 @@ std::vector<std::byte> compile(const int64_t* description, int64_t length, int64
                                int64_t threads, bool exact);
 
 // How a step of the description is computed.
-enum Algorithm : int64_t { kDirect = 0, kPacked = 1, kWinograd = 2 };
+enum Algorithm : int64_t { kDirect = 0, kPacked = 1, kWinograd2 = 2, kWinograd4 = 3 };
 Algorithm algorithm_of(const Step& step);
 
 struct Weight {

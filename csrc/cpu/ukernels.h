@@ -12,7 +12,9 @@ enum Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kIsaCount = 3 };
 // The most output pixels (MR) and vectors of output channels (NR / lanes) any micro-kernel holds.
 constexpr int kMaxTilePixels = 14;
 constexpr int kMaxTileVectors = 3;
-constexpr int kWinogradPositions = 16;
+// Winograd's F(m x m, 3x3) takes m x m outputs from (m + 2) x (m + 2) inputs and as many products;
+// m is 2 or 4.
+constexpr int kMaxWinogradPositions = 36;
 
 // A run of input channels that lie next to each other in memory: one segment of a concatenation
 // under one tap of the convolution. Pixel i of the tile reads
@@ -53,18 +55,22 @@ using BnReluFunction = void (*)(const float* input, const float* scale, const fl
 using PoolFunction = void (*)(const float* input, const int64_t* offsets, int64_t count,
                               int64_t channels, float factor, float* output);
 
-// The input transform of Winograd's F(2x2, 3x3): B^T d B for 4 x 4 pixels, channel by channel.
-// pixels[4
-// * row + column] points to a pixel's channels; element i of the result goes to output[i *
-// output_pitch + channel].
+// The input transform of Winograd's F(m x m, 3x3): B^T d B for (m + 2) x (m + 2) pixels, channel by
+// channel. pixels[(m + 2) * row + column] points to a pixel's channels; element i of the result
+// goes to output[i * output_pitch + channel].
 using WinogradInputFunction = void (*)(const float* const* pixels, int64_t channels, float* output,
                                        int64_t output_pitch);
 
-// The output transform: A^T m A for 4 x 4 products, plus the bias, ReLU, and the store of 2 x 2
+// The output transform: A^T m A for as many products, plus the bias, ReLU, and the store of m x m
 // pixels, of which null pointers are left out.
 using WinogradOutputFunction = void (*)(const float* products, int64_t product_pitch,
                                         const float* bias, int64_t channels, bool relu,
                                         float* const* outputs);
+
+struct WinogradFunctions {
+  WinogradInputFunction input;
+  WinogradOutputFunction output;
+};
 
 struct UkernelTable {
   const char* name;
@@ -74,8 +80,8 @@ struct UkernelTable {
   BnReluFunction bn_relu;
   PoolFunction max_pool;
   PoolFunction average_pool;
-  WinogradInputFunction winograd_input;
-  WinogradOutputFunction winograd_output;
+  WinogradFunctions winograd_2x2;
+  WinogradFunctions winograd_4x4;
 };
 
 extern const UkernelTable kScalarTable;

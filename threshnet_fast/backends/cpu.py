@@ -37,7 +37,7 @@ EXACT_VARIABLE = "THRESHNET_FAST_EXACT"
 _MAX_PLANS = 16
 
 _ISAS = ("scalar", "avx2", "avx512")
-_ALGORITHMS = ("direct", "packed", "winograd")
+_ALGORITHMS = ("direct", "packed", "winograd F(2x2, 3x3)", "winograd F(4x4, 3x3)")
 
 # Of a batch, as many images are worked on at once as fit in this much memory: it keeps the memory
 # of a large batch, and the traffic beyond the last level cache, that of a small one.
@@ -127,8 +127,8 @@ class CompiledPlan:
     def algorithms(self) -> list[str]:
         """How each step is computed; a head with a classifier counts as two.
 
-        ``"direct"``, ``"packed"`` (direct, on a gathered and normalised input) or ``"winograd"``
-        (F(2x2, 3x3)).
+        ``"direct"``, ``"packed"`` (direct, on a gathered and normalised input), ``"winograd
+        F(2x2, 3x3)"`` or ``"winograd F(4x4, 3x3)"``.
         """
         codes = torch.ops.threshnet_fast_cpu.program_algorithms(self.program)
         return [_ALGORITHMS[code] for code in codes.tolist()]

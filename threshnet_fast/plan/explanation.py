@@ -88,8 +88,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
 def _cpu_algorithm(step: Step, name: str) -> str:
     if not isinstance(step, FusedConv):
         return "direct"
-    if name == "winograd":
-        return "winograd F(2x2, 3x3)"
+    if name.startswith("winograd"):
+        return name
     if name == "packed":
         prologue = step.prologue is not None
         return "direct, input packed" + (" with its prologue" if prologue else "")

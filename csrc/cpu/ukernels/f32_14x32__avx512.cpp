@@ -59,9 +59,15 @@ static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels 
 };
 
 // 32 registers: 14 x 2 or 9 x 3 accumulators, the weights and a broadcast.
-const UkernelTable kAvx512Table = {"avx512",     Vector::kLanes, {0, 14, 14, 9},
-                                   kConvTile,    bn_relu,        max_pool,
-                                   average_pool, winograd_input, winograd_output};
+const UkernelTable kAvx512Table = {"avx512",
+                                   Vector::kLanes,
+                                   {0, 14, 14, 9},
+                                   kConvTile,
+                                   bn_relu,
+                                   max_pool,
+                                   average_pool,
+                                   {winograd_input_2x2, winograd_output_2x2},
+                                   {winograd_input_4x4, winograd_output_4x4}};
 
 }  // namespace threshnet_fast::cpu
 

@@ -48,8 +48,14 @@ static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels 
     {THRESHNET_FAST_ROW_4(3)},
 };
 
-const UkernelTable kScalarTable = {"scalar",     Vector::kLanes, {0, 9, 6, 4},
-                                   kConvTile,    bn_relu,        max_pool,
-                                   average_pool, winograd_input, winograd_output};
+const UkernelTable kScalarTable = {"scalar",
+                                   Vector::kLanes,
+                                   {0, 9, 6, 4},
+                                   kConvTile,
+                                   bn_relu,
+                                   max_pool,
+                                   average_pool,
+                                   {winograd_input_2x2, winograd_output_2x2},
+                                   {winograd_input_4x4, winograd_output_4x4}};
 
 }  // namespace threshnet_fast::cpu

@@ -155,8 +155,8 @@ void average_pool(const float* input, const int64_t* offsets, int64_t count, int
 }
 
 // One direction of the input transform, in place: rows of B^T.
-inline __attribute__((always_inline)) void winograd_input_line(Vector& a, Vector& b, Vector& c,
-                                                               Vector& d) {
+inline __attribute__((always_inline)) void winograd_input_line_2x2(Vector& a, Vector& b, Vector& c,
+                                                                   Vector& d) {
   Vector first = a, second = b, third = c, fourth = b;
   first.subtract(c);
   second.add(c);
@@ -168,8 +168,8 @@ inline __attribute__((always_inline)) void winograd_input_line(Vector& a, Vector
   d = fourth;
 }
 
-void winograd_input(const float* const* pixels, int64_t channels, float* output,
-                    int64_t output_pitch) {
+void winograd_input_2x2(const float* const* pixels, int64_t channels, float* output,
+                        int64_t output_pitch) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t left = channels - c < kLanes ? channels - c : kLanes;
@@ -183,10 +183,10 @@ void winograd_input(const float* const* pixels, int64_t channels, float* output,
             whole ? Vector::load(pixels[4 * y + x] + c) : Vector::load(pixels[4 * y + x] + c, left);
     }
 #pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) winograd_input_line(d[0][x], d[1][x], d[2][x], d[3][x]);
+    for (int x = 0; x < 4; ++x) winograd_input_line_2x2(d[0][x], d[1][x], d[2][x], d[3][x]);
 #pragma GCC unroll 4
     for (int y = 0; y < 4; ++y) {
-      winograd_input_line(d[y][0], d[y][1], d[y][2], d[y][3]);
+      winograd_input_line_2x2(d[y][0], d[y][1], d[y][2], d[y][3]);
 #pragma GCC unroll 4
       for (int x = 0; x < 4; ++x) {
         float* to = output + (4 * y + x) * output_pitch + c;
@@ -200,8 +200,8 @@ void winograd_input(const float* const* pixels, int64_t channels, float* output,
   }
 }
 
-void winograd_output(const float* products, int64_t product_pitch, const float* bias,
-                     int64_t channels, bool relu, float* const* outputs) {
+void winograd_output_2x2(const float* products, int64_t product_pitch, const float* bias,
+                         int64_t channels, bool relu, float* const* outputs) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t left = channels - c < kLanes ? channels - c : kLanes;
@@ -237,6 +237,142 @@ void winograd_output(const float* products, int64_t product_pitch, const float* 
           result[x].store(outputs[2 * y + x] + c);
         } else {
           result[x].store(outputs[2 * y + x] + c, left);
+        }
+      }
+    }
+  }
+}
+
+// F(4x4, 3x3) interpolates at 0, a and -a, b and -b, and infinity. With a^2 = 1/2 and b^2 = 2 the
+// rounding error is less than half of that at 1 and 2.
+constexpr float kA = 0.70710678118654752f;
+constexpr float kB = 1.41421356237309505f;
+
+inline __attribute__((always_inline)) Vector splat(float value) {
+  return Vector::broadcast(&value);
+}
+
+// value = value + factor * other.
+inline __attribute__((always_inline)) void add_scaled(Vector& value, Vector factor, Vector other) {
+  value.multiply_add(factor, other);
+}
+
+// One direction of the input transform: rows of B^T.
+inline __attribute__((always_inline)) void winograd_input_line_4x4(const Vector (&d)[6],
+                                                                   Vector (&result)[6]) {
+  const Vector minus_half = splat(-0.5f), minus_two = splat(-2.0f);
+  const Vector minus_sum = splat(-2.5f);
+  // (x^2 - b^2) and its product with x, at x^2 = a^2; then the same with a and b exchanged.
+  Vector even_a = d[4], odd_a = d[3], even_b = d[4], odd_b = d[3];
+  add_scaled(even_a, minus_two, d[2]);
+  add_scaled(odd_a, minus_two, d[1]);
+  add_scaled(even_b, minus_half, d[2]);
+  add_scaled(odd_b, minus_half, d[1]);
+  result[0] = d[0];
+  result[0].add(d[4]);
+  add_scaled(result[0], minus_sum, d[2]);
+  result[1] = result[2] = even_a;
+  add_scaled(result[1], splat(kA), odd_a);
+  add_scaled(result[2], splat(-kA), odd_a);
+  result[3] = result[4] = even_b;
+  add_scaled(result[3], splat(kB), odd_b);
+  add_scaled(result[4], splat(-kB), odd_b);
+  result[5] = d[1];
+  result[5].add(d[5]);
+  add_scaled(result[5], minus_sum, d[3]);
+}
+
+void winograd_input_4x4(const float* const* pixels, int64_t channels, float* output,
+                        int64_t output_pitch) {
+  constexpr int64_t kLanes = Vector::kLanes;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t left = channels - c < kLanes ? channels - c : kLanes;
+    const bool whole = left == kLanes;
+    float columns[6][6][kLanes];
+#pragma GCC unroll 6
+    for (int x = 0; x < 6; ++x) {
+      Vector d[6], result[6];
+#pragma GCC unroll 6
+      for (int y = 0; y < 6; ++y)
+        d[y] =
+            whole ? Vector::load(pixels[6 * y + x] + c) : Vector::load(pixels[6 * y + x] + c, left);
+      winograd_input_line_4x4(d, result);
+#pragma GCC unroll 6
+      for (int y = 0; y < 6; ++y) result[y].store(columns[y][x]);
+    }
+#pragma GCC unroll 6
+    for (int y = 0; y < 6; ++y) {
+      Vector d[6], result[6];
+#pragma GCC unroll 6
+      for (int x = 0; x < 6; ++x) d[x] = Vector::load(columns[y][x]);
+      winograd_input_line_4x4(d, result);
+#pragma GCC unroll 6
+      for (int x = 0; x < 6; ++x) {
+        float* to = output + (6 * y + x) * output_pitch + c;
+        if (whole) {
+          result[x].store(to);
+        } else {
+          result[x].store(to, left);
+        }
+      }
+    }
+  }
+}
+
+// One direction of the output transform: rows of A^T.
+inline __attribute__((always_inline)) void winograd_output_line_4x4(const Vector (&m)[6],
+                                                                    Vector (&result)[4]) {
+  Vector sum_a = m[1], difference_a = m[1], sum_b = m[3], difference_b = m[3];
+  sum_a.add(m[2]);
+  difference_a.subtract(m[2]);
+  sum_b.add(m[4]);
+  difference_b.subtract(m[4]);
+  result[0] = m[0];
+  result[0].add(sum_a);
+  result[0].add(sum_b);
+  result[1] = difference_a;
+  result[1].scale(kA);
+  add_scaled(result[1], splat(kB), difference_b);
+  result[2] = sum_a;
+  result[2].scale(0.5f);
+  add_scaled(result[2], splat(2.0f), sum_b);
+  result[3] = m[5];
+  add_scaled(result[3], splat(kA / 2), difference_a);
+  add_scaled(result[3], splat(2 * kB), difference_b);
+}
+
+void winograd_output_4x4(const float* products, int64_t product_pitch, const float* bias,
+                         int64_t channels, bool relu, float* const* outputs) {
+  constexpr int64_t kLanes = Vector::kLanes;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t left = channels - c < kLanes ? channels - c : kLanes;
+    // Products and bias are padded to whole vectors.
+    float rows[4][6][kLanes];
+#pragma GCC unroll 6
+    for (int x = 0; x < 6; ++x) {
+      Vector m[6], result[4];
+#pragma GCC unroll 6
+      for (int y = 0; y < 6; ++y) m[y] = Vector::load(products + (6 * y + x) * product_pitch + c);
+      winograd_output_line_4x4(m, result);
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) result[y].store(rows[y][x]);
+    }
+    const Vector offset = Vector::load(bias + c);
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) {
+      Vector m[6], result[4];
+#pragma GCC unroll 6
+      for (int x = 0; x < 6; ++x) m[x] = Vector::load(rows[y][x]);
+      winograd_output_line_4x4(m, result);
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x) {
+        if (outputs[4 * y + x] == nullptr) continue;
+        result[x].add(offset);
+        if (relu) result[x].relu();
+        if (left == kLanes) {
+          result[x].store(outputs[4 * y + x] + c);
+        } else {
+          result[x].store(outputs[4 * y + x] + c, left);
         }
       }
     }
