@@ -17,6 +17,7 @@ BACKENDS = (
     "cpu-scalar",
     "cpu-avx2",
     "cpu-avx512",
+    "cpu-neon",
     "triton-interpreter",
     "cuda-emulated",
 )

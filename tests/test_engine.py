@@ -92,7 +92,7 @@ def test_winograd(size):
 
 def isas():
     """Codes of the instruction sets that can be tested here."""
-    return range(operators.best_isa() + 1 if cpu.unavailable_reason() is None else 1)
+    return cpu.isa_codes() if cpu.unavailable_reason() is None else [0]
 
 
 def separate_arena(plan):

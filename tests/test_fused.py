@@ -368,7 +368,7 @@ def test_weights_made_in_inference_mode_take_the_plain_path(x):
         assert not model(x).equal(before)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
 def test_instruction_set_is_taken_from_the_environment(model, x, isa, monkeypatch):
     expected = plain(model, x)
     monkeypatch.setenv(cpu.ISA_VARIABLE, isa)

@@ -318,7 +318,7 @@ def test_reason_says_who_asked() -> None:
 
 
 @needs_cpu_backend
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
 def test_reason_names_the_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THRESHNET_FAST_CPU_ISA", isa)
     try:

@@ -7,7 +7,7 @@
 
 namespace threshnet_fast::cpu {
 
-enum Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kIsaCount = 3 };
+enum Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kIsaCount = 4 };
 
 // The most output pixels (MR) and vectors of output channels (NR / lanes) any micro-kernel holds.
 constexpr int kMaxTilePixels = 14;
@@ -88,6 +88,8 @@ extern const UkernelTable kScalarTable;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const UkernelTable kAvx2Table;
 extern const UkernelTable kAvx512Table;
+#elif defined(__aarch64__)
+extern const UkernelTable kNeonTable;
 #endif
 
 // The best instruction set that both this build and this processor have.

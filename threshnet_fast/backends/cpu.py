@@ -23,6 +23,7 @@ __all__ = [
     "compile_network",
     "isa",
     "isa_code",
+    "isa_codes",
     "pack_network",
     "unavailable_reason",
 ]
@@ -36,7 +37,8 @@ EXACT_VARIABLE = "THRESHNET_FAST_EXACT"
 # Compiled plans kept for a network: one for each input shape and number of threads.
 _MAX_PLANS = 16
 
-_ISAS = ("scalar", "avx2", "avx512")
+# By their codes: 0 everywhere, 1 and 2 each with all before it, 3 on 64-bit ARM alone.
+_ISAS = ("scalar", "avx2", "avx512", "neon")
 _ALGORITHMS = ("direct", "packed", "winograd F(2x2, 3x3)", "winograd F(4x4, 3x3)")
 
 # Of a batch, as many images are worked on at once as fit in this much memory: it keeps the memory
@@ -50,7 +52,7 @@ def unavailable_reason() -> str | None:
 
 
 def isa() -> str:
-    """Returns the instruction set in use: ``"avx512"``, ``"avx2"`` or ``"scalar"``.
+    """Returns the instruction set in use: ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"scalar"``.
 
     It is the best one that the processor has, unless ``THRESHNET_FAST_CPU_ISA`` names another.
 
@@ -61,27 +63,44 @@ def isa() -> str:
     return _ISAS[isa_code()]
 
 
+def _best_code() -> int:
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"backend 'cpu' is unavailable: {reason}")
+    best: int = torch.ops.threshnet_fast_cpu.best_isa()
+    return best
+
+
+def isa_codes() -> list[int]:
+    """Returns all instruction sets that this processor has, as :func:`isa_code`, the best last.
+
+    Raises:
+        RuntimeError: If the C++ extension is unavailable.
+    """
+    best = _best_code()
+    return [0, best] if _ISAS[best] == "neon" else list(range(best + 1))
+
+
 def isa_code() -> int:
-    """Returns the instruction set in use as the operators take it: 0 scalar, 1 AVX2, 2 AVX-512.
+    """Returns the instruction set in use as the operators take it.
+
+    0 is scalar, 1 AVX2, 2 AVX-512, 3 NEON.
 
     Raises:
         ValueError: As :func:`isa`.
         RuntimeError: As :func:`isa`.
     """
-    reason = unavailable_reason()
-    if reason is not None:
-        raise RuntimeError(f"backend 'cpu' is unavailable: {reason}")
-    best: int = torch.ops.threshnet_fast_cpu.best_isa()
+    best = _best_code()
     wanted = os.environ.get(ISA_VARIABLE)
     if not wanted:
         return best
     if wanted not in _ISAS:
         raise ValueError(f"{ISA_VARIABLE} is {wanted!r}: expected one of {', '.join(_ISAS)}")
     code = _ISAS.index(wanted)
-    if code > best:
-        raise ValueError(
-            f"{ISA_VARIABLE} is {wanted!r}: this processor has no more than {_ISAS[best]!r}"
-        )
+    codes = isa_codes()
+    if code not in codes:
+        has = ", ".join(_ISAS[code] for code in codes)
+        raise ValueError(f"{ISA_VARIABLE} is {wanted!r}: this processor has only {has}")
     return code
 
 

@@ -18,6 +18,53 @@ constexpr int64_t kChainChannels = 128;
 constexpr int kPrefetchPixels = 14;
 constexpr int64_t kPrefetchFloats = 4096;
 
+// Whether a vector can be multiplied by one lane of another, which it then says itself.
+template <typename V, typename = void>
+constexpr bool kMultipliesByLane = false;
+template <typename V>
+constexpr bool kMultipliesByLane<V, decltype(void(V::kMultipliesByLane))> = V::kMultipliesByLane;
+
+// Products of kLanes channels, from lane kLane on: kPixels * kVectors chains of additions, so that
+// none waits for the one before it.
+template <int kLane, int kPixels, int kVectors, typename V>
+inline __attribute__((always_inline)) void multiply_lanes(V (&accumulator)[kPixels][kVectors],
+                                                          const V (&pixel)[kPixels],
+                                                          const float* weights,
+                                                          int64_t weight_pitch) {
+  V weight[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) weight[j] = V::load(weights + j * V::kLanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j)
+      accumulator[i][j].template multiply_add_lane<kLane>(weight[j], pixel[i]);
+  }
+  if constexpr (kLane + 1 < V::kLanes)
+    multiply_lanes<kLane + 1>(accumulator, pixel, weights + weight_pitch, weight_pitch);
+}
+
+// As many whole vectors of channels as there are: one load gives the factors of kLanes channels of
+// a pixel. Returns how many channels that were.
+template <int kPixels, int kVectors, typename V>
+inline __attribute__((always_inline)) int64_t
+multiply_by_lanes(V (&accumulator)[kPixels][kVectors], const float* const (&pixel)[kPixels],
+                  const float* weights, int64_t weight_pitch, int64_t channels) {
+  constexpr int64_t kLineFloats = 16;
+  int64_t c = 0;
+  for (; c + V::kLanes <= channels; c += V::kLanes) {
+    V values[kPixels];
+#pragma GCC unroll 16
+    for (int i = 0; i < kPixels; ++i) values[i] = V::load(pixel[i] + c);
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < kVectors * V::kLanes * V::kLanes; p += kLineFloats)
+      __builtin_prefetch(weights + kPrefetchFloats + p, 0, 2);
+    multiply_lanes<0>(accumulator, values, weights, weight_pitch);
+    weights += V::kLanes * weight_pitch;
+  }
+  return c;
+}
+
 // Broadcast a pixel's channel, multiply it by vectors of output channels: with kPixels * kVectors
 // accumulators in registers, every weight vector loaded serves kPixels multiply-adds.
 template <int kPixels, int kVectors>
@@ -62,7 +109,12 @@ void conv_tile(const ConvTile& tile) {
 #pragma GCC unroll 16
       for (int i = 0; i < kPixels; ++i)
         pixel[i] = run.input + tile.input_pixels[i] * run.pitch + first;
-      for (int64_t c = 0; c < channels; ++c) {
+      int64_t c = 0;
+      if constexpr (kMultipliesByLane<Vector>) {
+        c = multiply_by_lanes(accumulator, pixel, weights, tile.weight_pitch, channels);
+        weights += c * tile.weight_pitch;
+      }
+      for (; c < channels; ++c) {
         Vector weight[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) weight[j] = Vector::load(weights + j * kLanes);
