@@ -23,7 +23,7 @@ std::vector<StepTime> profile(const Program& program, const float* packed, float
 // multiply-adds on registers, by the instructions that the micro-kernels of `isa` use.
 double measure_peak(int64_t isa, int64_t threads, ParallelFor parallel_for);
 
-// Bytes a second that threads reach together in reading an array once.
+// Bytes a second that threads reach together in reading an array from end to end.
 double measure_bandwidth(const float* data, int64_t count, int64_t threads,
                          ParallelFor parallel_for);
 
