@@ -21,7 +21,7 @@ from .. import __version__
 from ..backends import cpu
 from ..models import create_model
 from ..plan import explain, lower
-from . import machine, memory, pictures, results
+from . import machine, memory, pictures, profile, results
 from .arguments import (
     check_device,
     check_model,
@@ -61,7 +61,10 @@ about speed and about agreement, not about accuracy.
 Without arguments: 224x224 batch 1, 32x32 batch 1 and 32x32 batch 32, about 20 seconds each.
 
 With --device cuda: the same on a GPU, in every precision that --dtype names, timed by the GPU's own
-events; each call is waited for before the next one begins."""
+events; each call is waited for before the next one begins.
+
+With --profile: the fused engine alone, on the CPU, step by step: the time of each, GFLOP/s, their
+share of the processor's peak, bytes; as a table, a CSV file and a roofline plot."""
 
 _DEFAULT_CELLS = ((224, 224, 1), (32, 32, 1), (32, 32, 32))
 _DEFAULT_SECONDS = 20.0
@@ -163,10 +166,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=positive_float,
         metavar="S",
-        help=f"time for each input of each model (default {_DEFAULT_SECONDS:g})",
+        help=f"time for each input of each model (default {_DEFAULT_SECONDS:g}, with --profile "
+        f"{profile.DEFAULT_SECONDS:g})",
     )
     budget.add_argument(
         "--repeats", type=positive_integer, metavar="N", help="instead: rounds of all engines"
+    )
+    how.add_argument(
+        "--profile",
+        action="store_true",
+        help="no comparison: what each step of the fused engine takes, on the CPU",
     )
     how.add_argument(
         "--memory", action="store_true", help="measure peak memory too, each in a new process"
@@ -176,9 +185,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--csv",
         type=Path,
-        default=_CSV,
         metavar="PATH",
-        help="file to append to (default %(default)s)",
+        help=f"file to append to (default {_CSV}, with --profile {profile.CSV})",
     )
     files.add_argument(
         "--plot",
@@ -192,16 +200,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     models: list[str] = list(dict.fromkeys(arguments.model or ["threshnet95"]))
+    if arguments.profile:
+        profile.check(arguments)
     place = check_device(arguments.device)
     _check_precisions(arguments, place)
     for name in models:
         check_model(name)
     shapes = _cells(arguments)
     _check_sizes(models, shapes)
-    names = _providers(arguments)
+    names = [] if arguments.profile else _providers(arguments)
+    arguments.csv = arguments.csv or (profile.CSV if arguments.profile else _CSV)
     picture: Path = arguments.plot or arguments.csv.with_suffix(".png")
     if not arguments.no_files:
-        results.check_writable(arguments.csv)
+        columns = profile.COLUMNS if arguments.profile else results.COLUMNS
+        results.check_writable(arguments.csv, tuple(columns))
         check_plot(picture)
 
     threads = arguments.threads or (torch.get_num_threads() if place.type == "cpu" else 1)
@@ -223,6 +235,10 @@ def run(arguments: argparse.Namespace) -> int:
         _common(photographs, place, arguments.flush_l2),
     )
     print(_introduction(setting))
+    if arguments.profile:
+        networks = {name: random_model(name, setting.classes, setting.seed) for name in models}
+        inputs = {shape: _input(shape, setting) for shape in shapes}
+        return profile.run(arguments, networks, inputs, threads, setting.common, picture)
     with torch.cuda.device(place) if setting.on_gpu else contextlib.nullcontext():
         return _run(models, shapes, arguments, setting, picture)
 
@@ -266,6 +282,15 @@ def _run(
     return 0
 
 
+def _input(shape: tuple[int, int, int], setting: _Run) -> Tensor:
+    """Photographs, or random numbers where there are none."""
+    height, width, batch = shape
+    if setting.pictures:
+        return pictures.as_batch(setting.pictures, height, width, batch)
+    generator = torch.Generator().manual_seed(setting.seed)
+    return torch.randn(batch, 3, height, width, generator=generator)
+
+
 def _bench_cell(
     model: nn.Module,
     name: str,
@@ -287,11 +312,7 @@ def _bench_cell(
     from tqdm import tqdm
 
     height, width, batch = shape
-    if setting.pictures:
-        x = pictures.as_batch(setting.pictures, height, width, batch)
-    else:
-        generator = torch.Generator().manual_seed(setting.seed)
-        x = torch.randn(batch, 3, height, width, generator=generator)
+    x = _input(shape, setting)
     precision = PRECISIONS[dtype]
     job = _job(model, x, precision, setting)
     specs = registry(setting.device.type)
@@ -507,7 +528,7 @@ def _introduction(setting: _Run) -> str:
         for name, spec in registry(setting.device.type).items()
         if name not in setting.names and spec.by_default and (reason := spec.objection())
     }
-    if absent:
+    if absent and setting.names:
         lines.append("Left out: " + "; ".join(f"{n} ({r})" for n, r in absent.items()))
     return "\n".join(lines) + "\n"
 

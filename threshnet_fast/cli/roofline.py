@@ -1,7 +1,9 @@
-"""The roofline plot of a prediction."""
+"""Roofline plots: of a prediction on a GPU, and of a profile on the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +13,171 @@ from .errors import CommandError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["draw_roofline"]
+__all__ = ["MeasuredPoint", "MeasuredRoofline", "draw_measured_rooflines", "draw_roofline"]
 
 _FUSED = "#c44e52"
 _UNFUSED = "#8c9bb0"
 _ROOF = "#333333"
 _TERA = 1e12
+_GIGA = 1e9
+_KINDS = {"1x1": "#4c72b0", "3x3": "#c44e52", "stem": "#55a868", "head": "#8172b3"}
+_OTHER_KIND = "#937860"
+
+
+@dataclass(frozen=True)
+class MeasuredPoint:
+    """A step that was measured.
+
+    Attributes:
+        kind: What its color tells.
+        algorithm: What its shape tells.
+        intensity: Operations a byte, as direct convolution counts them.
+        flops: Operations a second, counted in the same way.
+        executed_flops: Operations a second that its algorithm really does.
+        share: Its part of the time of all steps, which its size tells.
+    """
+
+    kind: str
+    algorithm: str
+    intensity: float
+    flops: float
+    executed_flops: float
+    share: float
+
+
+@dataclass(frozen=True)
+class MeasuredRoofline:
+    """The steps of one network on one input, and the roofs over them.
+
+    Attributes:
+        title: What was measured.
+        peak: Operations a second of all threads.
+        peak_one_thread: The same of one thread.
+        bandwidth: Bytes a second from memory, of all threads.
+        points: The steps, those without arithmetic left out.
+    """
+
+    title: str
+    peak: float
+    peak_one_thread: float
+    bandwidth: float
+    points: tuple[MeasuredPoint, ...]
+
+
+def draw_measured_rooflines(panels: Sequence[MeasuredRoofline], path: Path) -> None:
+    """Draws measured steps under measured roofs, one panel for each network and input.
+
+    Args:
+        panels: What to draw.
+        path: Image to write; the suffix chooses the format.
+
+    Raises:
+        CommandError: There is nothing to draw, or the file cannot be written.
+    """
+    panels = [panel for panel in panels if panel.points]
+    if not panels:
+        raise CommandError(f"nothing to draw in {path}: no step has any arithmetic")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(7.2 * columns, 5.4 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _draw_measured(axis, panel)
+    _save(figure, path)
+
+
+def _draw_measured(axis: Axes, panel: MeasuredRoofline) -> None:
+    intensities = [point.intensity for point in panel.points]
+    speeds = [speed for p in panel.points for speed in (p.flops, p.executed_flops)]
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlim=(0.5 * min(intensities), 2 * max(*intensities, panel.peak / panel.bandwidth)),
+        ylim=(0.6 * min(speeds) / _GIGA, 2 * max(*speeds, panel.peak) / _GIGA),
+    )
+    left, right = axis.get_xlim()
+    ridge = panel.peak / panel.bandwidth
+    axis.plot(
+        [left, ridge, right],
+        [left * panel.bandwidth / _GIGA, panel.peak / _GIGA, panel.peak / _GIGA],
+        color=_ROOF,
+        linewidth=1.6,
+        zorder=2,
+        label=f"FMA loop {panel.peak / _GIGA:.0f} GFLOP/s, memory {panel.bandwidth / _GIGA:.0f} "
+        "GB/s",
+    )
+    if panel.peak_one_thread < panel.peak:
+        axis.axhline(
+            panel.peak_one_thread / _GIGA,
+            color=_ROOF,
+            linewidth=0.7,
+            linestyle="--",
+            zorder=2,
+            label=f"one thread {panel.peak_one_thread / _GIGA:.0f} GFLOP/s",
+        )
+    algorithms = list(dict.fromkeys(point.algorithm for point in panel.points))
+    markers = dict(zip(algorithms, "os^vDP", strict=False))
+    for kind, algorithm in dict.fromkeys((p.kind, p.algorithm) for p in panel.points):
+        chosen = [p for p in panel.points if (p.kind, p.algorithm) == (kind, algorithm)]
+        color = _KINDS.get(kind, _OTHER_KIND)
+        for point in chosen:
+            speeds = [point.executed_flops / _GIGA, point.flops / _GIGA]
+            axis.plot([point.intensity] * 2, speeds, color="#d8d8d8", linewidth=0.5, zorder=1)
+        sizes = [16 + 1500 * point.share for point in chosen]
+        marker = markers.get(algorithm, "X")
+        axis.scatter(
+            [point.intensity for point in chosen],
+            [point.executed_flops / _GIGA for point in chosen],
+            s=sizes,
+            marker=marker,
+            facecolors="none",
+            edgecolors=color,
+            linewidths=0.5,
+            alpha=0.6,
+            zorder=3,
+        )
+        axis.scatter(
+            [point.intensity for point in chosen],
+            [point.flops / _GIGA for point in chosen],
+            s=sizes,
+            marker=marker,
+            color=color,
+            edgecolors="white",
+            linewidths=0.5,
+            zorder=4,
+            label=f"{kind}, {algorithm}",
+        )
+    axis.set_xlabel("FLOP per byte of features and weights", fontsize=9)
+    axis.set_ylabel("GFLOP/s, hollow: of the multiplications done", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(panel.title, fontsize=9)
+    legend = axis.legend(loc="lower right", fontsize=7, frameon=False)
+    for handle in legend.legend_handles:
+        if handle is not None and hasattr(handle, "set_sizes"):
+            handle.set_sizes([26])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CommandError(f"cannot write {path}: {reason}") from error
+    finally:
+        pyplot.close(figure)
 
 
 def draw_roofline(prediction: Prediction, name: str, path: Path) -> None:
@@ -90,13 +250,7 @@ def draw_roofline(prediction: Prediction, name: str, path: Path) -> None:
         fontsize=9,
         color=_FUSED,
     )
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CommandError(f"cannot write {path}: {reason}") from error
-    finally:
-        pyplot.close(figure)
+    _save(figure, path)
 
 
 def _point(step: StepPrediction, execution: Execution) -> tuple[float, float]:
