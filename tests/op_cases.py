@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,9 +16,7 @@ from threshnet_fast.backends import cpu
 BACKENDS = (
     "reference",
     "cpu-scalar",
-    "cpu-avx2",
-    "cpu-avx512",
-    "cpu-neon",
+    *(("cpu-neon",) if platform.machine() in ("aarch64", "arm64") else ("cpu-avx2", "cpu-avx512")),
     "triton-interpreter",
     "cuda-emulated",
 )
