@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace threshnet_fast::cpu {
@@ -30,7 +32,8 @@ float hidden(float value) {
   return place;
 }
 
-// Sums that stay near 1, so that no operation meets a denormal number: sum * kFactor + kTerm.
+// Neither sum * kFactor + kTerm nor sum + kFactor * kTerm, again and again, meets a denormal
+// number.
 constexpr float kFactor = 0.75f;
 constexpr float kTerm = 0.25f;
 
@@ -88,12 +91,29 @@ __attribute__((target("avx512f"))) int64_t loop_avx512() {
   for (const float lane : lanes) hidden(lane);
   return 2 * 16 * kSums * kIterations;
 }
+#elif defined(__aarch64__)
+int64_t loop_neon() {
+  constexpr int64_t kSums = 16;
+  const float32x4_t factor = vdupq_n_f32(hidden(kFactor));
+  const float32x4_t term = vdupq_n_f32(hidden(kTerm));
+  float32x4_t sums[kSums];
+  for (float32x4_t& sum : sums) sum = term;
+  for (int64_t i = 0; i < kIterations; ++i) {
+    // The instruction adds to what it overwrites, as in the micro-kernels.
+    for (float32x4_t& sum : sums) sum = vfmaq_f32(sum, factor, term);
+  }
+  for (int64_t s = 1; s < kSums; ++s) sums[0] = vaddq_f32(sums[0], sums[s]);
+  hidden(vaddvq_f32(sums[0]));
+  return 2 * 4 * kSums * kIterations;
+}
 #endif
 
 PeakLoop peak_loop(int64_t isa) {
 #if defined(__x86_64__) || defined(_M_X64)
   if (isa == kAvx512) return loop_avx512;
   if (isa == kAvx2) return loop_avx2;
+#elif defined(__aarch64__)
+  if (isa == kNeon) return loop_neon;
 #endif
   (void)isa;
   return loop_scalar;
