@@ -575,7 +575,9 @@ class TestMachine:
 
 
 class TestProviders:
-    @pytest.mark.parametrize("name", [n for n in providers.PROVIDERS if n != "compile"])
+    @pytest.mark.parametrize(
+        "name", [n for n in providers.PROVIDERS if not n.startswith("compile")]
+    )
     @pytest.mark.filterwarnings("ignore")
     def test_agrees_with_float64(self, name):
         if (reason := providers.PROVIDERS[name].objection()) is not None:
@@ -588,13 +590,78 @@ class TestProviders:
             assert error <= providers.ERROR_LIMIT * float(reference.abs().max())
         assert providers.PROVIDERS[name].version()
 
+    @pytest.mark.parametrize("name", providers.BFLOAT16_PROVIDERS)
+    @pytest.mark.filterwarnings("ignore")
+    def test_bfloat16_peers_are_no_float32_peers(self, name):
+        spec = providers.BFLOAT16_PROVIDERS[name]
+        if (reason := spec.objection()) is not None:
+            pytest.skip(reason)
+        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 40, 48), 1)
+        reference = providers.reference_output(job.model, job.x)
+        provider = spec.build(job)
+        output = provider.as_tensor(provider.run())
+        assert output.dtype == torch.float32
+        error = providers.worst_error(output, reference) / float(reference.abs().max())
+        assert error <= PRECISIONS["bfloat16"].error_limit
+        if name != "openvino":
+            # Where the processor has no bfloat16, OpenVINO takes the hint and float32.
+            assert error > providers.ERROR_LIMIT
+
+    @pytest.mark.parametrize("images", [1, 5])
+    @pytest.mark.filterwarnings("ignore")
+    def test_ncnn_keeps_the_order_of_images_that_threads_share(self, images):
+        if (reason := providers.PROVIDERS["ncnn"].objection()) is not None:
+            pytest.skip(reason)
+        x = torch.randn(images, 3, 32, 32)
+        job = providers.Job(providers.random_model("tiny", 10, 0), x, 2)
+        reference = providers.reference_output(job.model, job.x)
+        assert len(torch.unique(reference, dim=0)) == images
+        provider = providers.PROVIDERS["ncnn"].build(job)
+        error = providers.worst_error(provider.as_tensor(provider.run()), reference)
+        assert error <= providers.ERROR_LIMIT * float(reference.abs().max())
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_mnn_leaves_the_environment_and_the_output_alone(self, capfd):
+        if (reason := providers.PROVIDERS["mnn"].objection()) is not None:
+            pytest.skip(reason)
+        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
+        providers.PROVIDERS["mnn"].build(job).run()
+        assert capfd.readouterr().out == ""
+        assert "MNN.tools.utils.log" not in sys.modules
+
+    def test_missing_packages_are_named_with_what_installs_them(self, monkeypatch):
+        monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+        for name in ("ncnn", "mnn", "opencv"):
+            assert "pip install" in str(providers.PROVIDERS[name].objection())
+        assert "opencv-python-headless" in str(providers.PROVIDERS["opencv"].objection())
+
+    def test_converter_that_fails_is_reported_with_its_last_words(self, tmp_path):
+        def convert(script: str) -> None:
+            providers._convert([sys.executable, "-c", script], tmp_path / "model")
+
+        with pytest.raises(RuntimeError, match=r"cannot be converted: no such layer$"):
+            convert("import sys; sys.exit('no such layer')")
+        with pytest.raises(RuntimeError, match=r"cannot be converted: done$"):
+            convert("print('done')")
+        convert("open('model', 'w').close()")
+
+    def test_fastest_of_several_settings(self, monkeypatch):
+        times = {"a": [9, 4], "b": [5, 5], "c": [8, 8]}
+        taken = []
+        monkeypatch.setattr(providers, "host_timer", lambda call: times[call()].pop())
+        assert providers._fastest(list("abc"), lambda name: taken.append(name) or name, 2) == "a"
+        assert taken == list("abcabc")
+
     @pytest.mark.slow
-    def test_compile(self):
-        if (reason := providers.PROVIDERS["compile"].objection()) is not None:
+    @pytest.mark.parametrize(
+        "name", ["compile", pytest.param("compile-max", marks=pytest.mark.sweep)]
+    )
+    def test_compile(self, name):
+        if (reason := providers.PROVIDERS[name].objection()) is not None:
             pytest.skip(reason)
         job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 32, 32), 1)
         reference = providers.reference_output(job.model, job.x)
-        output = providers.build("compile", job).run()
+        output = providers.build(name, job).run()
         error = providers.worst_error(output, reference)
         assert error <= providers.ERROR_LIMIT * float(reference.abs().max())
 

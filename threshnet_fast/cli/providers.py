@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import importlib
 import importlib.util
 import io
 import logging
+import os
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +31,10 @@ from torch import Tensor, nn
 
 from .machine import distribution_version
 from .precision import PRECISIONS
+from .timing import host_timer
 
 __all__ = [
+    "BFLOAT16_PROVIDERS",
     "ERROR_LIMIT",
     "PROVIDERS",
     "Job",
@@ -74,8 +83,7 @@ class Job:
     def onnx(self) -> Path:
         """Path of the ONNX file, which lives as long as this object."""
         if self.onnx_path is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="threshnet-fast-")
-            path = Path(self._folder.name) / "model.onnx"
+            path = self.folder() / "model.onnx"
             with _silence(), torch.no_grad():
                 torch.onnx.export(
                     plain_module(self.model),
@@ -89,6 +97,12 @@ class Job:
                 )
             self.onnx_path = path
         return self.onnx_path
+
+    def folder(self) -> Path:
+        """Folder for files of this job, which lives as long as this object."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="threshnet-fast-")
+        return Path(self._folder.name)
 
 
 @dataclass(frozen=True)
@@ -237,7 +251,20 @@ def _channels_last(job: Job) -> Provider:
     return Provider(run)
 
 
-def _compile(job: Job) -> Provider:
+def _channels_last_bfloat16(job: Job) -> Provider:
+    module = copy.deepcopy(plain_module(job.model)).to(torch.bfloat16)
+    # torch annotates only the other forms of Module.to.
+    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            x = job.x.to(torch.bfloat16, memory_format=torch.channels_last)
+            return module(x).float()
+
+    return Provider(run)
+
+
+def _compile(job: Job, **options: Any) -> Provider:
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
@@ -249,9 +276,13 @@ def _compile(job: Job) -> Provider:
             return compiled(job.x)
 
     # The first call compiles; afterwards the setting no longer matters.
-    with inductor.patch(freezing=True):
+    with inductor.patch(freezing=True, **options):
         run()
     return Provider(run)
+
+
+def _compile_max(job: Job) -> Provider:
+    return _compile(job, max_autotune=True)
 
 
 def _onnxruntime(job: Job) -> Provider:
@@ -269,7 +300,7 @@ def _onnxruntime(job: Job) -> Provider:
     return Provider(lambda: session.run(None, feed)[0], torch.from_numpy)
 
 
-def _openvino(job: Job) -> Provider:
+def _openvino(job: Job, precision: str = "f32") -> Provider:
     import openvino
 
     core = openvino.Core()
@@ -277,7 +308,7 @@ def _openvino(job: Job) -> Provider:
         core.read_model(str(job.onnx())),
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": job.threads,
             "NUM_STREAMS": 1,
@@ -289,6 +320,111 @@ def _openvino(job: Job) -> Provider:
         lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0],
         lambda result: torch.from_numpy(result.copy()),
     )
+
+
+def _openvino_bfloat16(job: Job) -> Provider:
+    return _openvino(job, "bf16")
+
+
+def _ncnn(job: Job, bfloat16: bool = False) -> Provider:
+    ncnn, pnnx = importlib.import_module("ncnn"), importlib.import_module("pnnx")
+    images, channels, height, width = job.x.shape
+    stem = job.folder() / "ncnn"
+    with _silence(), torch.no_grad():
+        torch.jit.trace(plain_module(job.model), job.x[:1]).save(f"{stem}.pt")
+    shape = f"inputshape=[1,{channels},{height},{width}]f32"
+    _convert([pnnx.EXEC_PATH, f"{stem}.pt", shape, "fp16=0"], Path(f"{stem}.ncnn.bin"))
+
+    # It takes one image at a time. Where there is one for every thread, that is faster than images
+    # one after the other, divided among the threads.
+    workers = job.threads if images >= job.threads else 1
+
+    def load(winograd: bool) -> Any:
+        net = ncnn.Net()
+        net.opt.num_threads = job.threads // workers
+        net.opt.use_vulkan_compute = False
+        net.opt.use_winograd_convolution = winograd
+        net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+        net.opt.use_bf16_packed = net.opt.use_bf16_storage = bfloat16
+        if net.load_param(f"{stem}.ncnn.param") or net.load_model(f"{stem}.ncnn.bin"):
+            raise RuntimeError("ncnn cannot load the network that pnnx converted")
+        return net
+
+    def compute(net: Any, image: Any) -> Any:
+        with net.create_extractor() as extractor:
+            extractor.input("in0", image)
+            return extractor.extract("out0")[1]
+
+    inputs = [ncnn.Mat(image.numpy()) for image in job.x]
+    # Winograd's convolution, which it takes unasked, halves the time of a large image. A small one
+    # takes several times as long with it, as transformed weights are several times as many.
+    net = _fastest([load(True), load(False)], lambda net: compute(net, inputs[0]))
+
+    def part(worker: int) -> list[Any]:
+        return [compute(net, image) for image in inputs[worker::workers]]
+
+    pool = ThreadPoolExecutor(workers) if workers > 1 else None
+
+    def run() -> list[list[Any]]:
+        return [part(0)] if pool is None else list(pool.map(part, range(workers)))
+
+    def as_tensor(results: list[list[Any]]) -> Tensor:
+        ordered = [results[index % workers][index // workers] for index in range(images)]
+        return torch.stack([torch.tensor(mat.numpy()) for mat in ordered])
+
+    return Provider(run, as_tensor)
+
+
+def _ncnn_bfloat16(job: Job) -> Provider:
+    return _ncnn(job, bfloat16=True)
+
+
+def _mnn(job: Job) -> Provider:
+    path = job.folder() / "model.mnn"
+    # The module that the package has for this installs other packages and reports usage when it is
+    # imported: only what it calls is called.
+    script = "import sys, MNN, _tools; _tools.mnnconvert(sys.argv)"
+    command = [sys.executable, "-c", script, "-f", "ONNX", "--modelFile", str(job.onnx())]
+    _convert([*command, "--MNNModel", str(path), "--bizCode", "none"], path)
+    with _no_output():
+        MNN = importlib.import_module("MNN")
+        interpreter = MNN.Interpreter(str(path))
+        session = interpreter.createSession(
+            {
+                "backend": "CPU",
+                "numThread": job.threads,
+                "precision": "high",
+                "memory": "high",
+                "power": "high",
+            }
+        )
+    entry, result = interpreter.getSessionInput(session), interpreter.getSessionOutput(session)
+    kind, layout = MNN.Halide_Type_Float, MNN.Tensor_DimensionType_Caffe
+    source = MNN.Tensor(tuple(job.x.shape), kind, job.x.numpy(), layout)
+    shape = tuple(result.getShape())
+    target = MNN.Tensor(shape, kind, torch.zeros(shape).numpy(), layout)
+
+    def run() -> Any:
+        entry.copyFrom(source)
+        interpreter.runSession(session)
+        result.copyToHostTensor(target)
+        return target
+
+    return Provider(run, lambda tensor: torch.tensor(tensor.getNumpyData()).reshape(shape))
+
+
+def _opencv(job: Job) -> Provider:
+    cv2 = importlib.import_module("cv2")
+    cv2.setNumThreads(job.threads)
+    # Its newer engine is faster with more threads than one and on small inputs.
+    net = cv2.dnn.readNetFromONNX(str(job.onnx()), getattr(cv2.dnn, "ENGINE_NEW", 0))
+    x = job.x.numpy()
+
+    def run() -> Any:
+        net.setInput(x)
+        return net.forward()
+
+    return Provider(run, lambda result: torch.tensor(result))
 
 
 def _fused(job: Job) -> Provider:
@@ -324,6 +460,39 @@ def _silence() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """Keeps what C and C++ code writes to the standard output off it."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _convert(command: list[str], expected: Path) -> None:
+    """Runs a converter, and raises with its last words where it does not write what is expected."""
+    result = subprocess.run(command, capture_output=True, text=True, cwd=expected.parent)
+    if result.returncode or not expected.exists():
+        words = " ".join((result.stdout + result.stderr).split())[-200:]
+        raise RuntimeError(f"the network cannot be converted: {words or result.returncode}")
+
+
+def _fastest(candidates: list[Any], call: Callable[[Any], object], calls: int = 5) -> Any:
+    """The candidate whose fastest call is the fastest of all; they take turns."""
+    times = [float("inf")] * len(candidates)
+    for _ in range(calls):
+        for index, candidate in enumerate(candidates):
+            times[index] = min(times[index], host_timer(partial(call, candidate)))
+    return candidates[times.index(min(times))]
+
+
 def _needs(*modules: str) -> Callable[[], str | None]:
     def objection() -> str | None:
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
@@ -332,6 +501,13 @@ def _needs(*modules: str) -> Callable[[], str | None]:
         return f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})"
 
     return objection
+
+
+def _needs_opencv() -> str | None:
+    reason = _needs("cv2")()
+    if reason is not None:
+        return "not installed: cv2 (pip install opencv-python-headless)"
+    return _needs("onnx", "onnxscript")()
 
 
 def _always() -> None:
@@ -371,6 +547,11 @@ def _version_of(distribution: str) -> Callable[[], str]:
     return lambda: distribution_version(distribution) or ""
 
 
+def _opencv_version() -> str:
+    names = ("opencv-python-headless", "opencv-python")
+    return next(filter(None, map(distribution_version, names)), "")
+
+
 def registry(device_type: str) -> dict[str, Spec]:
     """All providers for ``"cpu"`` or ``"cuda"`` by name, in the order of the tables."""
     if device_type == "cpu":
@@ -388,6 +569,9 @@ PROVIDERS: dict[str, Spec] = {
         "PyTorch channels_last", False, True, _channels_last, _always, _torch_version
     ),
     "compile": Spec("torch.compile", False, False, _compile, _no_compiler, _torch_version),
+    "compile-max": Spec(
+        "torch.compile, max-autotune", False, False, _compile_max, _no_compiler, _torch_version
+    ),
     "onnxruntime": Spec(
         "ONNX Runtime",
         False,
@@ -404,5 +588,20 @@ PROVIDERS: dict[str, Spec] = {
         _needs("openvino", "onnx", "onnxscript"),
         _version_of("openvino"),
     ),
+    "ncnn": Spec("ncnn", False, True, _ncnn, _needs("ncnn", "pnnx"), _version_of("ncnn")),
+    "mnn": Spec("MNN", False, True, _mnn, _needs("MNN", "onnx", "onnxscript"), _version_of("MNN")),
+    "opencv": Spec("OpenCV", False, True, _opencv, _needs_opencv, _opencv_version),
 }
-"""Providers for a CPU by the name that the command line takes, in the order of the tables."""
+"""Providers for a CPU by the name that the command line takes, in the order of the tables. All
+calculate in float32."""
+
+
+BFLOAT16_PROVIDERS: dict[str, Spec] = {
+    "channels-last": Spec(
+        "PyTorch channels_last", False, True, _channels_last_bfloat16, _always, _torch_version
+    ),
+    "openvino": replace(PROVIDERS["openvino"], build=_openvino_bfloat16),
+    "ncnn": replace(PROVIDERS["ncnn"], build=_ncnn_bfloat16),
+}
+"""Peers on a CPU that calculate in bfloat16: a class of its own, never compared with float32. They
+take and return float32."""
