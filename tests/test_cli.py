@@ -631,7 +631,7 @@ class TestProviders:
 
     def test_missing_packages_are_named_with_what_installs_them(self, monkeypatch):
         monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
-        for name in ("ncnn", "mnn", "opencv"):
+        for name in ("ncnn", "executorch", "mnn", "opencv"):
             assert "pip install" in str(providers.PROVIDERS[name].objection())
         assert "opencv-python-headless" in str(providers.PROVIDERS["opencv"].objection())
 

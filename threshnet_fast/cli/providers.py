@@ -427,6 +427,40 @@ def _opencv(job: Job) -> Provider:
     return Provider(run, lambda result: torch.tensor(result))
 
 
+class _Named(nn.Module):
+    """A network under a name: ExecuTorch loses parameters whose names begin with a digit."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def _executorch(job: Job) -> Provider:
+    exir = importlib.import_module("executorch.exir")
+    xnnpack = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    library = importlib.import_module("executorch.extension.pybindings.portable_lib")
+    runtime = importlib.import_module("executorch.runtime").Runtime.get()
+    with _silence(), torch.no_grad():
+        exported = torch.export.export(_Named(plain_module(job.model)).eval(), (job.x,))
+        edge = exir.to_edge_transform_and_lower(
+            exported, partitioner=[xnnpack.XnnpackPartitioner()]
+        )
+        lowered = edge.to_executorch()
+    library._unsafe_reset_threadpool(job.threads)
+    buffer = lowered.buffer
+    program = runtime.load_program(buffer)
+    method = program.load_method("forward")
+
+    # The method reads the buffer without owning it.
+    def run(owner: object = (buffer, program)) -> Any:
+        return method.execute([job.x])
+
+    return Provider(run, lambda results: results[0].clone())
+
+
 def _fused(job: Job) -> Provider:
     from ..optimize import optimize
 
@@ -589,6 +623,14 @@ PROVIDERS: dict[str, Spec] = {
         _version_of("openvino"),
     ),
     "ncnn": Spec("ncnn", False, True, _ncnn, _needs("ncnn", "pnnx"), _version_of("ncnn")),
+    "executorch": Spec(
+        "ExecuTorch, XNNPACK",
+        False,
+        True,
+        _executorch,
+        _needs("executorch"),
+        _version_of("executorch"),
+    ),
     "mnn": Spec("MNN", False, True, _mnn, _needs("MNN", "onnx", "onnxscript"), _version_of("MNN")),
     "opencv": Spec("OpenCV", False, True, _opencv, _needs_opencv, _opencv_version),
 }
