@@ -90,7 +90,7 @@ def measure(
     if place.type == "cpu" and not _CLEAR_REFS.exists():
         return None
     tiny = _tiny_job(job.threads)
-    onnx = provider in ("onnxruntime", "openvino")
+    onnx = provider in ("mnn", "onnxruntime", "opencv", "openvino")
     question = _Question(
         provider,
         model,
