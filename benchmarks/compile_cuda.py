@@ -12,13 +12,11 @@ registers, exceeds shared memory, or lacks instructions that it is written for.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -31,6 +29,7 @@ from emulation.cuda_resources import (  # noqa: E402, the line above finds it
     skip_reason,
     version,
 )
+from emulation.reports import read_rows, write_rows  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "cuda_kernels.csv"
 
@@ -133,9 +132,6 @@ class Row:
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.architecture, *self.key)))
-
-
-COLUMNS = tuple(Row.__dataclass_fields__)
 
 
 def required_of_convolution(row: Row) -> tuple[str, ...]:
@@ -270,23 +266,12 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
 
 def read(path: Path = RESULTS) -> list[Row]:
     """Reads a report."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = []
-        for fields in csv.DictReader(file):
-            typed: dict[str, Any] = dict(fields)
-            for name, field in Row.__dataclass_fields__.items():
-                if field.type == "int":
-                    typed[name] = int(fields[name])
-            rows.append(Row(**typed))
-        return rows
+    return read_rows(path, Row)
 
 
 def write(rows: Sequence[Row], path: Path = RESULTS) -> None:
     """Writes a report."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_rows(path, Row, rows)
 
 
 def main() -> int:

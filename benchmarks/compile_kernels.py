@@ -13,7 +13,6 @@ or exceeds shared memory, or lacks tensor cores or asynchronous copies that the 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from emulation.architectures import ARCHITECTURES  # noqa: E402, the line above finds it
 from emulation.driver import compiled_for  # noqa: E402
+from emulation.reports import read_rows, write_rows  # noqa: E402
 from emulation.resources import resources, shared_limit  # noqa: E402
 from threshnet_fast.kernels import (  # noqa: E402
     checksum,
@@ -110,9 +110,6 @@ class Row:
     programs_at_once: int
     tensor_instructions: str
     asynchronous_copies: int
-
-
-COLUMNS = tuple(Row.__dataclass_fields__)
 
 
 def problems(row: Row) -> list[str]:
@@ -368,23 +365,12 @@ def programs_at_once(architecture: str, registers: int, shared: int, num_warps: 
 
 def read(path: Path = RESULTS) -> list[Row]:
     """Reads a report."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = []
-        for fields in csv.DictReader(file):
-            typed: dict[str, Any] = dict(fields)
-            for name, field in Row.__dataclass_fields__.items():
-                if field.type == "int":
-                    typed[name] = int(fields[name])
-            rows.append(Row(**typed))
-        return rows
+    return read_rows(path, Row)
 
 
-def write(rows: list[Row], path: Path = RESULTS) -> None:
+def write(rows: Sequence[Row], path: Path = RESULTS) -> None:
     """Writes a report."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_rows(path, Row, rows)
 
 
 def main() -> int:
