@@ -70,6 +70,12 @@ int64_t checksum_floats(const Tensor& addresses) {
 
 int64_t best_isa() { return cpu::best_isa(); }
 
+// -1 where no micro-kernels multiply bfloat16.
+int64_t best_bfloat16_isa() {
+  const cpu::Isa isa = cpu::best_bfloat16_isa();
+  return isa == cpu::kScalar ? -1 : isa;
+}
+
 Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads, bool exact) {
   check_host(description, "description", ScalarType::Long, "int64");
   const std::vector<std::byte> bytes =
@@ -120,7 +126,11 @@ Tensor run_parts(const Tensor& x, const Tensor& program, const Tensor& packed,
                  const Tensor& workspace, const Run& run) {
   const cpu::Program view = program_of(program);
   const cpu::ProgramHeader& header = view.header();
-  check_float(x, "x");
+  const bool narrow = cpu::element_bytes(header.isa) == sizeof(cpu::Bfloat16);
+  const ScalarType dtype = narrow ? ScalarType::BFloat16 : ScalarType::Float;
+  check(x.is_cpu(), "x is not on the CPU");
+  check(x.scalar_type() == dtype,
+        std::string("x has the wrong dtype, expected ") + (narrow ? "bfloat16" : "float32"));
   check(x.dim() == 4, "x has shape " + shape_of(x) + ", expected four dimensions [N, C, H, W]");
   check(x.size(1) == header.input_channels && x.size(2) == header.input_height &&
             x.size(3) == header.input_width && x.size(0) >= header.batch,
@@ -139,16 +149,18 @@ Tensor run_parts(const Tensor& x, const Tensor& program, const Tensor& packed,
 
   const int64_t batch = x.size(0);
   Tensor output = torch::stable::empty(
-      {batch, header.output_channels, header.output_height, header.output_width}, ScalarType::Float,
+      {batch, header.output_channels, header.output_height, header.output_width}, dtype,
       std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
-  const int64_t image_floats = header.output_channels * header.output_height * header.output_width;
+  const int64_t image_elements =
+      header.output_channels * header.output_height * header.output_width;
   for (int64_t start = 0; start < batch; start += header.batch) {
     // The last part of a batch that is no multiple of the program's overlaps the part before it.
     const int64_t first = std::min(start, batch - header.batch);
     cpu::Binding binding;
-    binding.input = {static_cast<const float*>(x.data_ptr()) + first * x.stride(0), x.stride(0),
-                     x.stride(1), x.stride(2), x.stride(3)};
-    binding.output = static_cast<float*>(output.data_ptr()) + first * image_floats;
+    const int64_t bytes = cpu::element_bytes(header.isa);
+    binding.input = {static_cast<const std::byte*>(x.data_ptr()) + first * x.stride(0) * bytes,
+                     x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+    binding.output = static_cast<std::byte*>(output.data_ptr()) + first * image_elements * bytes;
     run(view, static_cast<const float*>(packed.data_ptr()),
         static_cast<float*>(workspace.data_ptr()), binding, threads);
   }
@@ -191,7 +203,7 @@ void check_threads(int64_t threads) {
 }
 
 double peak_flops(int64_t isa, int64_t threads) {
-  check(cpu::ukernel_table(isa) != nullptr,
+  check(cpu::tiling_of(isa) != nullptr,
         "isa is " + std::to_string(isa) + ", expected one that this processor has");
   check_threads(threads);
   return cpu::measure_peak(isa, threads, parallel_for);
@@ -215,6 +227,8 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
                        const std::vector<cpu::Weight>& weights, bool has_prologue, bool relu,
                        Window window, int64_t isa) {
   check_convolution(xs, weight, window.stride, window.padding);
+  check(cpu::element_bytes(isa) == sizeof(float),
+        "isa is " + std::to_string(isa) + ", expected one that computes in float32");
   std::vector<Tensor> segments;
   for (size_t i = 0; i < xs.size(); ++i) {
     check_float(xs[i], "xs[" + std::to_string(i) + "]");
@@ -326,6 +340,7 @@ using namespace threshnet_fast;
 
 STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("best_isa() -> int");
+  m.def("best_bfloat16_isa() -> int");
   m.def("checksum_floats(Tensor addresses) -> int");
   m.def("compile_plan(Tensor description, int isa, int threads, bool exact) -> Tensor");
   m.def("program_layout(Tensor program) -> int");
@@ -366,6 +381,7 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("best_isa", TORCH_BOX(&best_isa));
+  m.impl("best_bfloat16_isa", TORCH_BOX(&best_bfloat16_isa));
   m.impl("peak_flops", TORCH_BOX(&peak_flops));
 }
 

@@ -26,6 +26,7 @@ CUDA_NAMESPACE = "threshnet_fast_cuda"
 
 _SUFFIXES = (".abi3.so", ".so", ".pyd", ".dylib")
 _OPERATORS = (
+    "best_bfloat16_isa",
     "best_isa",
     "cat_bn_relu_conv",
     "cat_conv_bn_relu",

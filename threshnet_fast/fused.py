@@ -40,6 +40,9 @@ _MODELESS = {
     HarmonicBlock,
 }
 
+# What the CPU's checksum reads at each address.
+_PROBE_BYTES = 4
+
 _TRAINING = "the model, or a part of it, is in training mode"
 _GRADIENTS = "gradients are wanted: use torch.no_grad() or torch.inference_mode()"
 
@@ -188,8 +191,9 @@ def _objection(backend: str, x: Tensor, dtype: torch.dtype, autocast: bool) -> s
         return f"x is on {x.device}, and backend 'cpu' needs it on the CPU"
     if autocast:
         return "autocast is enabled"
-    if x.dtype is not torch.float32:
-        return f"x has dtype {x.dtype}, and the CPU backend computes in torch.float32"
+    if x.dtype not in cpu.DTYPES:
+        dtypes = " and ".join(map(str, cpu.DTYPES))
+        return f"x has dtype {x.dtype}, and the CPU backend takes {dtypes}"
     return cpu.unavailable_reason()
 
 
@@ -272,7 +276,7 @@ class _Snapshot:
         if backend in self.unsupported:
             raise Objection(self.unsupported[backend])
         if backend == "cpu":
-            return self.for_cpu(model, x.shape, head)
+            return self.for_cpu(model, x.shape, head, x.dtype)
         try:
             return self._gpu_plans[backend].get(model, x, head=head, dtype=dtype)
         except UnsupportedModule as error:
@@ -280,12 +284,13 @@ class _Snapshot:
             raise Objection(str(error)) from None
 
     def for_cpu(
-        self, model: ThreshNet, shape: torch.Size, head: bool
+        self, model: ThreshNet, shape: torch.Size, head: bool, dtype: torch.dtype
     ) -> tuple[cpu.CompiledPlan, Tensor]:
-        """The compiled plan for an input shape, and the packed weights."""
+        """The compiled plan for an input's shape and dtype, and the packed weights."""
+        isa = cpu.isa_code(dtype)
         try:
             return self._cpu_plans.get(
-                model, shape, head=head, isa=cpu.isa_code(), exact=cpu.exact_by_default()
+                model, shape, head=head, isa=isa, exact=cpu.exact_by_default()
             )
         except UnsupportedModule as error:
             self.unsupported["cpu"] = str(error)
@@ -324,10 +329,10 @@ class _Probe:
             return _reader_on_a_gpu(self._aliases, self._device)
         if cpu.unavailable_reason() is not None:
             return lambda: 0
-        self._aliases = [alias for alias in self._aliases if alias.dtype is torch.float32]
+        self._aliases = [alias for alias in self._aliases if alias.nbytes >= _PROBE_BYTES]
         addresses = torch.tensor(
             [
-                alias.data_ptr() + alias.element_size() * index
+                alias.data_ptr() + min(index * alias.element_size(), alias.nbytes - _PROBE_BYTES)
                 for alias in self._aliases
                 for index in (0, alias.numel() // 2, alias.numel() - 1)
             ],

@@ -35,7 +35,7 @@ class FrozenNetwork:
         self._cpu_plans = cpu.PlanCache()
         self._gpu_plans = select.gpu_plan_caches()
         if backend == "cpu":
-            self._isa = cpu.isa_code()
+            self._isa = cpu.isa_code(self._weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the network.
@@ -92,7 +92,8 @@ def optimize(
         module: A :class:`threshnet_fast.ThreshNet`.
         example_input: An input, ``[N, C, H, W]``; its size is compiled now.
         dtype: What to compute in, and the dtype of inputs: None keeps the module's. On the CPU
-            float32, on a GPU also float16 and bfloat16.
+            float32 or bfloat16, on a GPU also float16. Where the processor cannot multiply
+            bfloat16, its kernels compute in float32 on weights and inputs in bfloat16.
         exact: Keep to direct convolution, as a GPU always does. Otherwise Winograd's F(2x2, 3x3)
             and F(4x4, 3x3) serve where they are faster, with an error that is still about that of
             PyTorch's own convolutions, but not the same everywhere: an infinity spreads over a tile
@@ -118,7 +119,7 @@ def optimize(
     if backends == ("reference",):
         with select.use_backend("auto"):
             backends = select.network_backends(weight)
-    allowed = (torch.float32,) if backends == ("cpu",) else triton.DTYPES
+    allowed = cpu.DTYPES if backends == ("cpu",) else triton.DTYPES
     if dtype is not None and dtype not in allowed:
         raise ValueError(f"dtype is {dtype}: expected None or {' or '.join(map(str, allowed))}")
     module = copy.deepcopy(module).eval()
@@ -154,7 +155,10 @@ def _objection(module: ThreshNet, backend: str) -> str | None:
         return f"the module is on {weight.device}, and backend 'cpu' needs it on the CPU"
     elif cpu.unavailable_reason() is not None:
         return cpu.unavailable_reason()
-    dtype = torch.float32 if backend == "cpu" else weight.dtype
+    dtype = weight.dtype
+    if backend == "cpu" and dtype not in cpu.DTYPES:
+        dtypes = " and ".join(map(str, cpu.DTYPES))
+        return f"the module has weights of dtype {dtype}, and the backend takes {dtypes}"
     other = next((p.dtype for p in module.parameters() if p.dtype is not dtype), None)
     if other is not None:
         return f"the module has weights of dtype {other}, and the backend takes {dtype}"

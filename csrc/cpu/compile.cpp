@@ -22,6 +22,7 @@ constexpr int64_t kTasksPerThread = 8;
 constexpr int64_t kSplitPixels = 14;
 constexpr int64_t kSplitWeightBytes = 64 * 1024;
 constexpr int64_t kMaxTaps = 64;
+constexpr int64_t kFloatBytes = sizeof(float);
 constexpr int64_t kWinogradPixels = 64;
 // What a block's transformed inputs and products may hold of L2, beside the weights.
 constexpr int64_t kWinogradBytes = 320 * 1024;
@@ -64,14 +65,15 @@ class Compiler {
  public:
   Compiler(const int64_t* description, int64_t length, int64_t isa, int64_t threads, bool exact)
       : plan_(read_plan(description, length)), threads_(threads), exact_(exact) {
-    table_ = ukernel_table(isa);
-    if (table_ == nullptr) {
+    tiling_ = tiling_of(isa);
+    if (tiling_ == nullptr) {
       std::ostringstream message;
       message << "threshnet_fast: instruction set " << isa << " is not available on this processor";
       throw std::invalid_argument(message.str());
     }
     if (threads < 1) fail_plan("threads must be at least 1");
     header_.isa = isa;
+    element_bytes_ = element_bytes(isa);
   }
 
   std::vector<std::byte> compile() {
@@ -86,7 +88,7 @@ class Compiler {
     header_.output_width = plan_.output_width;
     header_.external_count = plan_.external_count;
     header_.weight_count = plan_.weight_count;
-    header_.arena_floats = plan_.arena_size;
+    header_.arena_floats = round_up(floats(plan_.arena_size), 16);
     header_.buffer_count = static_cast<int64_t>(plan_.buffers.size());
     for (const PlanStep& step : plan_.steps) add(step);
     header_.step_count = static_cast<int64_t>(steps_.size());
@@ -145,7 +147,8 @@ class Compiler {
     const Buffer& to = plan_.buffer_of(planned.output);
     require_plan(step.kernel_height * step.kernel_width <= kMaxTaps, "a kernel has over 64 taps");
     step.input_channels = planned.input_channels;
-    step.packs = planned.reads_network_input || step.scale_index >= 0;
+    step.padded_channels = round_up(step.input_channels, word_channels());
+    step.packs = planned.reads_network_input || step.scale_index >= 0 || splits_words(planned);
 
     std::vector<Panel> panels = split_panels(step.output_channels);
     step.winograd_size = choose_winograd_size(to);
@@ -158,12 +161,12 @@ class Compiler {
     }
     int64_t widest = 0;
     for (Panel& panel : panels) {
-      const int64_t lanes = panel.vectors * table_->lanes;
+      const int64_t lanes = panel.vectors * tiling_->lanes;
       widest = std::max(widest, lanes);
-      panel.weights = header_.packed_floats;
       panel.pitch = round_up(panel.channels, 4);
-      header_.packed_floats +=
-          round_up(positions_of(step) * step.input_channels * panel.pitch + lanes, 16);
+      panel.weights = header_.packed_floats;
+      panel.bias = panel.weights + floats(positions_of(step) * step.padded_channels * panel.pitch);
+      header_.packed_floats = round_up(panel.bias + lanes, 16);
     }
     step.panels = writer_.append(panels);
     step.panel_count = static_cast<int64_t>(panels.size());
@@ -184,16 +187,31 @@ class Compiler {
     reserve_scratch(step, widest);
   }
 
+  int64_t word_channels() const { return static_cast<int64_t>(sizeof(float)) / element_bytes_; }
+
+  // Floats that take the place of some elements.
+  int64_t floats(int64_t elements) const { return divide_up(elements, word_channels()); }
+
+  // Whether a word would hold channels of two segments, or lie across two words of memory.
+  bool splits_words(const PlanStep& planned) const {
+    const auto splits = [this](int64_t count) { return count % word_channels() != 0; };
+    return std::any_of(planned.inputs.begin(), planned.inputs.end(),
+                       [&](const BufferSegment& segment) {
+                         return splits(segment.channel) || splits(segment.channels) ||
+                                splits(plan_.buffer_of(segment).pitch);
+                       });
+  }
+
   // Panels of two vectors, and one of three where that saves a mostly empty one.
   std::vector<Panel> split_panels(int64_t channels) const {
     std::vector<Panel> panels;
-    int64_t vectors = divide_up(channels, table_->lanes);
+    int64_t vectors = divide_up(channels, tiling_->lanes);
     for (int64_t channel = 0; channel < channels;) {
       const int64_t take = vectors <= 3 ? vectors : 2;
       Panel panel{};
       panel.vectors = take;
       panel.channel = channel;
-      panel.channels = std::min(take * table_->lanes, channels - channel);
+      panel.channels = std::min(take * tiling_->lanes, channels - channel);
       panels.push_back(panel);
       channel += panel.channels;
       vectors -= take;
@@ -263,9 +281,8 @@ class Compiler {
     const int64_t pixels = to.height * to.width;
     if (pixels >= kWinogradPixels && step.input_channels <= 256 && panels <= 2)
       return kWinogradInTask;
-    const int64_t bytes = 4 * winograd_positions(step.winograd_size) *
-                          winograd_tiles(to, step.winograd_size) *
-                          round_up(step.input_channels, 16);
+    const int64_t bytes = element_bytes_ * winograd_positions(step.winograd_size) *
+                          winograd_tiles(to, step.winograd_size) * step.padded_channels;
     return pixels >= kWinogradStepPixels && bytes <= kTransformBytes ? kWinogradInSteps
                                                                      : kNoWinograd;
   }
@@ -289,9 +306,8 @@ class Compiler {
     step.split_count = step.chunk_count = 1;
     const int64_t wanted = threads_ > 1 ? threads_ * kTasksPerThread : 1;
     if (step.winograd == kWinogradInSteps) {
-      const int64_t channels = round_up(step.input_channels, 16);
-      header_.partial_floats =
-          std::max(header_.partial_floats, positions * step.pixel_count * channels);
+      const int64_t elements = positions * step.pixel_count * step.padded_channels;
+      header_.partial_floats = std::max(header_.partial_floats, round_up(floats(elements), 16));
       step.group_panels = 1;
       step.group_count = step.panel_count;
       step.block_count = std::max(divide_up(wanted, step.group_count),
@@ -300,8 +316,9 @@ class Compiler {
       reserve(positions * block_pixels(step) * widest);
       return;
     }
-    const int64_t tile_floats = positions * (step.input_channels + widest);
-    const int64_t fit = std::clamp<int64_t>(kWinogradBytes / 4 / tile_floats, 8, kWinogradTiles);
+    const int64_t tile_bytes =
+        positions * (element_bytes_ * step.padded_channels + kFloatBytes * widest);
+    const int64_t fit = std::clamp<int64_t>(kWinogradBytes / tile_bytes, 8, kWinogradTiles);
     step.block_count = divide_up(step.pixel_count, fit);
     if (threads_ > 1) {
       // As many blocks for each thread, and some to spare for the one that is ahead.
@@ -311,7 +328,8 @@ class Compiler {
     }
     step.group_count = 1;
     step.group_panels = step.panel_count;
-    reserve(positions * block_pixels(step) * (step.input_channels + widest) + zero_floats(step));
+    const int64_t tiles = positions * block_pixels(step);
+    reserve(floats(tiles * step.padded_channels) + tiles * widest + floats(zero_elements(step)));
   }
 
   // The step before a convolution that finds its inputs transformed.
@@ -320,7 +338,7 @@ class Compiler {
     step.kind = kTransform;
     step.group_count = 1;
     step.block_count = std::min(step.pixel_count, threads_ > 1 ? threads_ * kTasksPerThread : 1);
-    reserve(zero_floats(step));
+    reserve(floats(zero_elements(step)));
     return step;
   }
 
@@ -329,7 +347,7 @@ class Compiler {
   void split_tasks(Step& step, const Buffer& from, const std::vector<Panel>& panels) {
     const int64_t taps = step.kernel_height * step.kernel_width;
     const int64_t panel_count = step.panel_count;
-    const int64_t tile = table_->tile_pixels[panels[0].vectors];
+    const int64_t tile = tiling_->tile_pixels[panels[0].vectors];
     const int64_t tiles = divide_up(step.pixel_count, tile);
     const int64_t weight_floats = taps * step.input_channels * step.output_channels;
     const int64_t input_floats = header_.batch * from.height * from.width * step.input_channels;
@@ -347,7 +365,8 @@ class Compiler {
       blocks = std::min(round_up(std::min(tiles, wanted), threads_), step.pixel_count);
     }
     if (step.packs) {
-      const int64_t fit = std::max(kPackBytes / 4 / gathered_pitch(step) / tile * tile, tile);
+      const int64_t row_bytes = element_bytes_ * gathered_pitch(step);
+      const int64_t fit = std::max(kPackBytes / row_bytes / tile * tile, tile);
       blocks = std::max(blocks, divide_up(step.pixel_count, fit));
     }
     step.block_count = blocks;
@@ -362,18 +381,18 @@ class Compiler {
   void split_chunks(Step& step, uint64_t used_taps, int64_t widest) {
     const int64_t used = __builtin_popcountll(used_taps);
     const int64_t channels = step.input_channels;
-    const int64_t tap_bytes = 4 * channels * widest;
-    const int64_t input_bytes = 4 * channels * block_pixels(step);
+    const int64_t tap_bytes = element_bytes_ * channels * widest;
+    const int64_t input_bytes = element_bytes_ * channels * block_pixels(step);
     const bool several = block_pixels(step) > kMaxTilePixels;
     step.split_count = 1;
     int64_t tap_chunks = 1;
     int64_t channel_chunks = 1;
     if (threads_ > 1 && !step.packs && step.block_count == 1 && step.pixel_count <= kSplitPixels &&
         used >= 2 * threads_ && step.panel_count < threads_ * kTasksPerThread &&
-        4 * used * channels * step.output_channels >= kSplitWeightBytes) {
+        element_bytes_ * used * channels * step.output_channels >= kSplitWeightBytes) {
       step.split_count = tap_chunks = threads_;
       const int64_t floats =
-          step.split_count * step.panel_count * step.pixel_count * kMaxTileVectors * table_->lanes;
+          step.split_count * step.panel_count * step.pixel_count * kMaxTileVectors * tiling_->lanes;
       header_.partial_floats = std::max(header_.partial_floats, round_up(floats, 16));
     } else if (several && used * tap_bytes + input_bytes > kChunkBytes) {
       if (2 * input_bytes <= kChunkBytes && 2 * tap_bytes <= kChunkBytes) {
@@ -385,8 +404,8 @@ class Compiler {
     std::vector<Chunk> chunks;
     for (int64_t i = 0; i < channel_chunks; ++i) {
       const size_t first = chunks.size();
-      chunks.resize(first + tap_chunks,
-                    {0, channels * i / channel_chunks, channels * (i + 1) / channel_chunks});
+      chunks.resize(first + tap_chunks, {0, chunk_channel(step, i, channel_chunks),
+                                         chunk_channel(step, i + 1, channel_chunks)});
       int64_t index = 0;
       for (uint64_t left = used_taps; left != 0; left &= left - 1)
         chunks[first + index++ * tap_chunks / used].taps |= left & -left;
@@ -395,9 +414,17 @@ class Compiler {
     step.chunk_count = static_cast<int64_t>(chunks.size());
   }
 
+  // Where part `i` of the input channels begins: with a whole word.
+  int64_t chunk_channel(const Step& step, int64_t i, int64_t chunks) const {
+    const int64_t words = step.padded_channels / word_channels();
+    return std::min(words * i / chunks * word_channels(), step.input_channels);
+  }
+
   void reserve_scratch(const Step& step, int64_t widest) {
-    // One row more for the offsets of a strided input's taps and channels, two floats each.
-    const int64_t pack_floats = step.packs ? (block_pixels(step) + 2) * gathered_pitch(step) : 0;
+    // And the offsets of a strided input's taps and channels, two floats each.
+    const int64_t pack_floats =
+        step.packs ? floats(block_pixels(step) * gathered_pitch(step)) + 2 * gathered_pitch(step)
+                   : 0;
     const int64_t rows = step.chunk_count > 1 ? block_pixels(step) : kMaxTilePixels;
     reserve(run_floats(step) + pack_floats + rows * widest);
   }
@@ -411,7 +438,8 @@ class Compiler {
   int64_t threads_;
   int64_t number_ = 0;  // of the plan's step that is being compiled, from 1
   bool exact_;
-  const UkernelTable* table_;
+  const Tiling* tiling_;
+  int64_t element_bytes_;
   ProgramHeader header_{};
   std::vector<Step> steps_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>,
@@ -436,7 +464,7 @@ Program::Program(const void* bytes, int64_t size) : bytes_(static_cast<const std
       header().version != kVersion || header().bytes != size)
     throw std::invalid_argument(
         "threshnet_fast: program is not one that this version of threshnet_fast compiled");
-  if (ukernel_table(header().isa) == nullptr)
+  if (tiling_of(header().isa) == nullptr)
     throw std::invalid_argument(
         "threshnet_fast: program was compiled for an instruction set that this processor lacks");
 }

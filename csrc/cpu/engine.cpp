@@ -35,13 +35,14 @@ int64_t tap_shift(const Step& step, int64_t tap, const Buffer& from) {
   return tap / step.kernel_width * from.width + tap % step.kernel_width;
 }
 
+template <typename Element>
 class Engine {
  public:
   Engine(const Program& program, const float* packed, float* workspace, const Binding& binding)
       : program_(program),
-        table_(*ukernel_table(program.header().isa)),
+        table_(ukernel_table<Element>(program.header().isa)),
         packed_(packed),
-        arena_(workspace),
+        arena_(elements_at(workspace)),
         partials_(workspace + program.header().arena_floats),
         scratch_(partials_ + program.header().partial_floats),
         binding_(binding) {}
@@ -62,16 +63,31 @@ class Engine {
   }
 
  private:
-  const float* input_of(const BufferSegment& segment) const {
+  using Run = ChannelRun<Element>;
+  using Tile = ConvTile<Element>;
+
+  static Element* elements_at(float* memory) { return reinterpret_cast<Element*>(memory); }
+  static const Element* elements_at(const float* memory) {
+    return reinterpret_cast<const Element*>(memory);
+  }
+
+  const Element* input_of(const BufferSegment& segment) const {
     const Buffer& buffer = program_.buffer(segment.buffer);
-    const float* base = buffer.offset >= 0 ? arena_ + buffer.offset
-                                           : binding_.externals[kFirstExternal - buffer.offset];
+    const Element* base = buffer.offset >= 0
+                              ? arena_ + buffer.offset
+                              : elements_at(binding_.externals[kFirstExternal - buffer.offset]);
     return base + segment.channel;
   }
 
-  float* output_of(const Step& step) const {
+  Element* output_of(const Step& step) const {
     const Buffer& buffer = program_.buffer(step.output_buffer);
-    return (buffer.offset >= 0 ? arena_ + buffer.offset : binding_.output) + step.output_channel;
+    Element* base =
+        buffer.offset >= 0 ? arena_ + buffer.offset : static_cast<Element*>(binding_.output);
+    return base + step.output_channel;
+  }
+
+  const Element* weights_of(const Panel& panel) const {
+    return elements_at(packed_ + panel.weights);
   }
 
   void convolve(const Step& step, int64_t task, float* scratch) const {
@@ -88,12 +104,12 @@ class Engine {
     } else if (step.winograd == kWinogradInSteps) {
       for (int64_t p = first_panel; p < last_panel; ++p)
         multiply_transformed(step, panels[p], first_pixel, pixels,
-                             partials_ + first_pixel * step.input_channels, step.pixel_count,
-                             scratch);
+                             elements_at(partials_) + first_pixel * step.padded_channels,
+                             step.pixel_count, scratch);
     } else if (step.packs) {
-      gather(step, first_pixel, pixels, scratch);
+      gather(step, first_pixel, pixels, elements_at(scratch));
       for (int64_t p = first_panel; p < last_panel; ++p)
-        convolve_packed(step, panels[p], first_pixel, pixels, scratch);
+        convolve_packed(step, panels[p], first_pixel, pixels, elements_at(scratch));
     } else {
       for (int64_t p = first_panel; p < last_panel; ++p)
         convolve_direct(step, p, split, first_pixel, pixels, scratch);
@@ -104,33 +120,33 @@ class Engine {
   // position, and the products transformed back, while everything stays in L2.
   void convolve_winograd(const Step& step, int64_t first_tile, int64_t count,
                          float* scratch) const {
-    const int64_t channels = step.input_channels;
-    float* const inputs = scratch + zero_floats(step);
-    transform_inputs(step, first_tile, count, scratch, inputs, count);
-    float* const products = inputs + positions_of(step) * count * channels;
+    float* const inputs = scratch + floats_of<Element>(zero_elements(step));
+    transform_inputs(step, first_tile, count, elements_at(scratch), elements_at(inputs), count);
+    float* const products =
+        inputs + floats_of<Element>(positions_of(step) * count * step.padded_channels);
     for (int64_t p = 0; p < step.panel_count; ++p)
-      multiply_transformed(step, program_.at<Panel>(step.panels)[p], first_tile, count, inputs,
-                           count, products);
+      multiply_transformed(step, program_.at<Panel>(step.panels)[p], first_tile, count,
+                           elements_at(inputs), count, products);
   }
 
   // Fills inputs[position * pitch + tile][channel]. `zeros` is room for a pixel of padding.
-  void transform_inputs(const Step& step, int64_t first_tile, int64_t count, float* zeros,
-                        float* inputs, int64_t pitch) const {
+  void transform_inputs(const Step& step, int64_t first_tile, int64_t count, Element* zeros,
+                        Element* inputs, int64_t pitch) const {
     const Buffer& to = program_.buffer(step.output_buffer);
-    const int64_t channels = step.input_channels;
+    const int64_t channels = step.padded_channels;
     const int64_t extent = step.winograd_size + 2;
-    const WinogradFunctions& functions = winograd_functions(step);
-    std::memset(zeros, 0, channels * sizeof(float));
+    const WinogradFunctions<Element>& functions = winograd_functions(step);
+    std::memset(zeros, 0, channels * sizeof(Element));
     const BufferSegment* segments = program_.at<BufferSegment>(step.segments);
     for (int64_t i = 0; i < count; ++i) {
       const WinogradTile tile(first_tile + i, step.winograd_size, to);
       const int64_t left = tile.x - 1;
       const int64_t top = tile.y - 1;
-      float* output = inputs + i * channels;
+      Element* output = inputs + i * channels;
       for (int64_t s = 0; s < step.segment_count; ++s) {
         const Buffer& from = program_.buffer(segments[s].buffer);
-        const float* base = input_of(segments[s]);
-        const float* pixels[kMaxWinogradPositions];
+        const Element* base = input_of(segments[s]);
+        const Element* pixels[kMaxWinogradPositions];
         for (int64_t y = 0; y < extent; ++y) {
           const bool row_valid = top + y >= 0 && top + y < from.height;
           const int64_t row = (tile.image * from.height + top + y) * from.width + left;
@@ -142,16 +158,20 @@ class Engine {
         functions.input(pixels, segments[s].channels, output, pitch * channels);
         output += segments[s].channels;
       }
+      for (int64_t c = step.input_channels; c < channels; ++c) {
+        for (int64_t position = 0; position < extent * extent; ++position)
+          inputs[(position * pitch + i) * channels + c] = Element{};
+      }
     }
   }
 
   // The products of some tiles with one panel, [position][tile][NR], and from them the outputs.
   void multiply_transformed(const Step& step, const Panel& panel, int64_t first_tile, int64_t count,
-                            const float* inputs, int64_t pitch, float* products) const {
-    const int64_t channels = step.input_channels;
-    const int64_t lanes = panel.vectors * table_.lanes;
-    const Tiles tiles(count, table_.tile_pixels[panel.vectors]);
-    ConvTile tile = output_tile(step, panel);
+                            const Element* inputs, int64_t pitch, float* products) const {
+    const int64_t channels = step.padded_channels;
+    const int64_t lanes = panel.vectors * table_.tiling.lanes;
+    const Tiles tiles(count, table_.tiling.tile_pixels[panel.vectors]);
+    Tile tile = output_tile(step, panel);
     const float* bias = tile.initial;
     tile.initial = kNoBias;
     tile.run_count = 1;
@@ -162,21 +182,20 @@ class Engine {
     tile.relu = false;
     for (int64_t position = 0; position < positions_of(step); ++position) {
       for (int64_t t = 0; t < tiles.tiles; ++t) {
-        const ChannelRun run{inputs + (position * pitch + tiles.begin(t)) * channels,
-                             packed_ + panel.weights + position * channels * panel.pitch, channels,
-                             channels};
+        const Run run{inputs + (position * pitch + tiles.begin(t)) * channels,
+                      weights_of(panel) + position * channels * panel.pitch, channels, channels};
         tile.runs = &run;
-        tile.output = products + (position * count + tiles.begin(t)) * lanes;
+        tile.sums = products + (position * count + tiles.begin(t)) * lanes;
         table_.conv_tile[panel.vectors][tiles.begin(t + 1) - tiles.begin(t)](tile);
       }
     }
 
     const Buffer& to = program_.buffer(step.output_buffer);
     const int64_t size = step.winograd_size;
-    float* const output = output_of(step) + panel.channel;
+    Element* const output = output_of(step) + panel.channel;
     for (int64_t i = 0; i < count; ++i) {
       const auto [image, y, x] = WinogradTile(first_tile + i, size, to);
-      float* outputs[kMaxWinogradPositions];
+      Element* outputs[kMaxWinogradPositions];
       for (int64_t row = 0; row < size; ++row) {
         for (int64_t column = 0; column < size; ++column) {
           const bool exists = y + row < to.height && x + column < to.width;
@@ -190,7 +209,7 @@ class Engine {
     }
   }
 
-  const WinogradFunctions& winograd_functions(const Step& step) const {
+  const WinogradFunctions<Element>& winograd_functions(const Step& step) const {
     return step.winograd_size == 2 ? table_.winograd_2x2 : table_.winograd_4x4;
   }
 
@@ -198,14 +217,14 @@ class Engine {
   void transform(const Step& step, int64_t block, float* scratch) const {
     const int64_t first = step.pixel_count * block / step.block_count;
     const int64_t count = step.pixel_count * (block + 1) / step.block_count - first;
-    transform_inputs(step, first, count, scratch, partials_ + first * step.input_channels,
-                     step.pixel_count);
+    transform_inputs(step, first, count, elements_at(scratch),
+                     elements_at(partials_) + first * step.padded_channels, step.pixel_count);
   }
 
   // Where a part of a convolution with split taps leaves its sums: [pixel][NR].
   float* partial_sums(const Step& step, int64_t split, int64_t panel) const {
-    return partials_ +
-           (split * step.panel_count + panel) * step.pixel_count * kMaxTileVectors * table_.lanes;
+    return partials_ + (split * step.panel_count + panel) * step.pixel_count * kMaxTileVectors *
+                           table_.tiling.lanes;
   }
 
   void reduce(const Step& step, int64_t group) const {
@@ -214,14 +233,14 @@ class Engine {
     const int64_t last = std::min((group + 1) * step.group_panels, step.panel_count);
     for (int64_t p = group * step.group_panels; p < last; ++p) {
       const Panel& panel = program_.at<Panel>(step.panels)[p];
-      const int64_t width = panel.vectors * table_.lanes;
+      const int64_t width = panel.vectors * table_.tiling.lanes;
       for (int64_t i = 0; i < step.pixel_count; ++i) {
-        float* output = output_of(step) + output_pixels[i] * pitch + panel.channel;
+        Element* output = output_of(step) + output_pixels[i] * pitch + panel.channel;
         for (int64_t c = 0; c < panel.channels; ++c) {
           float sum = partial_sums(step, 0, p)[i * width + c];
           for (int64_t split = 1; split < step.split_count; ++split)
             sum += partial_sums(step, split, p)[i * width + c];
-          output[c] = step.relu && sum < 0.0f ? 0.0f : sum;
+          output[c] = rounded<Element>(step.relu && sum < 0.0f ? 0.0f : sum);
         }
       }
     }
@@ -229,7 +248,7 @@ class Engine {
 
   // Writes each pixel's window as one row [tap][channel], after the prologue; taps that fall on
   // padding are zero, which is why the prologue cannot come later.
-  void gather(const Step& step, int64_t first_pixel, int64_t pixels, float* rows) const {
+  void gather(const Step& step, int64_t first_pixel, int64_t pixels, Element* rows) const {
     const int64_t pitch = gathered_pitch(step);
     const BufferSegment* segments = program_.at<BufferSegment>(step.segments);
     const int32_t* input_pixels = program_.at<int32_t>(step.input_pixels) + first_pixel;
@@ -238,32 +257,37 @@ class Engine {
     if (program_.buffer(segments[0].buffer).offset == kNetworkInput)
       return gather_strided(step, output_pixels, pixel_taps, pixels, rows);
     for (int64_t i = 0; i < pixels; ++i) {
-      float* row = rows + i * pitch;
+      Element* row = rows + i * pitch;
       for (int64_t tap = 0; tap < step.kernel_height * step.kernel_width; ++tap) {
-        float* to = row + tap * step.input_channels;
+        Element* to = row + tap * step.padded_channels;
         if (!(pixel_taps[i] >> tap & 1)) {
-          std::memset(to, 0, step.input_channels * sizeof(float));
+          std::memset(to, 0, step.padded_channels * sizeof(Element));
           continue;
         }
         int64_t channel = 0;
         for (int64_t s = 0; s < step.segment_count; ++s) {
           const Buffer& buffer = program_.buffer(segments[s].buffer);
           const int64_t shift = tap_shift(step, tap, buffer);
-          table_.bn_relu(input_of(segments[s]) + (input_pixels[i] + shift) * buffer.pitch,
-                         packed_ + step.scale + channel, packed_ + step.shift + channel,
-                         segments[s].channels, to + channel);
+          const Element* from = input_of(segments[s]) + (input_pixels[i] + shift) * buffer.pitch;
+          if (step.scale_index >= 0) {
+            table_.bn_relu(from, packed_ + step.scale + channel, packed_ + step.shift + channel,
+                           segments[s].channels, to + channel);
+          } else {
+            std::memcpy(to + channel, from, segments[s].channels * sizeof(Element));
+          }
           channel += segments[s].channels;
         }
+        std::fill(to + channel, to + step.padded_channels, Element{});
       }
     }
   }
 
   void gather_strided(const Step& step, const int32_t* output_pixels, const uint64_t* pixel_taps,
-                      int64_t pixels, float* rows) const {
+                      int64_t pixels, Element* rows) const {
     const Buffer& to = program_.buffer(step.output_buffer);
     const StridedInput& input = binding_.input;
     const int64_t taps = step.kernel_height * step.kernel_width;
-    const int64_t channels = step.input_channels;
+    const int64_t channels = step.padded_channels;
     const uint64_t all = ~uint64_t{0} >> (64 - taps);
     const int64_t pitch = gathered_pitch(step);
     int64_t* const offsets = reinterpret_cast<int64_t*>(rows + pixels * pitch);
@@ -271,34 +295,38 @@ class Engine {
       for (int64_t c = 0; c < channels; ++c)
         offsets[tap * channels + c] = tap / step.kernel_width * input.height_stride +
                                       tap % step.kernel_width * input.width_stride +
-                                      c * input.channel_stride;
+                                      c % step.input_channels * input.channel_stride;
     }
     int64_t x = to.width;
-    const float* image_row = nullptr;
+    const Element* image_row = nullptr;
     for (int64_t i = 0; i < pixels; ++i) {
       if (++x >= to.width || output_pixels[i] != output_pixels[i - 1] + 1) {
         const int64_t line = output_pixels[i] / to.width;
         x = output_pixels[i] - line * to.width;
-        image_row = input.data + line / to.height * input.batch_stride +
+        image_row = static_cast<const Element*>(input.data) +
+                    line / to.height * input.batch_stride +
                     (line % to.height * step.stride - step.padding) * input.height_stride;
       }
-      const float* from = image_row + (x * step.stride - step.padding) * input.width_stride;
-      float* row = rows + i * pitch;
+      const Element* from = image_row + (x * step.stride - step.padding) * input.width_stride;
+      Element* row = rows + i * pitch;
       if (pixel_taps[i] == all) {
         for (int64_t k = 0; k < taps * channels; ++k) row[k] = from[offsets[k]];
-        continue;
+      } else {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const bool valid = pixel_taps[i] >> tap & 1;
+          for (int64_t k = tap * channels; k < (tap + 1) * channels; ++k)
+            row[k] = valid ? from[offsets[k]] : Element{};
+        }
       }
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const bool valid = pixel_taps[i] >> tap & 1;
-        for (int64_t k = tap * channels; k < (tap + 1) * channels; ++k)
-          row[k] = valid ? from[offsets[k]] : 0.0f;
+      for (int64_t c = step.input_channels; c < channels; ++c) {
+        for (int64_t tap = 0; tap < taps; ++tap) row[tap * channels + c] = Element{};
       }
     }
   }
 
-  ConvTile output_tile(const Step& step, const Panel& panel) const {
-    ConvTile tile{};
-    tile.initial = packed_ + panel.weights + positions_of(step) * step.input_channels * panel.pitch;
+  Tile output_tile(const Step& step, const Panel& panel) const {
+    Tile tile{};
+    tile.initial = packed_ + panel.bias;
     tile.weight_pitch = panel.pitch;
     tile.initial_rows = kZeros;
     tile.output = output_of(step) + panel.channel;
@@ -309,15 +337,15 @@ class Engine {
   }
 
   void convolve_packed(const Step& step, const Panel& panel, int64_t first_pixel, int64_t pixels,
-                       const float* rows) const {
+                       const Element* rows) const {
     const int64_t pitch = gathered_pitch(step);
     const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + first_pixel;
-    ConvTile tile = output_tile(step, panel);
-    const Tiles tiles(pixels, table_.tile_pixels[panel.vectors]);
+    Tile tile = output_tile(step, panel);
+    const Tiles tiles(pixels, table_.tiling.tile_pixels[panel.vectors]);
     for (int64_t t = 0; t < tiles.tiles; ++t) {
       const int64_t begin = tiles.begin(t);
-      const ChannelRun run{rows + begin * pitch, packed_ + panel.weights, pitch,
-                           step.kernel_height * step.kernel_width * step.input_channels};
+      const Run run{rows + begin * pitch, weights_of(panel), pitch,
+                    step.kernel_height * step.kernel_width * step.padded_channels};
       tile.runs = &run;
       tile.run_count = 1;
       tile.input_pixels = kIota;
@@ -329,10 +357,10 @@ class Engine {
   // Appends the runs of one tap: the chunk's channels of the concatenation, shifted by the tap. A
   // run that goes on where the one before it ends, in memory and in the weights, joins it: where
   // pixels lie side by side, neighbouring taps do so.
-  ChannelRun* append_runs(const Step& step, const Panel& panel, int64_t tap, const Chunk& chunk,
-                          const ChannelRun* first, ChannelRun* run) const {
+  Run* append_runs(const Step& step, const Panel& panel, int64_t tap, const Chunk& chunk,
+                   const Run* first, Run* run) const {
     const BufferSegment* segments = program_.at<BufferSegment>(step.segments);
-    const float* weights = packed_ + panel.weights + tap * step.input_channels * panel.pitch;
+    const Element* weights = weights_of(panel) + tap * step.padded_channels * panel.pitch;
     int64_t position = 0;
     for (int64_t s = 0; s < step.segment_count && position < chunk.last_channel; ++s) {
       const int64_t skipped = std::max<int64_t>(chunk.first_channel - position, 0);
@@ -342,10 +370,10 @@ class Engine {
       if (channels <= 0) continue;
       const Buffer& buffer = program_.buffer(segments[s].buffer);
       const int64_t shift = tap_shift(step, tap, buffer);
-      const ChannelRun next{input_of(segments[s]) + shift * buffer.pitch + skipped,
-                            weights + (position - segments[s].channels + skipped) * panel.pitch,
-                            buffer.pitch, channels};
-      ChannelRun& last = run[-1];
+      const Run next{input_of(segments[s]) + shift * buffer.pitch + skipped,
+                     weights + (position - segments[s].channels + skipped) * panel.pitch,
+                     buffer.pitch, channels};
+      Run& last = run[-1];
       if (run > first && next.input == last.input + last.channels && next.pitch == last.pitch &&
           next.weights == last.weights + last.channels * panel.pitch) {
         last.channels += channels;
@@ -359,10 +387,10 @@ class Engine {
   void convolve_direct(const Step& step, int64_t panel_index, int64_t split, int64_t first_pixel,
                        int64_t pixels, float* scratch) const {
     const Panel& panel = program_.at<Panel>(step.panels)[panel_index];
-    const Tiles tiles(pixels, table_.tile_pixels[panel.vectors]);
-    const int64_t lanes = panel.vectors * table_.lanes;
+    const Tiles tiles(pixels, table_.tiling.tile_pixels[panel.vectors]);
+    const int64_t lanes = panel.vectors * table_.tiling.lanes;
     const bool whole = step.split_count == 1;
-    ChannelRun* const runs = reinterpret_cast<ChannelRun*>(scratch);
+    Run* const runs = reinterpret_cast<Run*>(scratch);
     float* const sums = whole ? scratch + run_floats(step) : partial_sums(step, split, panel_index);
     const int64_t first_chunk = step.chunk_count * split / step.split_count;
     const int64_t last_chunk = step.chunk_count * (split + 1) / step.split_count;
@@ -388,7 +416,7 @@ class Engine {
     int64_t first_pixel, pixels;
     Chunk chunk;
     bool starts, has_bias, finishes;
-    ChannelRun* runs;
+    Run* runs;
     float* sums;  // [pixels][NR]: read unless `starts`, written unless `finishes`
   };
 
@@ -396,8 +424,8 @@ class Engine {
     const int32_t* input_pixels = program_.at<int32_t>(step.input_pixels) + part.first_pixel;
     const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + part.first_pixel;
     const uint64_t* pixel_taps = program_.at<uint64_t>(step.pixel_taps) + part.first_pixel;
-    const ConvTileFunction* conv_tile = table_.conv_tile[panel.vectors];
-    const int64_t lanes = panel.vectors * table_.lanes;
+    const ConvTileFunction<Element>* conv_tile = table_.conv_tile[panel.vectors];
+    const int64_t lanes = panel.vectors * table_.tiling.lanes;
     const int64_t count = part.pixels;
     uint64_t every = part.chunk.taps;
     uint64_t any = 0;
@@ -408,15 +436,15 @@ class Engine {
 
     // Taps that only some of the pixels need come first, through sums in memory; then all the
     // others, in registers, and the epilogue.
-    ConvTile sums{};
+    Tile sums{};
     sums.runs = part.runs;
     sums.weight_pitch = panel.pitch;
     sums.initial = part.sums;
     sums.initial_pitch = lanes;
-    sums.output = part.sums;
+    sums.sums = part.sums;
     sums.output_pitch = lanes;
     sums.channels = lanes;
-    ConvTile tile = output_tile(step, panel);
+    Tile tile = output_tile(step, panel);
     tile.runs = part.runs;
     tile.input_pixels = input_pixels;
     tile.output_rows = output_pixels;
@@ -444,7 +472,7 @@ class Engine {
       conv_tile[used](sums);
     }
 
-    ChannelRun* run = part.runs;
+    Run* run = part.runs;
     for (uint64_t left = every; left != 0; left &= left - 1)
       run = append_runs(step, panel, __builtin_ctzll(left), part.chunk, part.runs, run);
     tile.run_count = run - part.runs;
@@ -454,7 +482,7 @@ class Engine {
       tile.initial_pitch = lanes;
     }
     if (!part.finishes) {
-      tile.output = part.sums;
+      tile.sums = part.sums;
       tile.output_rows = kIota;
       tile.output_pitch = lanes;
       tile.channels = lanes;
@@ -467,8 +495,8 @@ class Engine {
     const BufferSegment& segment = *program_.at<BufferSegment>(step.segments);
     const Buffer& from = program_.buffer(segment.buffer);
     const Buffer& to = program_.buffer(step.output_buffer);
-    const float* input = input_of(segment);
-    float* output = output_of(step);
+    const Element* input = input_of(segment);
+    Element* output = output_of(step);
     int64_t* const offsets = reinterpret_cast<int64_t*>(scratch);
     const int64_t rows = program_.header().batch * to.height;
     const int64_t last = rows * (block + 1) / step.block_count;
@@ -494,9 +522,9 @@ class Engine {
   }
 
   const Program& program_;
-  const UkernelTable& table_;
+  const UkernelTable<Element>& table_;
   const float* packed_;
-  float* arena_;
+  Element* arena_;
   float* partials_;
   float* scratch_;
   const Binding& binding_;
@@ -509,15 +537,17 @@ static int64_t task_count(const Step& step) {
   return step.kind == kConvolution ? tasks * step.split_count : tasks;
 }
 
-void run(const Program& program, const float* packed, float* workspace, const Binding& binding,
-         int64_t threads, ParallelFor parallel_for, const TaskObserver* observer) {
+template <typename Element>
+static void run_elements(const Program& program, const float* packed, float* workspace,
+                         const Binding& binding, int64_t threads, ParallelFor parallel_for,
+                         const TaskObserver* observer) {
   const ProgramHeader& header = program.header();
   std::vector<int64_t> tasks;
   for (int64_t i = 0; i < header.step_count; ++i) tasks.push_back(task_count(program.step(i)));
-  const Engine engine(program, packed, workspace, binding);
+  const Engine<Element> engine(program, packed, workspace, binding);
   Team team(threads, tasks);
   struct Context {
-    const Engine& engine;
+    const Engine<Element>& engine;
     Team& team;
     const TaskObserver* observer;
   } context{engine, team, observer};
@@ -532,6 +562,13 @@ void run(const Program& program, const float* packed, float* workspace, const Bi
         });
       },
       &context);
+}
+
+void run(const Program& program, const float* packed, float* workspace, const Binding& binding,
+         int64_t threads, ParallelFor parallel_for, const TaskObserver* observer) {
+  const auto run_program =
+      program.header().isa == kAvx512Bf16 ? run_elements<Bfloat16> : run_elements<float>;
+  run_program(program, packed, workspace, binding, threads, parallel_for, observer);
 }
 
 }  // namespace threshnet_fast::cpu

@@ -56,12 +56,19 @@ void transform_kernel_4x4(const float* kernel, float* transformed) {
   }
 }
 
-// From [output channel][input channel][tap] to [tap][input channel][pitch]. What is padding is
+// From [output channel][input channel][tap] to words [tap][input word][pitch]. What is padding is
 // zero already.
+template <typename Element>
 void pack_panel(const Step& step, const Panel& panel, const float* weight, const float* bias,
                 float* packed) {
+  constexpr int64_t kElements = kWordChannels<Element>;
   const int64_t taps = step.kernel_height * step.kernel_width;
   const int64_t channels = step.input_channels;
+  const int64_t position_elements = step.padded_channels * panel.pitch;
+  Element* const words = reinterpret_cast<Element*>(packed + panel.weights);
+  const auto first_of = [&](int64_t channel) {
+    return words + channel / kElements * kElements * panel.pitch + channel % kElements;
+  };
   const float* rows = weight + panel.channel * channels * taps;
   // Some channels at a time, so that what is read of them stays in L1 while it is written by
   // position.
@@ -69,13 +76,13 @@ void pack_panel(const Step& step, const Panel& panel, const float* weight, const
     const int64_t last = std::min(first + kPackChannels, channels);
     for (int64_t i = 0; i < taps && !step.winograd; ++i) {
       for (int64_t channel = first; channel < last; ++channel) {
-        float* to = packed + (i * channels + channel) * panel.pitch;
+        Element* to = first_of(channel) + i * position_elements;
         for (int64_t lane = 0; lane < panel.channels; ++lane)
-          to[lane] = rows[(lane * channels + channel) * taps + i];
+          to[lane * kElements] = rounded<Element>(rows[(lane * channels + channel) * taps + i]);
       }
     }
     for (int64_t channel = first; channel < last && step.winograd; ++channel) {
-      float* to = packed + channel * panel.pitch;
+      Element* to = first_of(channel);
       for (int64_t lane = 0; lane < panel.channels; ++lane) {
         float transformed[kMaxWinogradPositions];
         const float* kernel = rows + (lane * channels + channel) * taps;
@@ -85,13 +92,12 @@ void pack_panel(const Step& step, const Panel& panel, const float* weight, const
           transform_kernel_4x4(kernel, transformed);
         }
         for (int64_t i = 0; i < positions_of(step); ++i)
-          to[i * channels * panel.pitch + lane] = transformed[i];
+          to[i * position_elements + lane * kElements] = rounded<Element>(transformed[i]);
       }
     }
   }
   if (bias == nullptr) return;
-  float* to = packed + positions_of(step) * channels * panel.pitch;
-  std::memcpy(to, bias + panel.channel, panel.channels * sizeof(float));
+  std::memcpy(packed + panel.bias, bias + panel.channel, panel.channels * sizeof(float));
 }
 
 }  // namespace
@@ -135,7 +141,9 @@ void pack(const Program& program, const std::vector<Weight>& weights, float* pac
     const std::vector<Job>& jobs;
     const std::vector<Weight>& weights;
     float* packed;
-  } context{jobs, weights, packed};
+    decltype(&pack_panel<float>) pack_panel;
+  } context{jobs, weights, packed,
+            header.isa == kAvx512Bf16 ? pack_panel<Bfloat16> : pack_panel<float>};
   parallel_for(
       static_cast<int64_t>(jobs.size()),
       [](void* opaque, int64_t begin, int64_t end) {
@@ -145,8 +153,8 @@ void pack(const Program& program, const std::vector<Weight>& weights, float* pac
           const Panel& panel = *context.jobs[i].panel;
           const float* bias =
               step.bias_index >= 0 ? context.weights[step.bias_index].data : nullptr;
-          pack_panel(step, panel, context.weights[step.weight_index].data, bias,
-                     context.packed + panel.weights);
+          context.pack_panel(step, panel, context.weights[step.weight_index].data, bias,
+                             context.packed);
         }
       },
       &context);

@@ -91,6 +91,22 @@ __attribute__((target("avx512f"))) int64_t loop_avx512() {
   for (const float lane : lanes) hidden(lane);
   return 2 * 16 * kSums * kIterations;
 }
+
+__attribute__((target("avx512f,avx512bf16"))) int64_t loop_avx512_bf16() {
+  constexpr int64_t kSums = 16;
+  // A pair of bfloat16 in each lane, 0.25 both.
+  const __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3e803e80);
+  __m512 sums[kSums];
+  for (__m512& sum : sums) sum = _mm512_set1_ps(hidden(kTerm));
+  for (int64_t i = 0; i < kIterations; ++i) {
+    for (__m512& sum : sums) sum = _mm512_dpbf16_ps(sum, factor, factor);
+  }
+  for (int64_t s = 1; s < kSums; ++s) sums[0] = _mm512_add_ps(sums[0], sums[s]);
+  float lanes[16];
+  _mm512_storeu_ps(lanes, sums[0]);
+  for (const float lane : lanes) hidden(lane);
+  return 2 * 32 * kSums * kIterations;
+}
 #elif defined(__aarch64__)
 int64_t loop_neon() {
   constexpr int64_t kSums = 16;
@@ -110,6 +126,7 @@ int64_t loop_neon() {
 
 PeakLoop peak_loop(int64_t isa) {
 #if defined(__x86_64__) || defined(_M_X64)
+  if (isa == kAvx512Bf16) return loop_avx512_bf16;
   if (isa == kAvx512) return loop_avx512;
   if (isa == kAvx2) return loop_avx2;
 #elif defined(__aarch64__)

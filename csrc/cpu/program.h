@@ -23,11 +23,12 @@ enum StepKind : int64_t { kConvolution = 0, kPool = 1, kReduction = 2, kTransfor
 // all.
 enum WinogradMode : int64_t { kNoWinograd = 0, kWinogradInTask = 1, kWinogradInSteps = 2 };
 
-// A panel: the output channels that one micro-kernel call computes, packed as
-// [tap][channel][pitch], then NR biases. The pitch leaves out most of what a last, partly used
-// vector has no weights for: the kernel loads the next channel's there and stores none of it.
+// A panel: the output channels that one micro-kernel call computes, packed as words
+// [tap][input word][pitch], and NR biases. The pitch leaves out most of what a last, partly used
+// vector has no weights for: the kernel loads the next word's there and stores none of it. Offsets
+// are in floats.
 struct Panel {
-  int64_t vectors, channel, channels, weights, pitch;
+  int64_t vectors, channel, channels, weights, bias, pitch;
 };
 
 struct Chunk {
@@ -40,6 +41,7 @@ struct Step {
   int64_t segments, segment_count;  // byte offset into the program, and how many
   int64_t output_buffer, output_channel, output_channels;
   int64_t input_channels;
+  int64_t padded_channels;  // input channels rounded up to whole words
   int64_t kernel_height, kernel_width, stride, padding;
   int64_t relu;                                                // convolution only
   int64_t average;                                             // pool only
@@ -75,19 +77,25 @@ inline int64_t positions_of(const Step& step) {
                        : step.kernel_height * step.kernel_width;
 }
 
-// Floats between the gathered windows of neighbouring pixels.
+// Elements between the gathered windows of neighbouring pixels.
 inline int64_t gathered_pitch(const Step& step) {
-  return round_up(step.kernel_height * step.kernel_width * step.input_channels, 16) + 16;
+  return round_up(step.kernel_height * step.kernel_width * step.padded_channels, 32) + 16;
 }
 
 // Floats that the runs of a tile take at the beginning of the scratch memory.
 inline int64_t run_floats(const Step& step) {
   const int64_t runs = step.kernel_height * step.kernel_width * step.segment_count;
-  return round_up(runs * static_cast<int64_t>(sizeof(ChannelRun) / sizeof(float)), 16);
+  return round_up(runs * static_cast<int64_t>(sizeof(ChannelRun<float>) / sizeof(float)), 16);
 }
 
-// Floats of the pixel of zeros that stands for padding.
-inline int64_t zero_floats(const Step& step) { return round_up(step.input_channels, 16); }
+// Elements of the pixel of zeros that stands for padding.
+inline int64_t zero_elements(const Step& step) { return round_up(step.padded_channels, 32); }
+
+// Floats that take the place of some elements.
+template <typename Element>
+int64_t floats_of(int64_t elements) {
+  return divide_up(elements, kWordChannels<Element>);
+}
 
 struct ProgramHeader {
   int64_t magic, version, bytes, isa;
@@ -138,19 +146,21 @@ struct Weight {
 using ParallelFor = void (*)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end),
                              void* context);
 
-// Packs a plan's weights into `packed` (header().packed_floats floats).
+// Packs a plan's weights into `packed` (header().packed_floats floats), rounded to the program's
+// elements.
 void pack(const Program& program, const std::vector<Weight>& weights, float* packed,
           ParallelFor parallel_for);
 
+// Strides in elements.
 struct StridedInput {
-  const float* data = nullptr;
+  const void* data = nullptr;
   int64_t batch_stride = 0, channel_stride = 0, height_stride = 0, width_stride = 0;
 };
 
 struct Binding {
   StridedInput input;
   std::vector<const float*> externals;
-  float* output = nullptr;
+  void* output = nullptr;
 };
 
 // Told by a thread that a task of a step is over, before any thread can begin the next step.
@@ -159,7 +169,8 @@ struct TaskObserver {
   void* context;
 };
 
-// Runs a program. `workspace` holds workspace_floats(threads) floats, 64-byte aligned.
+// Runs a program on input, external features and output of its elements. `workspace` holds
+// workspace_floats(threads) floats, 64-byte aligned.
 void run(const Program& program, const float* packed, float* workspace, const Binding& binding,
          int64_t threads, ParallelFor parallel_for, const TaskObserver* observer = nullptr);
 

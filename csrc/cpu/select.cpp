@@ -14,16 +14,47 @@ Isa best_isa() {
   return kScalar;
 }
 
-const UkernelTable* ukernel_table(int64_t isa) {
-  if (isa < 0 || isa > best_isa()) return nullptr;
+Isa best_bfloat16_isa() {
 #if defined(__x86_64__) || defined(_M_X64)
-  if (isa == kAvx512) return &kAvx512Table;
-  if (isa == kAvx2) return &kAvx2Table;
-#elif defined(__aarch64__)
-  if (isa == kNeon) return &kNeonTable;
-  if (isa != kScalar) return nullptr;
+  if (best_isa() == kAvx512 && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512bf16"))
+    return kAvx512Bf16;
 #endif
-  return &kScalarTable;
+  return kScalar;
+}
+
+template <>
+const UkernelTable<float>& ukernel_table(int64_t isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa == kAvx512) return kAvx512Table;
+  if (isa == kAvx2) return kAvx2Table;
+#elif defined(__aarch64__)
+  if (isa == kNeon) return kNeonTable;
+#endif
+  (void)isa;
+  return kScalarTable;
+}
+
+template <>
+const UkernelTable<Bfloat16>& ukernel_table(int64_t) {
+#if defined(__x86_64__) || defined(_M_X64)
+  return kAvx512Bf16Table;
+#else
+  __builtin_unreachable();
+#endif
+}
+
+const Tiling* tiling_of(int64_t isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa == kAvx512Bf16)
+    return best_bfloat16_isa() == kAvx512Bf16 ? &kAvx512Bf16Table.tiling : nullptr;
+  const bool available = isa <= best_isa();
+#elif defined(__aarch64__)
+  const bool available = isa == kNeon || isa == kScalar;
+#else
+  const bool available = isa == kScalar;
+#endif
+  return isa >= 0 && available ? &ukernel_table<float>(isa).tiling : nullptr;
 }
 
 }  // namespace threshnet_fast::cpu

@@ -7,7 +7,34 @@
 
 namespace threshnet_fast::cpu {
 
-enum Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kIsaCount = 4 };
+// A set of micro-kernels, by the instructions that they use. All compute in float32 but the last,
+// which multiplies bfloat16 and adds up in float32.
+enum Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kAvx512Bf16 = 4 };
+
+// The upper half of a float.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// To the nearest, ties to even; a NaN stays a NaN.
+template <typename Element>
+Element rounded(float value);
+template <>
+inline float rounded(float value) {
+  return value;
+}
+template <>
+inline Bfloat16 rounded(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// An element is what features and weights are stored in: float or Bfloat16. A word, 32 bits, is
+// what one lane multiplies at a time: one channel in float, two neighbouring ones in Bfloat16.
+template <typename Element>
+constexpr int64_t kWordChannels = sizeof(float) / sizeof(Element);
 
 // The most output pixels (MR) and vectors of output channels (NR / lanes) any micro-kernel holds.
 constexpr int kMaxTilePixels = 14;
@@ -19,83 +46,114 @@ constexpr int kMaxWinogradPositions = 36;
 // A run of input channels that lie next to each other in memory: one segment of a concatenation
 // under one tap of the convolution. Pixel i of the tile reads
 // input[input_pixels[i] * pitch + 0 .. channels).
+template <typename Element>
 struct ChannelRun {
-  const float* input;
-  const float* weights;  // [channels][weight_pitch], readable for NR floats from each start
+  const Element* input;
+  const Element* weights;  // words, [words][weight_pitch], readable for NR words from each start
   int64_t pitch;
-  int64_t channels;
+  int64_t channels;  // a multiple of kWordChannels
 };
 
 // One tile: MR output pixels by NR output channels.
 //   result[i] = initial[initial_rows[i]] + sum over runs, channels of input * weight
 //   output[output_rows[i]] = relu ? max(result[i], 0) : result[i]
 // An initial_pitch of 0 starts every pixel from the same row (the bias). A NaN stays a NaN.
+template <typename Element>
 struct ConvTile {
-  const ChannelRun* runs;
+  const ChannelRun<Element>* runs;
   int64_t run_count;
-  int64_t weight_pitch;
+  int64_t weight_pitch;  // words
   const int32_t* input_pixels;
   const float* initial;
   const int32_t* initial_rows;
   int64_t initial_pitch;
-  float* output;
+  float* sums;      // where the result goes, unless it is null:
+  Element* output;  // then it goes here
   const int32_t* output_rows;
   int64_t output_pitch;
   int64_t channels;  // valid output channels, at most NR; no more than these are stored
   bool relu;
 };
 
-using ConvTileFunction = void (*)(const ConvTile&);
+template <typename Element>
+using ConvTileFunction = void (*)(const ConvTile<Element>&);
 
 // output[c] = max(input[c] * scale[c] + shift[c], 0); a NaN stays a NaN.
-using BnReluFunction = void (*)(const float* input, const float* scale, const float* shift,
-                                int64_t channels, float* output);
+template <typename Element>
+using BnReluFunction = void (*)(const Element* input, const float* scale, const float* shift,
+                                int64_t channels, Element* output);
 
 // output[c] = factor * sum over i of input[offsets[i] + c], or the maximum over i (a NaN wins).
-using PoolFunction = void (*)(const float* input, const int64_t* offsets, int64_t count,
-                              int64_t channels, float factor, float* output);
+template <typename Element>
+using PoolFunction = void (*)(const Element* input, const int64_t* offsets, int64_t count,
+                              int64_t channels, float factor, Element* output);
 
 // The input transform of Winograd's F(m x m, 3x3): B^T d B for (m + 2) x (m + 2) pixels, channel by
 // channel. pixels[(m + 2) * row + column] points to a pixel's channels; element i of the result
 // goes to output[i * output_pitch + channel].
-using WinogradInputFunction = void (*)(const float* const* pixels, int64_t channels, float* output,
-                                       int64_t output_pitch);
+template <typename Element>
+using WinogradInputFunction = void (*)(const Element* const* pixels, int64_t channels,
+                                       Element* output, int64_t output_pitch);
 
 // The output transform: A^T m A for as many products, plus the bias, ReLU, and the store of m x m
 // pixels, of which null pointers are left out.
+template <typename Element>
 using WinogradOutputFunction = void (*)(const float* products, int64_t product_pitch,
                                         const float* bias, int64_t channels, bool relu,
-                                        float* const* outputs);
+                                        Element* const* outputs);
 
+template <typename Element>
 struct WinogradFunctions {
-  WinogradInputFunction input;
-  WinogradOutputFunction output;
+  WinogradInputFunction<Element> input;
+  WinogradOutputFunction<Element> output;
 };
 
-struct UkernelTable {
+struct Tiling {
   const char* name;
-  int64_t lanes;                             // floats in a vector
+  int64_t lanes;                             // words in a vector
   int64_t tile_pixels[kMaxTileVectors + 1];  // MR by number of vectors; entry 0 unused
-  const ConvTileFunction (*conv_tile)[kMaxTilePixels + 1];  // [vectors][pixels]
-  BnReluFunction bn_relu;
-  PoolFunction max_pool;
-  PoolFunction average_pool;
-  WinogradFunctions winograd_2x2;
-  WinogradFunctions winograd_4x4;
 };
 
-extern const UkernelTable kScalarTable;
+template <typename Element>
+struct UkernelTable {
+  Tiling tiling;
+  const ConvTileFunction<Element> (*conv_tile)[kMaxTilePixels + 1];  // [vectors][pixels]
+  BnReluFunction<Element> bn_relu;
+  PoolFunction<Element> max_pool;
+  PoolFunction<Element> average_pool;
+  WinogradFunctions<Element> winograd_2x2;
+  WinogradFunctions<Element> winograd_4x4;
+};
+
+extern const UkernelTable<float> kScalarTable;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const UkernelTable kAvx2Table;
-extern const UkernelTable kAvx512Table;
+extern const UkernelTable<float> kAvx2Table;
+extern const UkernelTable<float> kAvx512Table;
+extern const UkernelTable<Bfloat16> kAvx512Bf16Table;
 #elif defined(__aarch64__)
-extern const UkernelTable kNeonTable;
+extern const UkernelTable<float> kNeonTable;
 #endif
 
-// The best instruction set that both this build and this processor have.
+// The best instruction set for float32 that both this build and this processor have.
 Isa best_isa();
 
-// The table of an instruction set, or nullptr where the build or the processor lacks it.
-const UkernelTable* ukernel_table(int64_t isa);
+// The same for bfloat16, or kScalar where there is none.
+Isa best_bfloat16_isa();
+
+// The tiling of an instruction set, or nullptr where the build or the processor lacks it.
+const Tiling* tiling_of(int64_t isa);
+
+// Bytes of an element of features and weights.
+inline int64_t element_bytes(int64_t isa) {
+  return isa == kAvx512Bf16 ? sizeof(Bfloat16) : sizeof(float);
+}
+
+// The table of an instruction set that has a tiling and computes in Element.
+template <typename Element>
+const UkernelTable<Element>& ukernel_table(int64_t isa);
+template <>
+const UkernelTable<float>& ukernel_table(int64_t isa);
+template <>
+const UkernelTable<Bfloat16>& ukernel_table(int64_t isa);
 
 }  // namespace threshnet_fast::cpu

@@ -108,20 +108,22 @@ void parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* co
   for (std::thread& thread : threads) thread.join();
 }
 
+constexpr Isa kFloatIsas[] = {kScalar, kAvx2, kAvx512, kNeon};
+
 int64_t isa_of(const std::string& name) {
-  for (int64_t isa = 0; isa < kIsaCount; ++isa) {
-    const UkernelTable* table = ukernel_table(isa);
-    if (table != nullptr && table->name == name) return isa;
+  for (const int64_t isa : kFloatIsas) {
+    const Tiling* tiling = tiling_of(isa);
+    if (tiling != nullptr && tiling->name == name) return isa;
   }
   throw std::invalid_argument("no instruction set " + name);
 }
 
 void print_instruction_sets() {
-  for (int64_t isa = 0; isa < kIsaCount; ++isa) {
-    const UkernelTable* table = ukernel_table(isa);
-    if (table != nullptr) std::printf("%s\n", table->name);
+  for (const int64_t isa : kFloatIsas) {
+    const Tiling* tiling = tiling_of(isa);
+    if (tiling != nullptr) std::printf("%s\n", tiling->name);
   }
-  std::printf("%s\n", ukernel_table(best_isa())->name);
+  std::printf("%s\n", tiling_of(best_isa())->name);
 }
 
 void run_file(char** arguments) {

@@ -18,15 +18,20 @@ from ..plan.memory import plan_memory
 from ..plan.serialize import serialize
 
 __all__ = [
+    "DTYPES",
     "CompiledPlan",
     "PlanCache",
     "compile_network",
+    "describe",
     "isa",
     "isa_code",
     "isa_codes",
     "pack_network",
     "unavailable_reason",
 ]
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""What networks may be of."""
 
 ISA_VARIABLE = "THRESHNET_FAST_CPU_ISA"
 """Environment variable that caps the instruction set."""
@@ -37,8 +42,10 @@ EXACT_VARIABLE = "THRESHNET_FAST_EXACT"
 # Compiled plans kept for a network: one for each input shape and number of threads.
 _MAX_PLANS = 16
 
-# By their codes: 0 everywhere, 1 and 2 each with all before it, 3 on 64-bit ARM alone.
-_ISAS = ("scalar", "avx2", "avx512", "neon")
+# By their codes: 0 everywhere, 1 and 2 each with all before it, 3 on 64-bit ARM alone. 4 extends 2
+# by products of bfloat16.
+_ISAS = ("scalar", "avx2", "avx512", "neon", "avx512_bf16")
+_AVX512, _AVX512_BF16 = _ISAS.index("avx512"), _ISAS.index("avx512_bf16")
 _ALGORITHMS = ("direct", "packed", "winograd F(2x2, 3x3)", "winograd F(4x4, 3x3)")
 
 # Of a batch, as many images are worked on at once as fit in this much memory: it keeps the memory
@@ -51,16 +58,21 @@ def unavailable_reason() -> str | None:
     return extension.unavailable_reason()
 
 
-def isa() -> str:
-    """Returns the instruction set in use: ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"scalar"``.
+def isa(dtype: torch.dtype = torch.float32) -> str:
+    """Returns the instruction set in use for a dtype.
 
-    It is the best one that the processor has, unless ``THRESHNET_FAST_CPU_ISA`` names another.
+    ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"scalar"``; for bfloat16 ``"avx512_bf16"``, or what
+    float32 has: there, bfloat16 is computed in float32. It is the best one that the processor has,
+    unless ``THRESHNET_FAST_CPU_ISA`` names another.
+
+    Args:
+        dtype: Of the network: float32 or bfloat16.
 
     Raises:
         ValueError: If ``THRESHNET_FAST_CPU_ISA`` is unknown, or the processor lacks it.
         RuntimeError: If the C++ extension is unavailable.
     """
-    return _ISAS[isa_code()]
+    return _ISAS[isa_code(dtype)]
 
 
 def _best_code() -> int:
@@ -71,37 +83,53 @@ def _best_code() -> int:
     return best
 
 
-def isa_codes() -> list[int]:
-    """Returns all instruction sets that this processor has, as :func:`isa_code`, the best last.
+def isa_codes(dtype: torch.dtype = torch.float32) -> list[int]:
+    """Returns all instruction sets that this processor has for a dtype, the best last.
+
+    Args:
+        dtype: float32, or bfloat16: then those alone that multiply bfloat16.
+
+    Returns:
+        Codes, as of :func:`isa_code`.
 
     Raises:
         RuntimeError: If the C++ extension is unavailable.
     """
     best = _best_code()
+    if dtype is torch.bfloat16:
+        code: int = torch.ops.threshnet_fast_cpu.best_bfloat16_isa()
+        return [code] if code >= 0 else []
     return [0, best] if _ISAS[best] == "neon" else list(range(best + 1))
 
 
-def isa_code() -> int:
-    """Returns the instruction set in use as the operators take it.
+def isa_code(dtype: torch.dtype = torch.float32) -> int:
+    """Returns the instruction set in use for a dtype as the operators take it.
 
-    0 is scalar, 1 AVX2, 2 AVX-512, 3 NEON.
+    0 is scalar, 1 AVX2, 2 AVX-512, 3 NEON, all in float32, and 4 AVX-512 in bfloat16.
+
+    Args:
+        dtype: As for :func:`isa`.
 
     Raises:
         ValueError: As :func:`isa`.
         RuntimeError: As :func:`isa`.
     """
-    best = _best_code()
-    wanted = os.environ.get(ISA_VARIABLE)
-    if not wanted:
-        return best
-    if wanted not in _ISAS:
-        raise ValueError(f"{ISA_VARIABLE} is {wanted!r}: expected one of {', '.join(_ISAS)}")
-    code = _ISAS.index(wanted)
     codes = isa_codes()
-    if code not in codes:
-        has = ", ".join(_ISAS[code] for code in codes)
-        raise ValueError(f"{ISA_VARIABLE} is {wanted!r}: this processor has only {has}")
-    return code
+    codes_bfloat16 = isa_codes(torch.bfloat16)
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted:
+        if wanted not in _ISAS:
+            raise ValueError(f"{ISA_VARIABLE} is {wanted!r}: expected one of {', '.join(_ISAS)}")
+        cap = _ISAS.index(wanted)
+        if cap not in [*codes, *codes_bfloat16]:
+            has = ", ".join(_ISAS[code] for code in [*codes, *codes_bfloat16])
+            raise ValueError(f"{ISA_VARIABLE} is {wanted!r}: this processor has only {has}")
+        if cap == _AVX512_BF16:
+            cap = _AVX512
+        else:
+            codes_bfloat16 = []
+        codes = [cap]
+    return codes_bfloat16[-1] if dtype is torch.bfloat16 and codes_bfloat16 else codes[-1]
 
 
 class CompiledPlan:
@@ -120,6 +148,7 @@ class CompiledPlan:
         flat_output: Whether the result is ``[N, channels]``.
         arena_bytes: Memory for features.
         layout: Number that is the same for plans that can share packed weights.
+        dtype: What it computes in.
     """
 
     backend = "cpu"
@@ -129,7 +158,8 @@ class CompiledPlan:
         operators = torch.ops.threshnet_fast_cpu
         self.batch = plan.input_shape[0]
         self.flat_output = plan.flat_output
-        self.arena_bytes = arena.bytes
+        self.dtype = _dtype_of(isa)
+        self.arena_bytes = arena.size * self.dtype.itemsize
         self.program: Tensor = operators.compile_plan(serialize(plan, arena), isa, threads, exact)
         self.layout: int = operators.program_layout(self.program)
         self._isa = isa
@@ -140,7 +170,8 @@ class CompiledPlan:
     def describe(self) -> str:
         """One line: kernels, threads, memory."""
         memory = f"{self.arena_bytes / 1e6:.1f} MB of features"
-        return f"float32 on the CPU, {_ISAS[self._isa]} kernels, {self._threads} threads, {memory}"
+        kernels = f"{_ISAS[self._isa]} kernels, {self._threads} threads"
+        return f"{_name(self.dtype)} on the CPU, {kernels}, {memory}"
 
     @property
     def algorithms(self) -> list[str]:
@@ -156,12 +187,14 @@ class CompiledPlan:
         """Runs the plan.
 
         Args:
-            x: float32 images of the plan's size in any strides, at least ``batch`` of them.
+            x: Images of the plan's size in any strides, at least ``batch`` of them.
             packed: The plan's packed weights, see :func:`pack_network`.
 
         Returns:
-            ``[N, channels]``, or ``[N, C, H, W]`` in channels_last format.
+            ``[N, channels]``, or ``[N, C, H, W]`` in channels_last format, of the dtype of ``x``.
         """
+        if x.dtype is not self.dtype:
+            return self(x.to(self.dtype), packed).to(x.dtype)
         try:
             workspace = self._workspaces.pop()
         except IndexError:
@@ -198,7 +231,8 @@ def compile_network(
     batch, *image = input_shape
     plan = lower(module, (1, *image), head=head, fold=False)
     if batch > 1:
-        at_once = max(1, _ARENA_BYTES // plan_memory(plan).bytes)
+        image_bytes = plan_memory(plan).size * _dtype_of(isa).itemsize
+        at_once = max(1, _ARENA_BYTES // image_bytes)
         parts = -(-batch // at_once)
         plan = lower(module, (-(-batch // parts), *image), head=head, fold=False)
     return CompiledPlan(plan, isa, threads, exact)
@@ -275,6 +309,29 @@ def pack_network(module: ThreshNet, compiled: CompiledPlan) -> Tensor:
     weights = lower(module, (1, module.in_chans, size, size)).weights()
     packed: Tensor = torch.ops.threshnet_fast_cpu.pack_weights(compiled.program, weights)
     return packed
+
+
+def describe(dtype: torch.dtype) -> str:
+    """Returns what a network of a dtype is computed with, in one line.
+
+    Args:
+        dtype: As for :func:`isa`.
+
+    Raises:
+        ValueError: As :func:`isa`.
+        RuntimeError: As :func:`isa`.
+    """
+    inside = _dtype_of(isa_code(dtype))
+    computed = "" if inside is dtype else f" computed in {_name(inside)}"
+    return f"{_name(dtype)}{computed} on the CPU, {isa(dtype)} kernels"
+
+
+def _dtype_of(isa: int) -> torch.dtype:
+    return torch.bfloat16 if isa == _AVX512_BF16 else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def exact_by_default() -> bool:

@@ -127,7 +127,7 @@ def describe(backend: str, x: torch.Tensor) -> str:
         x: A tensor that a kernel would read.
     """
     if backend == "cpu":
-        return f"float32 on the CPU, {cpu.isa()} kernels"
+        return cpu.describe(x.dtype)
     if backend == "triton":
         return f"{x.dtype} on {x.device}, {triton.architecture()} kernels"
     return f"{x.dtype} on {x.device}, CUDA C++ kernels for {cuda.architecture(x.device)}"

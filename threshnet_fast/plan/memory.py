@@ -14,22 +14,17 @@ _PAGE = 4096
 
 @dataclass(frozen=True)
 class Arena:
-    """Places in an arena, in floats.
+    """Places in an arena, in elements.
 
     Attributes:
         offsets: Start of each buffer; None for the network's input and output, which lie outside.
         pitches: Distance between neighbouring pixels of each buffer.
-        size: Floats in the arena.
+        size: Elements in the arena.
     """
 
     offsets: tuple[int | None, ...]
     pitches: tuple[int, ...]
     size: int
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in the arena."""
-        return FLOAT_BYTES * self.size
 
 
 def plan_memory(plan: Plan) -> Arena:
@@ -42,9 +37,9 @@ def plan_memory(plan: Plan) -> Arena:
         plan: The plan.
 
     Returns:
-        Offsets and pitches, all multiples of 16 floats. A pitch is 16 floats more than the
-        channels where pixels would otherwise lie a multiple of 1024 bytes apart and share few of
-        the cache's sets.
+        Offsets and pitches, all multiples of 16 elements. A pitch is 16 elements more than the
+        channels where pixels of float32 would otherwise lie a multiple of 1024 bytes apart and
+        share few of the cache's sets.
     """
     last = len(plan.buffers) - 1
     lives: dict[int, tuple[int, int]] = {}

@@ -3,7 +3,7 @@
 Layout, every entry one int64:
 
 - header: magic, version, batch, input channels, height, width, output channels, height, width,
-  number of external inputs, number of weights, floats in the arena, number of buffers, number of
+  number of external inputs, number of weights, elements in the arena, number of buffers, number of
   steps;
 - for each buffer: height, width, pitch, offset in the arena (-1: the network's input, -2: its
   output);

@@ -12,6 +12,8 @@
 
 namespace {
 
+using Element = float;
+
 struct Vector {
   static constexpr int64_t kLanes = 8;
   __m256 value;
@@ -43,11 +45,11 @@ struct Vector {
 
 }  // namespace
 
-#include "f32_ukernels.h"
+#include "templates.h"
 
 namespace threshnet_fast::cpu {
 
-static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
+static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
     {},
     {THRESHNET_FAST_ROW_9(1)},
     {THRESHNET_FAST_ROW_6(2)},
@@ -55,15 +57,13 @@ static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels 
 };
 
 // 16 registers: 9 x 1, 6 x 2 or 4 x 3 accumulators, the weights and a broadcast.
-const UkernelTable kAvx2Table = {"avx2",
-                                 Vector::kLanes,
-                                 {0, 9, 6, 4},
-                                 kConvTile,
-                                 bn_relu,
-                                 max_pool,
-                                 average_pool,
-                                 {winograd_input_2x2, winograd_output_2x2},
-                                 {winograd_input_4x4, winograd_output_4x4}};
+const UkernelTable<Element> kAvx2Table = {{"avx2", Vector::kLanes, {0, 9, 6, 4}},
+                                          kConvTile,
+                                          bn_relu,
+                                          max_pool,
+                                          average_pool,
+                                          {winograd_input_2x2, winograd_output_2x2},
+                                          {winograd_input_4x4, winograd_output_4x4}};
 
 }  // namespace threshnet_fast::cpu
 

@@ -2,6 +2,8 @@
 
 namespace {
 
+using Element = float;
+
 // Four lanes in the compiler's own vector type: plain C++ that becomes SSE2 or NEON where the
 // baseline of the target has it, and scalar code elsewhere.
 struct Vector {
@@ -37,25 +39,23 @@ struct Vector {
 
 }  // namespace
 
-#include "f32_ukernels.h"
+#include "templates.h"
 
 namespace threshnet_fast::cpu {
 
-static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
+static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
     {},
     {THRESHNET_FAST_ROW_9(1)},
     {THRESHNET_FAST_ROW_6(2)},
     {THRESHNET_FAST_ROW_4(3)},
 };
 
-const UkernelTable kScalarTable = {"scalar",
-                                   Vector::kLanes,
-                                   {0, 9, 6, 4},
-                                   kConvTile,
-                                   bn_relu,
-                                   max_pool,
-                                   average_pool,
-                                   {winograd_input_2x2, winograd_output_2x2},
-                                   {winograd_input_4x4, winograd_output_4x4}};
+const UkernelTable<Element> kScalarTable = {{"scalar", Vector::kLanes, {0, 9, 6, 4}},
+                                            kConvTile,
+                                            bn_relu,
+                                            max_pool,
+                                            average_pool,
+                                            {winograd_input_2x2, winograd_output_2x2},
+                                            {winograd_input_4x4, winograd_output_4x4}};
 
 }  // namespace threshnet_fast::cpu

@@ -6,6 +6,8 @@
 
 namespace {
 
+using Element = float;
+
 // Part of the baseline of every 64-bit ARM processor, so no function asks for a target.
 struct Vector {
   static constexpr int64_t kLanes = 4;
@@ -50,11 +52,11 @@ struct Vector {
 
 }  // namespace
 
-#include "f32_ukernels.h"
+#include "templates.h"
 
 namespace threshnet_fast::cpu {
 
-static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
+static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
     {},
     {THRESHNET_FAST_ROW_14(1)},
     {THRESHNET_FAST_ROW_6(2), conv_tile<7, 2>, conv_tile<8, 2>},
@@ -71,15 +73,13 @@ static constexpr ConvTileFunction kConvTile[kMaxTileVectors + 1][kMaxTilePixels 
 // and 16 independent chains of additions cover the seven cycles. 12 x 2 would need 12 registers for
 // pixels, as those do not lie side by side, and 9 x 2 spares but one load in eighteen. A panel's
 // weights pass by once for every tile, 32 bytes for 16 multiply-adds, which L2 can deliver.
-const UkernelTable kNeonTable = {"neon",
-                                 Vector::kLanes,
-                                 {0, 14, 8, 6},
-                                 kConvTile,
-                                 bn_relu,
-                                 max_pool,
-                                 average_pool,
-                                 {winograd_input_2x2, winograd_output_2x2},
-                                 {winograd_input_4x4, winograd_output_4x4}};
+const UkernelTable<Element> kNeonTable = {{"neon", Vector::kLanes, {0, 14, 8, 6}},
+                                          kConvTile,
+                                          bn_relu,
+                                          max_pool,
+                                          average_pool,
+                                          {winograd_input_2x2, winograd_output_2x2},
+                                          {winograd_input_4x4, winograd_output_4x4}};
 
 }  // namespace threshnet_fast::cpu
 

@@ -1,6 +1,7 @@
-// The fp32 micro-kernels, written once over `Vector`, a type that each instruction set's source
-// file defines before it includes this header. Everything lives in an unnamed namespace: each
-// source file gets its own copies, compiled for its own instruction set.
+// The micro-kernels, written once over `Vector`, a type of float lanes, and `Element`, what
+// features and weights are stored in, which each instruction set's source file defines before it
+// includes this header. Everything lives in an unnamed namespace: each source file gets its own
+// copies, compiled for its own instruction set.
 #pragma once
 
 #include "../ukernels.h"
@@ -8,15 +9,28 @@
 namespace threshnet_fast::cpu {
 namespace {
 
+// Elements are converted where they are loaded and stored, words are multiplied as they are. A file
+// whose elements are not floats brings its own of these.
+inline Vector load_elements(const float* p) { return Vector::load(p); }
+inline Vector load_elements(const float* p, int64_t lanes) { return Vector::load(p, lanes); }
+inline void store_elements(Vector vector, float* p) { vector.store(p); }
+inline void store_elements(Vector vector, float* p, int64_t lanes) { vector.store(p, lanes); }
+inline Vector load_words(const float* p) { return Vector::load(p); }
+inline Vector broadcast_word(const float* p) { return Vector::broadcast(p); }
+inline void multiply_add_words(Vector& sum, Vector a, Vector b, const float*) {
+  sum.multiply_add(a, b);
+}
+
 constexpr int32_t kOrder[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
 
-// How many products a chain of additions takes before it is added to the sum of the chains before
-// it: the rounding error then grows with the square root of 128 plus the number of chains, not of
-// all products.
-constexpr int64_t kChainChannels = 128;
+// How many words' products a chain of additions takes before it is added to the sum of the chains
+// before it: the rounding error then grows with the square root of 128 plus the number of chains,
+// not of all products.
+constexpr int64_t kChainWords = 128;
 
 constexpr int kPrefetchPixels = 14;
-constexpr int64_t kPrefetchFloats = 4096;
+constexpr int64_t kPrefetchWords = 4096;
+constexpr int64_t kElements = kWordChannels<Element>;  // in a word
 
 // Whether a vector can be multiplied by one lane of another, which it then says itself.
 template <typename V, typename = void>
@@ -58,17 +72,38 @@ multiply_by_lanes(V (&accumulator)[kPixels][kVectors], const float* const (&pixe
     for (int i = 0; i < kPixels; ++i) values[i] = V::load(pixel[i] + c);
 #pragma GCC unroll 4
     for (int64_t p = 0; p < kVectors * V::kLanes * V::kLanes; p += kLineFloats)
-      __builtin_prefetch(weights + kPrefetchFloats + p, 0, 2);
+      __builtin_prefetch(weights + kPrefetchWords + p, 0, 2);
     multiply_lanes<0>(accumulator, values, weights, weight_pitch);
     weights += V::kLanes * weight_pitch;
   }
   return c;
 }
 
-// Broadcast a pixel's channel, multiply it by vectors of output channels: with kPixels * kVectors
+template <int kPixels, int kVectors, typename To>
+inline __attribute__((always_inline)) void store_tile(const Vector (&values)[kPixels][kVectors],
+                                                      const ConvTile<Element>& tile, To* output) {
+  constexpr int64_t kLanes = Vector::kLanes;
+  const bool whole = tile.channels == kVectors * kLanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < kPixels; ++i) {
+    To* row = output + tile.output_rows[i] * tile.output_pitch;
+    if (whole) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) store_elements(values[i][j], row + j * kLanes);
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const int64_t left = tile.channels - j * kLanes;
+        if (left > 0) store_elements(values[i][j], row + j * kLanes, left < kLanes ? left : kLanes);
+      }
+    }
+  }
+}
+
+// Broadcast a word of a pixel, multiply it by vectors of output channels: with kPixels * kVectors
 // accumulators in registers, every weight vector loaded serves kPixels multiply-adds.
 template <int kPixels, int kVectors>
-void conv_tile(const ConvTile& tile) {
+void conv_tile(const ConvTile<Element>& tile) {
   constexpr int64_t kLanes = Vector::kLanes;
   Vector accumulator[kPixels][kVectors];
 #pragma GCC unroll 16
@@ -83,12 +118,13 @@ void conv_tile(const ConvTile& tile) {
   int64_t chain = 0;
 
   for (int64_t r = 0; r < tile.run_count; ++r) {
-    const ChannelRun& run = tile.runs[r];
-    const float* weights = run.weights;
-    for (int64_t first = 0; first < run.channels; first += kChainChannels) {
-      const int64_t left = run.channels - first;
-      const int64_t channels = left < kChainChannels ? left : kChainChannels;
-      if (chain + channels > kChainChannels) {
+    const ChannelRun<Element>& run = tile.runs[r];
+    const int64_t run_words = run.channels / kElements;
+    const Element* weights = run.weights;
+    for (int64_t first = 0; first < run_words; first += kChainWords) {
+      const int64_t left = run_words - first;
+      const int64_t words = left < kChainWords ? left : kChainWords;
+      if (chain + words > kChainWords) {
 #pragma GCC unroll 16
         for (int i = 0; i < kPixels; ++i) {
           const float* row = initial + initial_rows[i] * initial_pitch;
@@ -104,32 +140,33 @@ void conv_tile(const ConvTile& tile) {
         initial_pitch = kVectors * kLanes;
         chain = 0;
       }
-      chain += channels;
-      const float* pixel[kPixels];
+      chain += words;
+      const Element* pixel[kPixels];
 #pragma GCC unroll 16
       for (int i = 0; i < kPixels; ++i)
-        pixel[i] = run.input + tile.input_pixels[i] * run.pitch + first;
-      int64_t c = 0;
+        pixel[i] = run.input + tile.input_pixels[i] * run.pitch + first * kElements;
+      int64_t w = 0;
       if constexpr (kMultipliesByLane<Vector>) {
-        c = multiply_by_lanes(accumulator, pixel, weights, tile.weight_pitch, channels);
-        weights += c * tile.weight_pitch;
+        w = multiply_by_lanes(accumulator, pixel, weights, tile.weight_pitch, words);
+        weights += w * tile.weight_pitch;
       }
-      for (; c < channels; ++c) {
+      for (; w < words; ++w) {
         Vector weight[kVectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) weight[j] = Vector::load(weights + j * kLanes);
+        for (int j = 0; j < kVectors; ++j) weight[j] = load_words(weights + j * kLanes * kElements);
         // Few pixels leave no time to wait for weights from memory.
         if constexpr (kPixels <= kPrefetchPixels) {
 #pragma GCC unroll 4
           for (int j = 0; j < kVectors; ++j)
-            __builtin_prefetch(weights + kPrefetchFloats + j * kLanes, 0, 2);
+            __builtin_prefetch(weights + (kPrefetchWords + j * kLanes) * kElements, 0, 2);
         }
-        weights += tile.weight_pitch;
+        weights += tile.weight_pitch * kElements;
 #pragma GCC unroll 16
         for (int i = 0; i < kPixels; ++i) {
-          const Vector value = Vector::broadcast(pixel[i] + c);
+          const Vector value = broadcast_word(pixel[i] + w * kElements);
 #pragma GCC unroll 4
-          for (int j = 0; j < kVectors; ++j) accumulator[i][j].multiply_add(value, weight[j]);
+          for (int j = 0; j < kVectors; ++j)
+            multiply_add_words(accumulator[i][j], value, weight[j], weights);
         }
       }
     }
@@ -148,61 +185,51 @@ void conv_tile(const ConvTile& tile) {
       for (int j = 0; j < kVectors; ++j) accumulator[i][j].relu();
     }
   }
-  const bool whole = tile.channels == kVectors * kLanes;
-#pragma GCC unroll 16
-  for (int i = 0; i < kPixels; ++i) {
-    float* row = tile.output + tile.output_rows[i] * tile.output_pitch;
-    if (whole) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) accumulator[i][j].store(row + j * kLanes);
-    } else {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        const int64_t left = tile.channels - j * kLanes;
-        if (left > 0) accumulator[i][j].store(row + j * kLanes, left < kLanes ? left : kLanes);
-      }
-    }
+  if (tile.sums != nullptr) {
+    store_tile(accumulator, tile, tile.sums);
+  } else {
+    store_tile(accumulator, tile, tile.output);
   }
 }
 
-void bn_relu(const float* input, const float* scale, const float* shift, int64_t channels,
-             float* output) {
+void bn_relu(const Element* input, const float* scale, const float* shift, int64_t channels,
+             Element* output) {
   constexpr int64_t kLanes = Vector::kLanes;
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
     Vector value = Vector::load(shift + c);
-    value.multiply_add(Vector::load(input + c), Vector::load(scale + c));
+    value.multiply_add(load_elements(input + c), Vector::load(scale + c));
     value.relu();
-    value.store(output + c);
+    store_elements(value, output + c);
   }
   if (const int64_t left = channels - c; left > 0) {
     Vector value = Vector::load(shift + c, left);
-    value.multiply_add(Vector::load(input + c, left), Vector::load(scale + c, left));
+    value.multiply_add(load_elements(input + c, left), Vector::load(scale + c, left));
     value.relu();
-    value.store(output + c, left);
+    store_elements(value, output + c, left);
   }
 }
 
-void max_pool(const float* input, const int64_t* offsets, int64_t count, int64_t channels, float,
-              float* output) {
+void max_pool(const Element* input, const int64_t* offsets, int64_t count, int64_t channels, float,
+              Element* output) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t left = channels - c < kLanes ? channels - c : kLanes;
-    Vector result = Vector::load(input + offsets[0] + c, left);
-    for (int64_t i = 1; i < count; ++i) result.maximum(Vector::load(input + offsets[i] + c, left));
-    result.store(output + c, left);
+    Vector result = load_elements(input + offsets[0] + c, left);
+    for (int64_t i = 1; i < count; ++i) result.maximum(load_elements(input + offsets[i] + c, left));
+    store_elements(result, output + c, left);
   }
 }
 
-void average_pool(const float* input, const int64_t* offsets, int64_t count, int64_t channels,
-                  float factor, float* output) {
+void average_pool(const Element* input, const int64_t* offsets, int64_t count, int64_t channels,
+                  float factor, Element* output) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t left = channels - c < kLanes ? channels - c : kLanes;
-    Vector sum = Vector::load(input + offsets[0] + c, left);
-    for (int64_t i = 1; i < count; ++i) sum.add(Vector::load(input + offsets[i] + c, left));
+    Vector sum = load_elements(input + offsets[0] + c, left);
+    for (int64_t i = 1; i < count; ++i) sum.add(load_elements(input + offsets[i] + c, left));
     sum.scale(factor);
-    sum.store(output + c, left);
+    store_elements(sum, output + c, left);
   }
 }
 
@@ -220,7 +247,7 @@ inline __attribute__((always_inline)) void winograd_input_line_2x2(Vector& a, Ve
   d = fourth;
 }
 
-void winograd_input_2x2(const float* const* pixels, int64_t channels, float* output,
+void winograd_input_2x2(const Element* const* pixels, int64_t channels, Element* output,
                         int64_t output_pitch) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
@@ -231,8 +258,8 @@ void winograd_input_2x2(const float* const* pixels, int64_t channels, float* out
     for (int y = 0; y < 4; ++y) {
 #pragma GCC unroll 4
       for (int x = 0; x < 4; ++x)
-        d[y][x] =
-            whole ? Vector::load(pixels[4 * y + x] + c) : Vector::load(pixels[4 * y + x] + c, left);
+        d[y][x] = whole ? load_elements(pixels[4 * y + x] + c)
+                        : load_elements(pixels[4 * y + x] + c, left);
     }
 #pragma GCC unroll 4
     for (int x = 0; x < 4; ++x) winograd_input_line_2x2(d[0][x], d[1][x], d[2][x], d[3][x]);
@@ -241,11 +268,11 @@ void winograd_input_2x2(const float* const* pixels, int64_t channels, float* out
       winograd_input_line_2x2(d[y][0], d[y][1], d[y][2], d[y][3]);
 #pragma GCC unroll 4
       for (int x = 0; x < 4; ++x) {
-        float* to = output + (4 * y + x) * output_pitch + c;
+        Element* to = output + (4 * y + x) * output_pitch + c;
         if (whole) {
-          d[y][x].store(to);
+          store_elements(d[y][x], to);
         } else {
-          d[y][x].store(to, left);
+          store_elements(d[y][x], to, left);
         }
       }
     }
@@ -253,7 +280,7 @@ void winograd_input_2x2(const float* const* pixels, int64_t channels, float* out
 }
 
 void winograd_output_2x2(const float* products, int64_t product_pitch, const float* bias,
-                         int64_t channels, bool relu, float* const* outputs) {
+                         int64_t channels, bool relu, Element* const* outputs) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t left = channels - c < kLanes ? channels - c : kLanes;
@@ -286,9 +313,9 @@ void winograd_output_2x2(const float* products, int64_t product_pitch, const flo
         result[x].add(offset);
         if (relu) result[x].relu();
         if (left == kLanes) {
-          result[x].store(outputs[2 * y + x] + c);
+          store_elements(result[x], outputs[2 * y + x] + c);
         } else {
-          result[x].store(outputs[2 * y + x] + c, left);
+          store_elements(result[x], outputs[2 * y + x] + c, left);
         }
       }
     }
@@ -334,7 +361,7 @@ inline __attribute__((always_inline)) void winograd_input_line_4x4(const Vector 
   add_scaled(result[5], minus_sum, d[3]);
 }
 
-void winograd_input_4x4(const float* const* pixels, int64_t channels, float* output,
+void winograd_input_4x4(const Element* const* pixels, int64_t channels, Element* output,
                         int64_t output_pitch) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
@@ -346,8 +373,8 @@ void winograd_input_4x4(const float* const* pixels, int64_t channels, float* out
       Vector d[6], result[6];
 #pragma GCC unroll 6
       for (int y = 0; y < 6; ++y)
-        d[y] =
-            whole ? Vector::load(pixels[6 * y + x] + c) : Vector::load(pixels[6 * y + x] + c, left);
+        d[y] = whole ? load_elements(pixels[6 * y + x] + c)
+                     : load_elements(pixels[6 * y + x] + c, left);
       winograd_input_line_4x4(d, result);
 #pragma GCC unroll 6
       for (int y = 0; y < 6; ++y) result[y].store(columns[y][x]);
@@ -360,11 +387,11 @@ void winograd_input_4x4(const float* const* pixels, int64_t channels, float* out
       winograd_input_line_4x4(d, result);
 #pragma GCC unroll 6
       for (int x = 0; x < 6; ++x) {
-        float* to = output + (6 * y + x) * output_pitch + c;
+        Element* to = output + (6 * y + x) * output_pitch + c;
         if (whole) {
-          result[x].store(to);
+          store_elements(result[x], to);
         } else {
-          result[x].store(to, left);
+          store_elements(result[x], to, left);
         }
       }
     }
@@ -394,7 +421,7 @@ inline __attribute__((always_inline)) void winograd_output_line_4x4(const Vector
 }
 
 void winograd_output_4x4(const float* products, int64_t product_pitch, const float* bias,
-                         int64_t channels, bool relu, float* const* outputs) {
+                         int64_t channels, bool relu, Element* const* outputs) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t left = channels - c < kLanes ? channels - c : kLanes;
@@ -422,9 +449,9 @@ void winograd_output_4x4(const float* products, int64_t product_pitch, const flo
         result[x].add(offset);
         if (relu) result[x].relu();
         if (left == kLanes) {
-          result[x].store(outputs[4 * y + x] + c);
+          store_elements(result[x], outputs[4 * y + x] + c);
         } else {
-          result[x].store(outputs[4 * y + x] + c, left);
+          store_elements(result[x], outputs[4 * y + x] + c, left);
         }
       }
     }
