@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,11 @@ def tiny(monkeypatch, tmp_path) -> str:
 def needs_engine() -> None:
     if cpu.unavailable_reason() is not None:
         pytest.skip(str(cpu.unavailable_reason()))
+
+
+def bfloat16_job(batch: int, height: int, width: int) -> providers.Job:
+    model = providers.random_model("tiny", 10, 0).bfloat16()
+    return providers.Job(model, torch.randn(batch, 3, height, width).bfloat16(), 1)
 
 
 def bench(*arguments: str) -> int:
@@ -222,9 +228,95 @@ class TestBench:
         parser = build_parser()
         arguments = parser.parse_args(["bench"])
         assert command._cells(arguments) == [(224, 224, 1), (32, 32, 1), (32, 32, 32)]
-        assert {"fused", "drop-in", "eager", "channels-last"} <= set(command._providers(arguments))
-        assert "compile" not in command._providers(arguments)
-        assert "compile" in command._providers(parser.parse_args(["bench", "--compile"]))
+        names = command._providers(arguments)
+        assert list(names) == ["float32"]
+        assert {"fused", "drop-in", "eager", "channels-last"} <= set(names["float32"])
+        assert "compile" not in names["float32"]
+        arguments = parser.parse_args(["bench", "--compile", "--dtype", "float32,bfloat16"])
+        if providers._no_compiler() is None:
+            assert all("compile" in names for names in command._providers(arguments).values())
+
+    def test_bfloat16_is_a_class_of_its_own(self, capsys):
+        names = "eager,channels-last,onnxruntime"
+        if providers.PROVIDERS["onnxruntime"].objection() is not None:
+            names = "eager,channels-last"
+        arguments = ["--cell", "32:2", "--dtype", "float32,bfloat16", "--csv", "all.csv"]
+        assert bench(*arguments, "--providers", names) == 0
+        rows = results.read_rows(Path("all.csv"))
+        expected = [("float32", name) for name in names.split(",")]
+        expected += [("bfloat16", "eager"), ("bfloat16", "channels-last")]
+        assert [(row["dtype"], row["provider"]) for row in rows] == expected
+        for dtype in ("float32", "bfloat16"):
+            cell = [row for row in rows if row["dtype"] == dtype]
+            best = min(float(row["min_ms"]) for row in cell)
+            for row in cell:
+                ratio = pytest.approx(best / float(row["min_ms"]), rel=1e-2)
+                assert float(row["speedup_min"]) == ratio, "of the best in the same precision"
+                assert float(row["error"]) <= float(row["error_limit"])
+        limits = {row["dtype"]: float(row["error_limit"]) for row in rows}
+        for row in rows:
+            assert (float(row["error"]) > limits["float32"]) == (row["dtype"] == "bfloat16")
+        out = capsys.readouterr().out
+        assert "tiny, 32x32, batch 2, float32, 1 thread\n" in out
+        assert "tiny, 32x32, batch 2, bfloat16, 1 thread\n" in out
+
+    def test_bfloat16_reference_has_the_rounded_weights_and_input(self, monkeypatch):
+        seen = []
+
+        def reference(model, x):
+            seen.append((model.base[0].conv.weight.clone(), x))
+            return providers.reference_output(model, x)
+
+        monkeypatch.setattr(command, "reference_output", reference)
+        arguments = ["--cell", "32:1", "--dtype", "bfloat16,float32", "--no-files"]
+        assert bench(*arguments, "--providers", "eager") == 0
+        (weight, x), (exact_weight, exact_x) = seen
+        assert torch.equal(weight, exact_weight.bfloat16())
+        assert torch.equal(x, exact_x.bfloat16())
+
+    def test_bias_that_cancels_the_output_makes_no_error_larger(self, monkeypatch):
+        def balanced(name, classes, seed):
+            model = providers.random_model(name, classes, seed)
+            x = command._input((32, 32, 1), SimpleNamespace(pictures=[], seed=0))
+            classifier = model.get_classifier()
+            with torch.no_grad():
+                classifier.bias.sub_(providers.reference_output(model, x)[0].float())
+            return model
+
+        monkeypatch.setattr(command, "random_model", balanced)
+        assert bench("--cell", "32:1", "--providers", "eager", "--csv", "all.csv") == 0
+        (row,) = results.read_rows(Path("all.csv"))
+        assert float(row["error_limit"]) > 1e-5, "of the output that the bias cancels"
+
+    @pytest.mark.parametrize("how", ["refused", "not fused"])
+    def test_engine_without_bfloat16_is_left_out_with_the_reason(self, monkeypatch, capsys, how):
+        def refuse(*_, **__):
+            raise ValueError("dtype is torch.bfloat16: not here")
+
+        def plain(module, example_input, dtype):
+            assert module.base[0].conv.weight.dtype is example_input.dtype is dtype
+            return SimpleNamespace(backend="reference", reason="dtype is torch.bfloat16: not here")
+
+        module = sys.modules["threshnet_fast.optimize"]
+        real, instead = module.optimize, refuse if how == "refused" else plain
+        monkeypatch.setattr(
+            module,
+            "optimize",
+            lambda model, x, dtype: (real if dtype is torch.float32 else instead)(model, x, dtype),
+        )
+        arguments = ["--cell", "32:1", "--dtype", "float32,bfloat16", "--csv", "all.csv"]
+        assert bench(*arguments, "--providers", "fused,eager") == 0
+        rows = results.read_rows(Path("all.csv"))
+        expected = [("float32", "fused"), ("float32", "eager"), ("bfloat16", "eager")]
+        assert [(row["dtype"], row["provider"]) for row in rows] == expected
+        line = "Left out in bfloat16: fused (dtype is torch.bfloat16: not here)"
+        assert line in capsys.readouterr().out
+        status = bench("--cell", "32:1", "--dtype", "bfloat16", "--providers", "fused")
+        assert "--providers fused: dtype is torch.bfloat16: not here" in error_line(
+            capsys, status, 2
+        )
+        with pytest.raises(providers.Unavailable, match="not here"):
+            providers.build("fused", bfloat16_job(1, 32, 32))
 
 
 class TestBenchErrors:
@@ -268,10 +360,15 @@ class TestBenchErrors:
             (["--no-such-option"], "unrecognized arguments"),
             (["--device", "gpu"], "'gpu': expected cpu, cuda or cuda:N"),
             (["--device", "cuda:x"], "expected cpu, cuda or cuda:N"),
-            (["--dtype", "float16"], "on the CPU every engine is measured in float32"),
+            (["--dtype", "float16"], "--dtype float16: on the CPU expected float32 or bfloat16"),
+            (["--dtype", "bfloat16", "--profile"], "--profile is of float32: leave --dtype out"),
             (["--dtype", "float15"], "unknown dtype 'float15': did you mean 'float16'?"),
             (["--flush-l2"], "--flush-l2 belongs to a GPU: add --device cuda"),
             (["--providers", "eager-graph"], "--providers eager-graph: it does not run on cpu"),
+            (
+                ["--providers", "mnn", "--dtype", "bfloat16"],
+                "--providers mnn: it does not run on cpu in bfloat16",
+            ),
         ],
     )
     def test_one_line(self, capsys, arguments, text):
@@ -465,12 +562,13 @@ class TestBenchOnGPU:
     def test_compilers_come_on_demand(self, fake_gpu):
         parser = build_parser()
         arguments = parser.parse_args(["bench", "--device", "cuda"])
-        assert not any(name.startswith("compile") for name in command._providers(arguments))
+        names = command._providers(arguments)["float32"]
+        assert not any(name.startswith("compile") for name in names)
         arguments = parser.parse_args(["bench", "--device", "cuda", "--compile"])
         everything = list(cuda_providers.CUDA_PROVIDERS)
         if cuda.unavailable_reason() is not None:
             everything.remove("fused-cuda")
-        assert command._providers(arguments) == everything
+        assert command._providers(arguments) == {"float32": everything}
 
     @pytest.mark.parametrize(
         ("options", "text"),
@@ -590,22 +688,59 @@ class TestProviders:
             assert error <= providers.ERROR_LIMIT * float(reference.abs().max())
         assert providers.PROVIDERS[name].version()
 
-    @pytest.mark.parametrize("name", providers.BFLOAT16_PROVIDERS)
+    @pytest.mark.parametrize(
+        "name", [n for n in providers.BFLOAT16_PROVIDERS if not n.startswith("compile")]
+    )
     @pytest.mark.filterwarnings("ignore")
-    def test_bfloat16_peers_are_no_float32_peers(self, name):
+    def test_calculates_in_bfloat16(self, name):
         spec = providers.BFLOAT16_PROVIDERS[name]
         if (reason := spec.objection()) is not None:
             pytest.skip(reason)
-        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 40, 48), 1)
+        job = bfloat16_job(2, 40, 48)
         reference = providers.reference_output(job.model, job.x)
-        provider = spec.build(job)
-        output = provider.as_tensor(provider.run())
-        assert output.dtype == torch.float32
-        error = providers.worst_error(output, reference) / float(reference.abs().max())
-        assert error <= PRECISIONS["bfloat16"].error_limit
-        if name != "openvino":
-            # Where the processor has no bfloat16, OpenVINO takes the hint and float32.
-            assert error > providers.ERROR_LIMIT
+        try:
+            provider = providers.build(name, job)
+        except providers.Unavailable as reason:
+            pytest.skip(str(reason))
+        for _ in range(2):
+            output = provider.as_tensor(provider.run())
+            error = providers.worst_error(output, reference) / float(reference.abs().max())
+            assert providers.ERROR_LIMIT < error <= PRECISIONS["bfloat16"].error_limit
+        rounded = name not in ("openvino", "ncnn")
+        assert output.dtype is (torch.bfloat16 if rounded else torch.float32)
+
+    def test_openvino_that_takes_the_hint_and_float32_is_unavailable(self, monkeypatch):
+        openvino = pytest.importorskip("openvino")
+
+        class Core(openvino.Core):
+            def compile_model(self, model, device, config):
+                return super().compile_model(model, device, config | {hint: "f32"})
+
+        hint = "INFERENCE_PRECISION_HINT"
+        if (reason := providers.PROVIDERS["openvino"].objection()) is not None:
+            pytest.skip(reason)
+        monkeypatch.setattr(openvino, "Core", Core)
+        with pytest.raises(providers.Unavailable, match="calculates in f32 on this processor"):
+            providers.build("openvino", bfloat16_job(1, 32, 32))
+
+    def test_precisions_of_a_device(self):
+        assert providers.dtypes("cpu") == ["float32", "bfloat16"]
+        assert providers.dtypes("cuda") == list(PRECISIONS)
+        assert providers.registry("cpu", "tf32") == {}
+        assert providers.registry("cpu") is providers.PROVIDERS
+        for name, spec in providers.BFLOAT16_PROVIDERS.items():
+            assert spec.ours == providers.PROVIDERS[name].ours
+            assert spec.title == providers.PROVIDERS[name].title
+
+    def test_float32_parts_leave_the_job_alone(self):
+        job = bfloat16_job(1, 32, 32)
+        module, x = providers.float32_parts(job)
+        assert {p.dtype for p in module.parameters()} == {x.dtype} == {torch.float32}
+        assert {p.dtype for p in job.model.parameters()} == {torch.bfloat16}
+        assert torch.equal(module[0].conv.weight, job.model.base[0].conv.weight.float())
+        exact = providers.Job(module, x, 1)
+        assert providers.float32_parts(exact)[0] is module
+        assert providers.float32_parts(exact)[1] is x
 
     @pytest.mark.parametrize("images", [1, 5])
     @pytest.mark.filterwarnings("ignore")
@@ -653,17 +788,33 @@ class TestProviders:
         assert taken == list("abcabc")
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize(
         "name", ["compile", pytest.param("compile-max", marks=pytest.mark.sweep)]
     )
-    def test_compile(self, name):
+    def test_compile(self, name, dtype):
         if (reason := providers.PROVIDERS[name].objection()) is not None:
             pytest.skip(reason)
         job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 32, 32), 1)
+        job = bfloat16_job(2, 32, 32) if dtype == "bfloat16" else job
         reference = providers.reference_output(job.model, job.x)
         output = providers.build(name, job).run()
         error = providers.worst_error(output, reference)
-        assert error <= providers.ERROR_LIMIT * float(reference.abs().max())
+        assert error <= PRECISIONS[dtype].error_limit * float(reference.abs().max())
+
+    @pytest.mark.slow
+    def test_compiled_networks_are_not_compiled_again_after_another(self):
+        if (reason := providers.PROVIDERS["compile"].objection()) is not None:
+            pytest.skip(reason)
+        from torch._dynamo.utils import counters
+
+        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
+        before = counters["stats"]["unique_graphs"]
+        built = [providers.build(name, job) for name in ("compile", "compile-max")]
+        assert counters["stats"]["unique_graphs"] == before + 2
+        for provider in built:
+            provider.run()
+        assert counters["stats"]["unique_graphs"] == before + 2
 
     def test_bfloat16_does_not_pass(self):
         model = providers.random_model("tiny", 10, 0)
@@ -711,6 +862,15 @@ class TestProviders:
             pytest.skip("this system cannot tell the peak of resident memory")
         assert memory.peak >= 300_000
         assert memory.peak < 500_000_000
+
+    def test_memory_in_bfloat16(self):
+        model = providers.random_model("threshnet79", 10, 0).bfloat16()
+        job = providers.Job(model, torch.randn(1, 3, 64, 64).bfloat16(), 1)
+        memory = measure("channels-last", job, "threshnet79", 10, 0, "bfloat16")
+        if memory is None:
+            pytest.skip("this system cannot tell the peak of resident memory")
+        weights = sum(2 * parameter.numel() for parameter in model.parameters())
+        assert 0.8 * weights < memory.peak < 500_000_000, "its copy of the weights"
 
 
 class TestTiming:

@@ -38,9 +38,11 @@ from .providers import (
     Provider,
     Spec,
     build,
+    dtypes,
     random_model,
     reference_output,
     registry,
+    reset_compiler,
     worst_error,
 )
 from .report import check_plot, format_table, plot, text_table
@@ -60,8 +62,11 @@ about speed and about agreement, not about accuracy.
 
 Without arguments: 224x224 batch 1, 32x32 batch 1 and 32x32 batch 32, about 20 seconds each.
 
-With --device cuda: the same on a GPU, in every precision that --dtype names, timed by the GPU's own
-events; each call is waited for before the next one begins.
+With --dtype: in every precision that it names, each a class of its own: bfloat16 is checked against
+float64 on the rounded weights and input, and compared with engines that calculate in bfloat16.
+
+With --device cuda: the same on a GPU, timed by the GPU's own events; each call is waited for before
+the next one begins.
 
 With --profile: the fused engine alone, on the CPU, step by step: the time of each, GFLOP/s, their
 share of the processor's peak, bytes; as a table, a CSV file and a roofline plot."""
@@ -77,9 +82,9 @@ _DEVICE_TYPES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class _Run:
-    """What is the same for all cells."""
+    """What is the same for all cells; ``names`` are those of providers by precision."""
 
-    names: list[str]
+    names: dict[str, list[str]]
     classes: int
     threads: int
     seed: int
@@ -138,7 +143,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_dtypes,
         default=["float32"],
         metavar="NAME,...",
-        help="precisions, on a GPU: " + ", ".join(PRECISIONS) + " (default float32)",
+        help="precisions (default float32): "
+        + "; ".join(f"on {kind}: {', '.join(dtypes(kind))}" for kind in _DEVICE_TYPES),
     )
     how.add_argument(
         "--flush-l2",
@@ -150,7 +156,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         metavar="NAME,...",
         help="engines (default: all that are installed, except compile): "
-        + "; ".join(f"on {kind}: {', '.join(registry(kind))}" for kind in _DEVICE_TYPES),
+        + "; ".join(f"on {kind}: {', '.join(registry(kind))}" for kind in _DEVICE_TYPES)
+        + f"; in bfloat16 on cpu: {', '.join(registry('cpu', 'bfloat16'))}",
     )
     how.add_argument(
         "--compile", action="store_true", help="torch.compile as well; it takes minutes to compile"
@@ -208,7 +215,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_model(name)
     shapes = _cells(arguments)
     _check_sizes(models, shapes)
-    names = [] if arguments.profile else _providers(arguments)
+    names = {} if arguments.profile else _providers(arguments)
     arguments.csv = arguments.csv or (profile.CSV if arguments.profile else _CSV)
     picture: Path = arguments.plot or arguments.csv.with_suffix(".png")
     if not arguments.no_files:
@@ -315,18 +322,19 @@ def _bench_cell(
     x = _input(shape, setting)
     precision = PRECISIONS[dtype]
     job = _job(model, x, precision, setting)
-    specs = registry(setting.device.type)
+    specs = registry(setting.device.type, dtype)
+    names = setting.names[dtype]
     macs = lower(model, (batch, 3, height, width), fold=False).macs
-    title = f"{name} {height}x{width} batch {batch}" + (f" {dtype}" if setting.on_gpu else "")
+    title = f"{name} {height}x{width} batch {batch} {dtype}"
 
     rows: dict[str, dict[str, object]] = {}
     calls: dict[str, Callable[[], object]] = {}
-    with tqdm(total=len(setting.names) + 1, desc=title, unit="engine", disable=None) as bar:
+    with tqdm(total=len(names) + 1, desc=title, unit="engine", disable=None) as bar:
         bar.set_postfix_str("float64 reference")
         reference = reference_output(job.model, job.x)
-        limit = precision.error_limit * float(reference.abs().max())
+        limit = precision.error_limit * _scale(job.model, reference)
         bar.update()
-        for provider in setting.names:
+        for provider in names:
             bar.set_postfix_str(f"check {provider}")
             row: dict[str, object] = {
                 **setting.common,
@@ -394,15 +402,29 @@ def _bench_cell(
 
 def _job(model: nn.Module, x: Tensor, precision: Precision, setting: _Run) -> Job:
     """The network and its input where they are to run, in the precision that is asked for."""
-    if not setting.on_gpu:
-        return Job(model, x, setting.threads)
-    from .cuda_providers import reset_compiler
-
-    if any(name.startswith("compile") for name in setting.names):
+    if any(name.startswith("compile") for names in setting.names.values() for name in names):
         reset_compiler()
-    torch.cuda.empty_cache()
+    if not setting.on_gpu and precision.dtype is torch.float32:
+        return Job(model, x, setting.threads)
+    if setting.on_gpu:
+        torch.cuda.empty_cache()
     model = copy.deepcopy(model).to(setting.device, precision.dtype)
     return Job(model, x.to(setting.device, precision.dtype), setting.threads)
+
+
+def _scale(model: nn.Module, reference: Tensor) -> float:
+    """The largest output without the classifier's bias, which may cancel most of it.
+
+    Rounding errors grow with what is added up, not with what a bias leaves of it.
+    """
+    bias = getattr(_classifier(model), "bias", None)
+    output = reference if bias is None else reference - bias.detach().to(reference)
+    return float(output.abs().max())
+
+
+def _classifier(model: nn.Module) -> nn.Linear | None:
+    classifier = getattr(model, "get_classifier", nn.Identity)()
+    return classifier if isinstance(classifier, nn.Linear) else None
 
 
 def _times(sample: Sample, macs: int) -> dict[str, object]:
@@ -447,7 +469,7 @@ def _compare(rows: Sequence[dict[str, object]]) -> None:
             (
                 float(str(row[time]))
                 for row in timed
-                if not registry(str(row["device"]))[str(row["provider"])].ours
+                if not registry(str(row["device"]), str(row["dtype"]))[str(row["provider"])].ours
             ),
             default=None,
         )
@@ -502,8 +524,8 @@ def _engine(job: Job) -> str:
 
 def _balance(model: nn.Module, x: Tensor, reference: Tensor) -> Tensor:
     """Moves the classifier's bias so that no class wins on all pictures; returns the new output."""
-    classifier = getattr(model, "get_classifier", nn.Identity)()
-    if not isinstance(classifier, nn.Linear):
+    classifier = _classifier(model)
+    if classifier is None:
         return reference
     with torch.no_grad():
         classifier.bias.sub_(reference.mean(0).to(classifier.bias.dtype))
@@ -523,13 +545,18 @@ def _introduction(setting: _Run) -> str:
         lines.append(
             f"{common['accelerator']}, {common['libraries']}{driver}, L2 cache {common['l2']}"
         )
-    absent = {
-        name: reason
-        for name, spec in registry(setting.device.type).items()
-        if name not in setting.names and spec.by_default and (reason := spec.objection())
-    }
-    if absent and setting.names:
-        lines.append("Left out: " + "; ".join(f"{n} ({r})" for n, r in absent.items()))
+    without: dict[str, list[str]] = {}
+    for dtype, names in setting.names.items():
+        absent = [
+            f"{name} ({reason})"
+            for name, spec in registry(setting.device.type, dtype).items()
+            if name not in names and spec.by_default and (reason := spec.objection())
+        ]
+        if absent:
+            without.setdefault("; ".join(absent), []).append(dtype)
+    for text, classes in without.items():
+        where = f" in {_enumerated(classes, 'and')}" if len(setting.names) > 1 else ""
+        lines.append(f"Left out{where}: {text}")
     return "\n".join(lines) + "\n"
 
 
@@ -590,38 +617,52 @@ def _check_sizes(models: Sequence[str], shapes: Sequence[tuple[int, int, int]]) 
 def _check_precisions(arguments: argparse.Namespace, place: torch.device) -> None:
     if place.type != "cpu":
         return
-    if arguments.dtype != ["float32"]:
-        raise CommandError("--dtype: on the CPU every engine is measured in float32", 2)
+    possible = dtypes("cpu")
+    for dtype in arguments.dtype:
+        if dtype not in possible:
+            expected = _enumerated(possible, "or")
+            raise CommandError(f"--dtype {dtype}: on the CPU expected {expected}", 2)
+    if arguments.profile and arguments.dtype != ["float32"]:
+        raise CommandError("--profile is of float32: leave --dtype out", 2)
     if arguments.flush_l2:
         raise CommandError("--flush-l2 belongs to a GPU: add --device cuda", 2)
 
 
-def _providers(arguments: argparse.Namespace) -> list[str]:
+def _providers(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """Names of the providers to run, by precision, in the order of the tables."""
     kind: str = arguments.device.type
-    specs = registry(kind)
-    asked: list[str] | None = arguments.providers
-    for name in asked or ():
-        if name not in specs:
-            raise CommandError(f"--providers {name}: it does not run on {kind}", 2)
+    named: list[str] = arguments.providers or []
+    chosen = {}
+    for dtype in arguments.dtype:
+        specs = registry(kind, dtype)
+        wanted = set(named or [name for name, spec in specs.items() if spec.by_default])
+        if arguments.compile:
+            wanted |= {name for name, spec in specs.items() if not spec.by_default}
+        chosen[dtype] = [name for name, spec in specs.items() if name in wanted and _usable(spec)]
     if arguments.compile:
-        compiled = [name for name, spec in specs.items() if not spec.by_default]
-        asked = [*(asked or _installed(kind)), *compiled]
-    elif asked is None:
-        return _installed(kind)
-    for name in asked:
-        reason = specs[name].objection()
-        if reason is not None and not _expected(specs[name]):
+        specs = registry(kind, arguments.dtype[0])
+        named = [*named, *(name for name, spec in specs.items() if not spec.by_default)]
+    for name in named:
+        if not any(name in names for names in chosen.values()):
+            reason = _objection(name, kind, arguments.dtype)
             raise CommandError(f"--providers {name}: {reason}", 2)
-    return [name for name in specs if name in asked]
+    for dtype, names in chosen.items():
+        if not names:
+            which = ", ".join(named)
+            raise CommandError(f"--providers {which}: none of them runs on {kind} in {dtype}", 2)
+    return chosen
 
 
-def _installed(kind: str) -> list[str]:
+def _objection(name: str, kind: str, names_of_dtypes: Sequence[str]) -> str | None:
+    for dtype in names_of_dtypes:
+        if name in registry(kind, dtype):
+            return registry(kind, dtype)[name].objection()
+    return f"it does not run on {kind} in {_enumerated(names_of_dtypes, 'or')}"
+
+
+def _usable(spec: Spec) -> bool:
     # The engine itself stays in the list where it is broken: that is a failure, not an absence.
-    return [
-        name
-        for name, spec in registry(kind).items()
-        if spec.by_default and (_expected(spec) or spec.objection() is None)
-    ]
+    return _expected(spec) or spec.objection() is None
 
 
 def _expected(spec: Spec) -> bool:
@@ -635,6 +676,11 @@ def _names(text: str) -> list[str]:
 
 def _dtypes(text: str) -> list[str]:
     return _listed(text, list(PRECISIONS), "dtype")
+
+
+def _enumerated(words: Sequence[str], conjunction: str) -> str:
+    """For example ``"a, b or c"``."""
+    return f" {conjunction} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _listed(text: str, known: Sequence[str], what: str) -> list[str]:

@@ -18,21 +18,10 @@ from torch import Tensor, nn
 
 from .providers import Job, Provider, Spec, Unavailable, plain_module
 
-__all__ = ["CUDA_PROVIDERS", "graphed", "reset_compiler"]
+__all__ = ["CUDA_PROVIDERS", "graphed"]
 
 _WARM_UP_CALLS = 3
 _FUSED_BACKENDS = ("triton", "cuda")
-
-
-def reset_compiler() -> None:
-    """Makes torch.compile forget what it has compiled.
-
-    Between two inputs: it gives up on code that it has compiled too many times. Never between two
-    providers of one input, which would have the first compile again while it is timed.
-    """
-    import torch._dynamo
-
-    torch._dynamo.reset()
 
 
 def graphed(

@@ -75,8 +75,9 @@ def measure(
     """Measures in a new process.
 
     Args:
-        provider: A key of ``providers.registry`` for the job's device.
-        job: The model as ``random_model(model, classes, seed)`` makes it, and an input.
+        provider: A key of ``providers.registry`` for the job's device and ``dtype``.
+        job: The model as ``random_model(model, classes, seed)`` makes it, in ``dtype``, and an
+            input.
         model: Name of the model.
         classes: Outputs of its classifier.
         seed: Seed of its weights.
@@ -89,7 +90,7 @@ def measure(
     place = job.x.device
     if place.type == "cpu" and not _CLEAR_REFS.exists():
         return None
-    tiny = _tiny_job(job.threads)
+    tiny = _tiny_job(job.threads, dtype)
     onnx = provider in ("mnn", "onnxruntime", "opencv", "openvino")
     question = _Question(
         provider,
@@ -113,23 +114,16 @@ def measure(
         return None
 
 
-def _tiny_job(threads: int, onnx: str | None = None) -> Job:
+def _tiny_job(threads: int, dtype: str, onnx: str | None = None) -> Job:
     import torch
 
-    from ..models import ThreshNet
-    from .providers import Job, randomise
+    from .precision import PRECISIONS
+    from .providers import Job, tiny_model
 
-    model = ThreshNet(
-        first_channels=(8, 16),
-        blocks=(2, 2),
-        transitions=(16, 16),
-        downsample=(True, False),
-        threshold=1,
-        growth_rates=(8, 16),
-        num_classes=2,
-    )
+    precision = PRECISIONS[dtype]
     path = None if onnx is None else Path(onnx)
-    return Job(randomise(model, 0), torch.randn(1, 3, 32, 32), threads, path)
+    x = torch.randn(1, 3, 32, 32, dtype=precision.dtype)
+    return Job(tiny_model().to(precision.dtype), x, threads, path)
 
 
 def _resident(field: str) -> int:
@@ -149,14 +143,17 @@ def _settle() -> None:
 def _answer(question: _Question) -> Memory:
     import torch
 
+    from .precision import PRECISIONS
     from .providers import Job, build, random_model
 
     if question.device != "cpu":
         return _answer_on_gpu(question)
-    build(question.provider, _tiny_job(question.threads, question.tiny_onnx)).run()
-    model = random_model(question.model, question.classes, question.seed)
+    tiny = _tiny_job(question.threads, question.dtype, question.tiny_onnx)
+    build(question.provider, tiny).run()
+    dtype = PRECISIONS[question.dtype].dtype
+    model = random_model(question.model, question.classes, question.seed).to(dtype)
     onnx = None if question.onnx is None else Path(question.onnx)
-    job = Job(model, torch.randn(tuple(question.shape)), question.threads, onnx)
+    job = Job(model, torch.randn(tuple(question.shape)).to(dtype), question.threads, onnx)
     _settle()
     before = _resident("VmRSS")
     provider = build(question.provider, job)
@@ -187,7 +184,7 @@ def _answer_on_gpu(question: _Question) -> Memory:
         return torch.cuda.memory_reserved()
 
     with torch.cuda.device(place), precision.active():
-        build(question.provider, moved(_tiny_job(question.threads))).run()
+        build(question.provider, moved(_tiny_job(question.threads, question.dtype))).run()
         model = random_model(question.model, question.classes, question.seed)
         job = moved(Job(model, torch.randn(tuple(question.shape)), question.threads))
         before = settled()

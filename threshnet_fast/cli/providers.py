@@ -1,8 +1,10 @@
 """The engines that ``bench`` compares on a CPU, one function each, and what all providers share.
 
-Every provider runs the same weights on the same float32 input with the same number of threads, in
-the layout it likes best, and is otherwise set up as its documentation recommends for latency.
-Those for a GPU are in ``cuda_providers``.
+Every provider runs the same weights on the same input with the same number of threads, in the
+layout it likes best, and is otherwise set up as its documentation recommends for latency. In
+bfloat16, a class of its own, weights and input are rounded before: PyTorch and this package take
+and return bfloat16; the other engines take the rounded numbers in float32, round inside, and return
+float32. Those for a GPU are in ``cuda_providers``.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from .timing import host_timer
 
 __all__ = [
     "BFLOAT16_PROVIDERS",
+    "CPU_PROVIDERS",
     "ERROR_LIMIT",
     "PROVIDERS",
     "Job",
@@ -42,17 +45,21 @@ __all__ = [
     "Spec",
     "Unavailable",
     "build",
+    "dtypes",
+    "float32_parts",
     "plain_module",
     "random_model",
     "randomise",
     "reference_output",
     "registry",
+    "reset_compiler",
+    "tiny_model",
     "worst_error",
 ]
 
 ERROR_LIMIT = PRECISIONS["float32"].error_limit
-"""Largest error that passes for float32, as a part of the largest output. Reduced precision, such
-as bfloat16 or TF32, does not pass."""
+"""Largest error that passes for float32, as a part of the largest output without the classifier's
+bias. Reduced precision, such as bfloat16 or TF32, does not pass."""
 
 
 # Images that the reference takes at once on a GPU: float64 needs much memory.
@@ -69,9 +76,10 @@ class Job:
 
     Attributes:
         model: The network, in evaluation mode, of the dtype of ``x`` and on its device.
-        x: The input, ``(N, C, H, W)``, contiguous; float32 on the CPU.
+        x: The input, ``(N, C, H, W)``, contiguous; float32 or bfloat16 on the CPU.
         threads: Threads to use.
-        onnx_path: The network as an ONNX file; exported when a provider first asks for it.
+        onnx_path: The network as an ONNX file, in float32; exported when a provider first asks for
+            it.
     """
 
     model: nn.Module
@@ -84,10 +92,11 @@ class Job:
         """Path of the ONNX file, which lives as long as this object."""
         if self.onnx_path is None:
             path = self.folder() / "model.onnx"
+            module, x = float32_parts(self)
             with _silence(), torch.no_grad():
                 torch.onnx.export(
-                    plain_module(self.model),
-                    (self.x,),
+                    module,
+                    (x,),
                     path,
                     input_names=["input"],
                     output_names=["output"],
@@ -120,7 +129,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Spec:
-    """An entry of :data:`PROVIDERS`.
+    """An entry of :func:`registry`.
 
     Attributes:
         title: Name in tables and plots.
@@ -146,13 +155,13 @@ def build(name: str, job: Job) -> Provider:
     """Prepares a provider for a job.
 
     Args:
-        name: A key of :func:`registry` for the job's device.
+        name: A key of :func:`registry` for the job's device and dtype.
         job: What it is to run.
 
     Raises:
         Unavailable: It cannot be used here.
     """
-    spec = registry(job.x.device.type)[name]
+    spec = registry(job.x.device.type, str(job.x.dtype).removeprefix("torch."))[name]
     reason = spec.objection()
     if reason is not None:
         raise Unavailable(reason)
@@ -169,6 +178,33 @@ def plain_module(model: nn.Module) -> nn.Module:
     if isinstance(base, nn.ModuleList):
         return nn.Sequential(*base).train(model.training)
     return model
+
+
+def float32_parts(job: Job) -> tuple[nn.Module, Tensor]:
+    """The network as :func:`plain_module` makes it, and the input, both in float32.
+
+    For engines that round what they are given. In a job that is float32 already nothing is copied.
+    """
+    module = plain_module(job.model)
+    if job.x.dtype is torch.float32:
+        return module, job.x
+    return copy.deepcopy(module).float(), job.x.float()
+
+
+def tiny_model() -> nn.Module:
+    """A random network of two small blocks, which is built and run in no time."""
+    from ..models import ThreshNet
+
+    model = ThreshNet(
+        first_channels=(8, 16),
+        blocks=(2, 2),
+        transitions=(16, 16),
+        downsample=(True, False),
+        threshold=1,
+        growth_rates=(8, 16),
+        num_classes=2,
+    )
+    return randomise(model, 0)
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
@@ -220,6 +256,17 @@ def reference_output(model: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([module(part.double()).cpu() for part in parts])
 
 
+def reset_compiler() -> None:
+    """Makes torch.compile forget what it has compiled.
+
+    Between two inputs: it gives up on code that it has compiled too many times. Never between two
+    providers of one input, which would have the first compile again while it is timed.
+    """
+    import torch._dynamo
+
+    torch._dynamo.reset()
+
+
 def worst_error(output: Tensor, reference: Tensor) -> float:
     """Largest absolute difference; infinite where the shapes differ or a value is not finite."""
     if output.shape != reference.shape:
@@ -251,33 +298,17 @@ def _channels_last(job: Job) -> Provider:
     return Provider(run)
 
 
-def _channels_last_bfloat16(job: Job) -> Provider:
-    module = copy.deepcopy(plain_module(job.model)).to(torch.bfloat16)
-    # torch annotates only the other forms of Module.to.
-    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            x = job.x.to(torch.bfloat16, memory_format=torch.channels_last)
-            return module(x).float()
-
-    return Provider(run)
-
-
 def _compile(job: Job, **options: Any) -> Provider:
-    import torch._inductor.config as inductor
-
-    torch._dynamo.reset()
     module = copy.deepcopy(plain_module(job.model))
-    compiled = torch.compile(module, dynamic=False)
+    # What is an option here is part of what tells compiled code apart: two providers of one input
+    # never share any.
+    compiled = torch.compile(module, dynamic=False, options={"freezing": True, **options})
 
     def run() -> Tensor:
         with torch.no_grad():
             return compiled(job.x)
 
-    # The first call compiles; afterwards the setting no longer matters.
-    with inductor.patch(freezing=True, **options):
-        run()
+    run()
     return Provider(run)
 
 
@@ -296,42 +327,44 @@ def _onnxruntime(job: Job) -> Provider:
     session = onnxruntime.InferenceSession(
         str(job.onnx()), options, providers=["CPUExecutionProvider"]
     )
-    feed = {session.get_inputs()[0].name: job.x.numpy()}
+    feed = {session.get_inputs()[0].name: job.x.float().numpy()}
     return Provider(lambda: session.run(None, feed)[0], torch.from_numpy)
 
 
-def _openvino(job: Job, precision: str = "f32") -> Provider:
+def _openvino(job: Job) -> Provider:
     import openvino
 
+    bfloat16 = job.x.dtype is torch.bfloat16
     core = openvino.Core()
     compiled = core.compile_model(
         core.read_model(str(job.onnx())),
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": job.threads,
             "NUM_STREAMS": 1,
         },
     )
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if bfloat16 and taken != "bf16":
+        raise Unavailable(f"OpenVINO calculates in {taken} on this processor, not in bfloat16")
     request = compiled.create_infer_request()
-    feed = [job.x.numpy()]
+    feed = [job.x.float().numpy()]
     return Provider(
         lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0],
         lambda result: torch.from_numpy(result.copy()),
     )
 
 
-def _openvino_bfloat16(job: Job) -> Provider:
-    return _openvino(job, "bf16")
-
-
-def _ncnn(job: Job, bfloat16: bool = False) -> Provider:
+def _ncnn(job: Job) -> Provider:
     ncnn, pnnx = importlib.import_module("ncnn"), importlib.import_module("pnnx")
-    images, channels, height, width = job.x.shape
+    module, x = float32_parts(job)
+    bfloat16 = job.x.dtype is torch.bfloat16
+    images, channels, height, width = x.shape
     stem = job.folder() / "ncnn"
     with _silence(), torch.no_grad():
-        torch.jit.trace(plain_module(job.model), job.x[:1]).save(f"{stem}.pt")
+        torch.jit.trace(module, x[:1]).save(f"{stem}.pt")
     shape = f"inputshape=[1,{channels},{height},{width}]f32"
     _convert([pnnx.EXEC_PATH, f"{stem}.pt", shape, "fp16=0"], Path(f"{stem}.ncnn.bin"))
 
@@ -355,7 +388,8 @@ def _ncnn(job: Job, bfloat16: bool = False) -> Provider:
             extractor.input("in0", image)
             return extractor.extract("out0")[1]
 
-    inputs = [ncnn.Mat(image.numpy()) for image in job.x]
+    # Without a copy they would not own what they read.
+    inputs = [ncnn.Mat(image.numpy()).clone() for image in x]
     # Winograd's convolution, which it takes unasked, halves the time of a large image. A small one
     # takes several times as long with it, as transformed weights are several times as many.
     net = _fastest([load(True), load(False)], lambda net: compute(net, inputs[0]))
@@ -373,10 +407,6 @@ def _ncnn(job: Job, bfloat16: bool = False) -> Provider:
         return torch.stack([torch.tensor(mat.numpy()) for mat in ordered])
 
     return Provider(run, as_tensor)
-
-
-def _ncnn_bfloat16(job: Job) -> Provider:
-    return _ncnn(job, bfloat16=True)
 
 
 def _mnn(job: Job) -> Provider:
@@ -464,7 +494,9 @@ def _executorch(job: Job) -> Provider:
 def _fused(job: Job) -> Provider:
     from ..optimize import optimize
 
-    call = optimize(job.model, job.x)
+    call = optimize(job.model, job.x, dtype=job.x.dtype)
+    if call.backend != "cpu":
+        raise Unavailable(call.reason)
     return Provider(lambda: call(job.x))
 
 
@@ -554,6 +586,31 @@ def _no_engine() -> str | None:
     return cpu.unavailable_reason()
 
 
+def _not_frozen_in_bfloat16() -> str | None:
+    from ..optimize import optimize
+
+    if (reason := _no_engine()) is not None:
+        return reason
+    model, x = tiny_model().bfloat16(), torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)
+    try:
+        frozen = optimize(model, x, dtype=torch.bfloat16)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return str(error)
+    return None if frozen.backend == "cpu" else frozen.reason
+
+
+def _not_dispatched_in_bfloat16() -> str | None:
+    from ..plan import explain
+
+    if (reason := _no_engine()) is not None:
+        return reason
+    with torch.no_grad():
+        explanation = explain(
+            tiny_model().bfloat16(), torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)
+        )
+    return None if explanation.backend == "cpu" else explanation.reason
+
+
 def _no_compiler() -> str | None:
     from torch._inductor import cpp_builder, exc
 
@@ -586,13 +643,24 @@ def _opencv_version() -> str:
     return next(filter(None, map(distribution_version, names)), "")
 
 
-def registry(device_type: str) -> dict[str, Spec]:
-    """All providers for ``"cpu"`` or ``"cuda"`` by name, in the order of the tables."""
+def registry(device_type: str, dtype: str = "float32") -> dict[str, Spec]:
+    """All providers by name, in the order of the tables.
+
+    Args:
+        device_type: ``"cpu"`` or ``"cuda"``.
+        dtype: A key of ``PRECISIONS``. On a GPU all providers calculate in any of them; on a CPU
+            there are none for some.
+    """
     if device_type == "cpu":
-        return PROVIDERS
+        return CPU_PROVIDERS.get(dtype, {})
     from .cuda_providers import CUDA_PROVIDERS
 
     return CUDA_PROVIDERS
+
+
+def dtypes(device_type: str) -> list[str]:
+    """The keys of ``PRECISIONS`` that there are providers for on ``"cpu"`` or ``"cuda"``."""
+    return [dtype for dtype in PRECISIONS if registry(device_type, dtype)]
 
 
 PROVIDERS: dict[str, Spec] = {
@@ -639,11 +707,19 @@ calculate in float32."""
 
 
 BFLOAT16_PROVIDERS: dict[str, Spec] = {
-    "channels-last": Spec(
-        "PyTorch channels_last", False, True, _channels_last_bfloat16, _always, _torch_version
-    ),
-    "openvino": replace(PROVIDERS["openvino"], build=_openvino_bfloat16),
-    "ncnn": replace(PROVIDERS["ncnn"], build=_ncnn_bfloat16),
+    "fused": replace(PROVIDERS["fused"], objection=_not_frozen_in_bfloat16, optional=True),
+    "drop-in": replace(PROVIDERS["drop-in"], objection=_not_dispatched_in_bfloat16, optional=True),
+    **{
+        name: PROVIDERS[name]
+        for name in ("eager", "channels-last", "compile", "compile-max", "openvino", "ncnn")
+    },
 }
-"""Peers on a CPU that calculate in bfloat16: a class of its own, never compared with float32. They
-take and return float32."""
+"""Those that calculate in bfloat16: a class of its own, never compared with float32.
+
+The others do not on x86: ONNX Runtime and OpenCV have no such convolution, MNN takes its mode for
+bfloat16 and calculates in float32, ExecuTorch runs what XNNPACK does not take element by element.
+"""
+
+
+CPU_PROVIDERS = {"float32": PROVIDERS, "bfloat16": BFLOAT16_PROVIDERS}
+"""Providers for a CPU, by the precision that they calculate in."""

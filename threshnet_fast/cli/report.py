@@ -58,7 +58,7 @@ def _place(row: Row) -> str:
 
 
 def _specs(row: Row) -> dict[str, Spec]:
-    return registry("cuda" if on_gpu(row) else "cpu")
+    return registry("cuda" if on_gpu(row) else "cpu", row["dtype"])
 
 
 def text_table(rows: Sequence[Row]) -> str:
@@ -119,12 +119,12 @@ def markdown_table(rows: Sequence[Row], details: bool = False) -> str:
     """A Markdown table, one line a cell and one column a provider, fastest provider in bold.
 
     Args:
-        rows: Rows of the file, all from CPUs or all from GPUs; of cells that ran more than once,
-            the last run only.
+        rows: Rows of the file, all from GPUs, or all from CPUs in one precision; of cells that ran
+            more than once, the last run only.
         details: Show the median after the minimum, and ``model(x)`` beside the frozen network.
     """
     gpu = bool(rows) and on_gpu(rows[0])
-    specs = registry("cuda" if gpu else "cpu")
+    specs = _specs(rows[0]) if rows else {}
     names = [
         name
         for name in specs
@@ -261,11 +261,7 @@ def _panel(axis: object, group: Sequence[Row]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     first = group[0]
     what = f"{first['model']}, {_size(first)}, batch {first['batch']}"
-    if on_gpu(first):
-        what += f"\n{first['dtype']}, {_place(first)}"
-    else:
-        what += f", {_place(first)}"
-    axis.set_title(what, fontsize=9)
+    axis.set_title(f"{what}\n{first['dtype']}, {_place(first)}", fontsize=9)
 
 
 def _milliseconds(text: str) -> str:
