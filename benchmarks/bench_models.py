@@ -1,8 +1,8 @@
-"""Measures whole networks: every model, input and number of threads, all engines in turns.
+"""Measures whole networks: every model, input, precision and number of threads, engines in turns.
 
-    python benchmarks/bench_models.py                  # about half an hour on two cores
-    python benchmarks/bench_models.py --quick          # a minute or two, to see that it works
-    python benchmarks/bench_models.py --device cuda    # on a GPU, in every precision
+    python benchmarks/bench_models.py                  # two and a half hours on two cores
+    python benchmarks/bench_models.py --quick          # a few minutes, to see that it works
+    python benchmarks/bench_models.py --device cuda    # on a GPU
     python benchmarks/bench_models.py --device cuda --quick
 
 Rows are appended to benchmarks/results/models.csv; benchmarks/table.py and benchmarks/plot.py make
@@ -23,6 +23,7 @@ from pathlib import Path
 from threshnet_fast.cli.arguments import check_device, device
 from threshnet_fast.cli.errors import CommandError
 from threshnet_fast.cli.precision import PRECISIONS
+from threshnet_fast.cli.providers import dtypes
 
 RESULTS = Path(__file__).resolve().parent / "results" / "models.csv"
 MODELS = ("threshnet95", "threshnet79")
@@ -47,7 +48,7 @@ def main() -> int:
         "--dtypes",
         nargs="+",
         choices=list(PRECISIONS),
-        help="precisions, on a GPU (default all)",
+        help="precisions (default all that the device has, on the CPU float32 and bfloat16)",
     )
     parser.add_argument("--flush-l2", action="store_true", help="see threshnet-fast bench --help")
     parser.add_argument("--seconds", type=float, help="for each input in each precision")
@@ -63,10 +64,14 @@ def main() -> int:
     except (CommandError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
     gpu = place.type != "cpu"
-    if not gpu and (arguments.dtypes or arguments.flush_l2):
-        parser.error("--dtypes and --flush-l2 belong to a GPU: add --device cuda")
+    if not gpu and arguments.flush_l2:
+        parser.error("--flush-l2 belongs to a GPU: add --device cuda")
+    possible = dtypes(place.type)
+    arguments.dtypes = arguments.dtypes or possible
+    for dtype in arguments.dtypes:
+        if dtype not in possible:
+            parser.error(f"--dtypes {dtype}: on the CPU expected {' or '.join(possible)}")
     arguments.threads = arguments.threads or ([1] if gpu else [1, 2])
-    arguments.dtypes = arguments.dtypes or (list(PRECISIONS) if gpu else ["float32"])
     arguments.cells = arguments.cells or list(CUDA_CELLS if gpu else CELLS)
     arguments.seconds = arguments.seconds or (CUDA_SECONDS if gpu else SECONDS)
     if arguments.quick:
@@ -94,7 +99,8 @@ def commands(arguments: argparse.Namespace, gpu: bool) -> Iterator[list[str]]:
         if not gpu:
             models = [word for model in arguments.models for word in ("--model", model)]
             plot = arguments.csv.with_name(f"{stem}-{threads}-threads.png")
-            yield [*common, *models, "--plot", str(plot)]
+            classes = ["--dtype", ",".join(arguments.dtypes)]
+            yield [*common, *models, *classes, "--plot", str(plot)]
             continue
         common += ["--device", arguments.device]
         common += ["--flush-l2"] if arguments.flush_l2 else []

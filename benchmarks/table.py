@@ -10,36 +10,50 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench_growth import ODD
+
 from threshnet_fast.cli.errors import CommandError
-from threshnet_fast.cli.providers import PROVIDERS
+from threshnet_fast.cli.providers import PROVIDERS, dtypes, registry
 from threshnet_fast.cli.report import conditions, markdown_table, on_gpu
 from threshnet_fast.cli.results import COLUMNS, latest_rows, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "models.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
+GROWTH = ROOT / "benchmarks" / "results" / "growth.csv"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu.md")
 
 Rows = Sequence[dict[str, str]]
+
+
+def by_dtype(rows: Rows, details: bool) -> str:
+    """A table for every precision that a CPU was measured in: they are not compared."""
+    tables = []
+    for dtype in dtypes("cpu"):
+        group = [row for row in rows if row["dtype"] == dtype]
+        if group:
+            tables.append(f"**{dtype}**\n\n{markdown_table(group, details)}")
+        if group and details and dtype != "float32":
+            tables.append(f"![Latency of ThreshNet95 in {dtype}](figures/latency-{dtype}.png)")
+    return "\n\n".join([*tables, conditions(rows)])
 
 
 def summary(rows: Rows) -> str:
     """ThreshNet95 on CPUs with the most threads that were measured: minimum milliseconds."""
     rows = [row for row in rows if row["model"] == "threshnet95" and not on_gpu(row)]
     threads = max((int(row["threads"]) for row in rows), default=0)
-    rows = [row for row in rows if int(row["threads"]) == threads]
-    return f"{markdown_table(rows)}\n\n{conditions(rows)}"
+    return by_dtype([row for row in rows if int(row["threads"]) == threads], details=False)
 
 
 def full(rows: Rows) -> str:
     """Everything on CPUs: minimum and median milliseconds."""
-    rows = [row for row in rows if not on_gpu(row)]
-    return f"{markdown_table(rows, details=True)}\n\n{conditions(rows)}"
+    return by_dtype([row for row in rows if not on_gpu(row)], details=True)
 
 
 def gpu(rows: Rows) -> str:
@@ -86,7 +100,58 @@ def memory(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"summary": summary, "full": full, "gpu": gpu, "columns": columns, "memory": memory}
+def growth(rows: Rows) -> str:
+    """Time a pixel of odd shapes, over that of their regular neighbours, from growth.csv."""
+    del rows
+    if not GROWTH.exists():
+        return "No measurement has been recorded."
+    found = [row for row in latest_rows(read_rows(GROWTH)) if row["model"] == "threshnet95"]
+    threads = max((int(row["threads"]) for row in found), default=0)
+    found = [row for row in found if row["status"] == "ok" and int(row["threads"]) == threads]
+    times = {
+        (_cell(row), row["dtype"], row["provider"]): float(row["min_ms"]) / math.prod(_cell(row))
+        for row in found
+    }
+    columns = [
+        (dtype, name)
+        for dtype in dtypes("cpu")
+        for name in registry("cpu", dtype)
+        if any((row["dtype"], row["provider"]) == (dtype, name) for row in found)
+    ]
+    titles = [f"{registry('cpu', dtype)[name].title}, {dtype}" for dtype, name in columns]
+    lines = [["input", "beside", *titles], [":--", ":--", *("--:" for _ in columns)]]
+    for odd, regular in ODD.items():
+        pairs = [(times.get((odd, *c)), times.get((regular, *c))) for c in columns]
+        if any(None not in pair for pair in pairs):
+            lines.append([_input(odd), _input(regular), *(_percent(*pair) for pair in pairs)])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"![Growth of time and memory](figures/growth.png)\n\n{table}\n\n{conditions(found)}"
+
+
+def _cell(row: dict[str, str]) -> tuple[int, int, int]:
+    return int(row["height"]), int(row["width"]), int(row["batch"])
+
+
+def _input(cell: tuple[int, int, int]) -> str:
+    return f"{cell[0]}x{cell[1]}, batch {cell[2]}"
+
+
+def _percent(time: float | None, other: float | None) -> str:
+    """How much more it is than the other, in bold where that is over a quarter."""
+    if time is None or other is None:
+        return ""
+    text = f"{100 * (time / other - 1):+.0f}%"
+    return f"**{text}**" if time > 1.25 * other else text
+
+
+TABLES = {
+    "summary": summary,
+    "full": full,
+    "gpu": gpu,
+    "columns": columns,
+    "memory": memory,
+    "growth": growth,
+}
 
 
 def render(text: str, rows: Rows) -> str:

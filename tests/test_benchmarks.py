@@ -131,9 +131,184 @@ def test_measurements_on_gpus_have_a_table_of_their_own(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(plots, "plot", lambda kept, path: drawn.extend(kept))
     arguments = ["plot.py", "--csv", str(tmp_path / "a.csv"), "--output", str(tmp_path / "a.png")]
+    arguments += ["--growth-csv", str(tmp_path / "none.csv")]
     monkeypatch.setattr(sys, "argv", arguments)
     assert plots.main() == 0
     assert drawn == rows[:1]
+
+
+def measured(**values: str) -> dict[str, str]:
+    """A row of a measurement on a CPU."""
+    row = dict.fromkeys(results.COLUMNS, "") | {
+        **{"run": "1", "model": "threshnet95", "height": "32", "width": "32", "batch": "1"},
+        **{"threads": "2", "status": "ok", "time": "2030-01-02T03:04:05+00:00", "min_ms": "8.0"},
+        **{"p20_ms": "8.5", "p50_ms": "9.0", "p80_ms": "9.5", "dtype": "float32", "device": "cpu"},
+        **{"provider": "fused", "version": "1", "processor": "Test", "processors": "2"},
+    }
+    return row | values
+
+
+def test_precisions_of_a_cpu_have_tables_and_figures_of_their_own(monkeypatch, tmp_path):
+    table, plots = importlib.import_module("table"), importlib.import_module("plot")
+    half = {"dtype": "bfloat16", "run": "2"}
+    rows = [
+        measured(min_ms="2.0", speedup_min="1.5", speedup_p50="1.4"),
+        measured(provider="onnxruntime", min_ms="3.0"),
+        measured(**half, min_ms="1.0", speedup_min="2.5", speedup_p50="2.4"),
+        measured(**half, provider="openvino", min_ms="2.5"),
+        measured(**half, provider="eager", status="wrong result"),
+    ]
+    assert table.summary(rows).startswith(
+        "**float32**\n\n"
+        "| model | input | threads | threshnet_fast | ONNX Runtime | over the best peer |\n"
+        "| :-- | :-- | --: | --: | --: | --: |\n"
+        "| threshnet95 | 32x32, batch 1 | 2 | **2.00** | 3.00 | 1.50x |\n\n"
+        "**bfloat16**\n\n"
+        "| model | input | threads | threshnet_fast | PyTorch eager | OpenVINO | "
+        "over the best peer |\n"
+        "| :-- | :-- | --: | --: | --: | --: | --: |\n"
+        "| threshnet95 | 32x32, batch 1 | 2 | **1.00** | failed | 2.50 | 2.50x |\n\n"
+        "Test (2 processors), "
+    )
+    assert "| **1.00** / 9.00 | failed | 2.50 / 9.00 | 2.50x / 2.40x |" in table.full(rows)
+    assert "](figures/latency-bfloat16.png)" in table.full(rows)
+    assert "bfloat16" not in table.full(rows[:2])
+    results.append_rows(tmp_path / "a.csv", rows)
+    drawn = {}
+    monkeypatch.setattr(plots, "plot", lambda kept, path: drawn.update({path.name: kept}))
+    arguments = ["plot.py", "--csv", str(tmp_path / "a.csv"), "--output", str(tmp_path / "a.png")]
+    arguments += ["--growth-csv", str(tmp_path / "none.csv")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert plots.main() == 0
+    assert drawn == {"a.png": rows[:2], "a-bfloat16.png": rows[2:]}
+
+
+def grown() -> list[dict[str, str]]:
+    """Rows of all points: the time is 1 ns a pixel, three times that at 225x225 in bfloat16."""
+    script = importlib.import_module("bench_growth")
+    rows = []
+    for threads, cells in {1: script.THREADED, 2: script.cells()}.items():
+        for height, width, batch in cells:
+            for dtype in ("float32", "bfloat16"):
+                for provider in ("fused", "openvino", "channels-last"):
+                    odd = height == 225 and dtype == "bfloat16" and provider == "fused"
+                    time = 1e-6 * height * width * batch * (3 if odd else 1) * (3 - threads)
+                    memory = threads == 2 and (height, width, batch) in script.WITH_MEMORY
+                    rows.append(
+                        measured(
+                            **{"height": str(height), "width": str(width), "batch": str(batch)},
+                            **{"dtype": dtype, "provider": provider, "threads": str(threads)},
+                            **{"min_ms": str(time), "peak_bytes": "50000000" if memory else ""},
+                        )
+                    )
+    return rows
+
+
+def test_table_of_odd_shapes(monkeypatch, tmp_path):
+    table = importlib.import_module("table")
+    monkeypatch.setattr(table, "GROWTH", tmp_path / "growth.csv")
+    assert table.growth([]) == "No measurement has been recorded."
+    rows = grown()
+    for row in rows:
+        if (row["height"], row["batch"], row["provider"]) == ("224", "7", "openvino"):
+            row["status"] = "wrong result"
+        if (row["height"], row["batch"]) == ("32", "7"):
+            row["min_ms"] = str(0.9 * float(row["min_ms"]))
+    results.append_rows(tmp_path / "growth.csv", rows)
+    titles = ("threshnet_fast", "PyTorch channels_last", "OpenVINO")
+    columns = [f"{title}, {dtype}" for dtype in ("float32", "bfloat16") for title in titles]
+    lines = table.growth([]).splitlines()
+    assert lines[0] == "![Growth of time and memory](figures/growth.png)"
+    assert lines[2:9] == [
+        f"| input | beside | {' | '.join(columns)} |",
+        "| :-- | :-- | --: | --: | --: | --: | --: | --: |",
+        "| 223x223, batch 1 | 224x224, batch 1 | +0% | +0% | +0% | +0% | +0% | +0% |",
+        "| 225x225, batch 1 | 224x224, batch 1 | +0% | +0% | +0% | **+200%** | +0% | +0% |",
+        "| 160x288, batch 1 | 224x224, batch 1 | +0% | +0% | +0% | +0% | +0% | +0% |",
+        "| 224x224, batch 7 | 224x224, batch 8 | +0% | +0% |  | +0% | +0% |  |",
+        "| 32x32, batch 7 | 32x32, batch 8 | -10% | -10% | -10% | -10% | -10% | -10% |",
+    ]
+    assert lines[10].startswith("Test (2 processors), ")
+
+
+def test_figure_of_growth(monkeypatch, tmp_path):
+    plots = importlib.import_module("plot")
+    from matplotlib import figure, pyplot
+
+    seen = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))
+    )
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    rows = grown()
+    results.append_rows(tmp_path / "growth.csv", rows)
+    results.append_rows(tmp_path / "a.csv", [measured()])
+    monkeypatch.setattr(plots, "plot", lambda rows, path: None)
+    arguments = ["plot.py", "--csv", str(tmp_path / "a.csv"), "--output", str(tmp_path / "a.png")]
+    arguments += ["--growth-csv", str(tmp_path / "growth.csv")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--growth-output", str(tmp_path / "new/g.png")])
+    assert plots.main() == 0
+    assert (tmp_path / "new" / "g.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    panels = {axis.get_title(): axis for axis in seen[0].axes}
+    assert len(panels) == 8
+    assert all(len(axis.get_lines()) == 6 for axis in panels.values())
+    line = panels["32x32, 2 threads"].get_lines()[0]
+    assert list(line.get_xdata()) == [1, 2, 4, 7, 8, 16, 32, 64]
+    assert list(line.get_ydata()) == pytest.approx([1e-6 * 32 * 32] * 8), "an image"
+    rate = panels["batch 1, 2 threads"].get_lines()
+    assert len(rate[0].get_xdata()) == 11 + 3
+    assert list(rate[0].get_ydata()) == pytest.approx([1.0] * 14, rel=1e-2), "nanoseconds a pixel"
+    assert max(rate[3].get_ydata()) == pytest.approx(3.0, rel=1e-2)
+    line = panels["224x224, batch 1"].get_lines()[0]
+    assert list(line.get_xdata()) == [1, 2]
+    assert line.get_ydata()[0] == 2 * line.get_ydata()[1]
+    memory = panels["memory, 224x224, 2 threads"].get_lines()[0]
+    assert list(memory.get_xdata()) == [1, 4, 16]
+    assert set(memory.get_ydata()) == {50}
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
+def test_figure_of_growth_with_some_of_the_points(tmp_path):
+    plots = importlib.import_module("plot")
+    plots.plot_growth([measured(), measured(status="failed")], tmp_path / "g.png")
+    assert (tmp_path / "g.png").exists()
+    with pytest.raises(plots.CommandError, match="no provider was timed"):
+        plots.plot_growth([measured(status="failed")], tmp_path / "h.png")
+
+
+def test_growth_script(monkeypatch, tmp_path):
+    script = importlib.import_module("bench_growth")
+    calls = []
+
+    class Result:
+        returncode = 0
+
+    monkeypatch.setattr(script.subprocess, "run", lambda command: calls.append(command) or Result)
+    path = tmp_path / "new" / "growth.csv"
+    monkeypatch.setattr(sys, "argv", ["a.py", "--threads", "1", "2", "--csv", str(path)])
+    assert script.main() == 0
+    from threshnet_fast.cli import bench, build_parser
+
+    parsed = [build_parser().parse_args(call[call.index("bench") :]) for call in calls]
+    assert [(a.threads, a.memory) for a in parsed] == [(1, False), (2, False), (2, True)]
+    points = [bench._cells(a) for a in parsed]
+    assert points[0] == list(script.THREADED)
+    assert sorted(points[1] + points[2]) == sorted(script.cells())
+    assert sorted(points[2]) == sorted(script.WITH_MEMORY)
+    assert {*script.ODD, *script.ODD.values()} <= set(script.cells())
+    for arguments in parsed:
+        assert arguments.csv == path
+        assert arguments.dtype == ["float32", "bfloat16"]
+        assert arguments.providers == list(script.PROVIDERS)
+        assert not arguments.plot.is_relative_to(path.parent)
+
+    calls.clear()
+    monkeypatch.setattr(sys, "argv", ["a.py", "--quick", "--csv", str(path)])
+    assert script.main() == 0
+    (quick,) = [build_parser().parse_args(call[call.index("bench") :]) for call in calls]
+    assert (quick.threads, quick.memory, len(bench._cells(quick))) == (1, False, 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -243,7 +418,8 @@ def test_model_script(monkeypatch, tmp_path):
     assert arguments.compile
     assert arguments.memory
     assert arguments.device == torch.device("cpu")
-    assert not any("--dtype" in command or "--device" in command for command in calls)
+    assert arguments.dtype == ["float32", "bfloat16"]
+    assert not any("--device" in command for command in calls)
 
 
 def test_model_script_on_a_gpu(monkeypatch, tmp_path):
@@ -276,4 +452,4 @@ def test_model_script_on_a_gpu(monkeypatch, tmp_path):
             *((224, 1), (224, 16), (224, 128)),
             *((32, 1), (32, 32), (32, 128)),
         ]
-        assert "compile-max" in bench._providers(arguments)
+        assert "compile-max" in bench._providers(arguments)[arguments.dtype[0]]
