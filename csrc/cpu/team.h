@@ -3,6 +3,9 @@
 // Nothing here waits for a thread to arrive: a task is claimed by whoever is there, and a step is
 // over when its tasks are done. So the team cannot deadlock where the pool gives it fewer threads
 // than it asked for, runs them one after the other, or was called from inside a parallel region.
+//
+// All threads compute in the floating-point mode of the one that made the team, so that a result
+// does not depend on which of them did what.
 #pragma once
 
 #include <atomic>
@@ -15,13 +18,25 @@
 #endif
 #include <sched.h>
 
+#include "float_mode.h"
+
 namespace threshnet_fast::cpu {
+
+// Tells the processor that the thread waits for another one's store.
+inline void spin_pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield" : : : "memory");
+#endif
+}
 
 class Team {
  public:
   Team(int64_t threads, const std::vector<int64_t>& tasks)
       : threads_(threads),
         tasks_(tasks),
+        float_mode_(float_mode()),
         queues_(new Line[tasks.size() * threads]),
         done_(new Line[tasks.size()]) {
     for (size_t step = 0; step < tasks.size(); ++step) {
@@ -32,9 +47,11 @@ class Team {
 
   // Takes part as one thread: calls run(step, task) until the last step is over. Tasks of a
   // thread's own range come first, in the same place of the map in every step, so that what it
-  // wrote in one step is in its cache in the next.
+  // wrote in one step is in its cache in the next. A task that threw would be waited for without
+  // end, so that ends the process.
   template <typename Run>
-  void work(int64_t thread, const Run& run) {
+  void work(int64_t thread, const Run& run) noexcept {
+    const FloatModeScope scope(float_mode_);
     for (size_t step = 0; step < tasks_.size(); ++step) {
       int64_t finished = 0;
       for (int64_t i = 0; i < threads_; ++i) {
@@ -51,9 +68,7 @@ class Team {
       if (finished > 0) done.fetch_add(finished, std::memory_order_acq_rel);
       for (int64_t spins = 0; done.load(std::memory_order_acquire) < tasks_[step]; ++spins) {
         if (spins < 4096) {
-#if defined(__x86_64__) || defined(_M_X64)
-          _mm_pause();
-#endif
+          spin_pause();
         } else {
           sched_yield();
         }
@@ -73,6 +88,7 @@ class Team {
 
   int64_t threads_;
   const std::vector<int64_t>& tasks_;
+  FloatMode float_mode_;
   std::unique_ptr<Line[]> queues_;
   std::unique_ptr<Line[]> done_;
 };
