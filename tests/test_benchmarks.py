@@ -154,7 +154,7 @@ def test_precisions_of_a_cpu_have_tables_and_figures_of_their_own(monkeypatch, t
     rows = [
         measured(min_ms="2.0", speedup_min="1.5", speedup_p50="1.4"),
         measured(provider="onnxruntime", min_ms="3.0"),
-        measured(**half, min_ms="1.0", speedup_min="2.5", speedup_p50="2.4"),
+        measured(**half, version="1 bf16", min_ms="1.0", speedup_min="2.5", speedup_p50="2.4"),
         measured(**half, provider="openvino", min_ms="2.5"),
         measured(**half, provider="eager", status="wrong result"),
     ]
@@ -168,8 +168,9 @@ def test_precisions_of_a_cpu_have_tables_and_figures_of_their_own(monkeypatch, t
         "over the best peer |\n"
         "| :-- | :-- | --: | --: | --: | --: | --: |\n"
         "| threshnet95 | 32x32, batch 1 | 2 | **1.00** | failed | 2.50 | 2.50x |\n\n"
-        "Test (2 processors), "
+        "Test (2 processors), torch , threshnet_fast 1, "
     )
+    assert "Test (2 processors), torch , threshnet_fast 1 bf16, OpenVINO 1, " in table.full(rows)
     assert "| **1.00** / 9.00 | failed | 2.50 / 9.00 | 2.50x / 2.40x |" in table.full(rows)
     assert "](figures/latency-bfloat16.png)" in table.full(rows)
     assert "bfloat16" not in table.full(rows[:2])

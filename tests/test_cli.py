@@ -289,34 +289,52 @@ class TestBench:
         assert float(row["error_limit"]) > 1e-5, "of the output that the bias cancels"
 
     @pytest.mark.parametrize("how", ["refused", "not fused"])
-    def test_engine_without_bfloat16_is_left_out_with_the_reason(self, monkeypatch, capsys, how):
-        def refuse(*_, **__):
-            raise ValueError("dtype is torch.bfloat16: not here")
-
-        def plain(module, example_input, dtype):
-            assert module.base[0].conv.weight.dtype is example_input.dtype is dtype
+    def test_engine_without_bfloat16_is_a_failure_with_its_reason(self, monkeypatch, how):
+        def instead(model, x, dtype):
+            if how == "refused":
+                raise ValueError("dtype is torch.bfloat16: not here")
+            assert model.base[0].conv.weight.dtype is x.dtype is dtype
             return SimpleNamespace(backend="reference", reason="dtype is torch.bfloat16: not here")
 
         module = sys.modules["threshnet_fast.optimize"]
-        real, instead = module.optimize, refuse if how == "refused" else plain
+        real = module.optimize
         monkeypatch.setattr(
             module,
             "optimize",
             lambda model, x, dtype: (real if dtype is torch.float32 else instead)(model, x, dtype),
         )
         arguments = ["--cell", "32:1", "--dtype", "float32,bfloat16", "--csv", "all.csv"]
-        assert bench(*arguments, "--providers", "fused,eager") == 0
+        assert bench(*arguments, "--providers", "fused,eager") == 1
         rows = results.read_rows(Path("all.csv"))
-        expected = [("float32", "fused"), ("float32", "eager"), ("bfloat16", "eager")]
-        assert [(row["dtype"], row["provider"]) for row in rows] == expected
-        line = "Left out in bfloat16: fused (dtype is torch.bfloat16: not here)"
-        assert line in capsys.readouterr().out
-        status = bench("--cell", "32:1", "--dtype", "bfloat16", "--providers", "fused")
-        assert "--providers fused: dtype is torch.bfloat16: not here" in error_line(
-            capsys, status, 2
-        )
-        with pytest.raises(providers.Unavailable, match="not here"):
-            providers.build("fused", bfloat16_job(1, 32, 32))
+        assert [(row["dtype"], row["provider"], row["status"]) for row in rows] == [
+            ("float32", "fused", "ok"),
+            ("float32", "eager", "ok"),
+            ("bfloat16", "fused", "dtype is torch.bfloat16: not here"),
+            ("bfloat16", "eager", "ok"),
+        ]
+
+    def test_model_that_is_not_fused_is_not_timed_as_if_it_were(self):
+        with tf.use_backend("reference"), pytest.raises(providers.Unavailable, match="use_backend"):
+            providers.build("drop-in", bfloat16_job(1, 32, 32))
+
+    def test_peer_without_bfloat16_is_left_out_of_that_class(self, monkeypatch, capsys):
+        peers = providers.BFLOAT16_PROVIDERS
+        absent = replace(peers["channels-last"], objection=lambda: "because")
+        monkeypatch.setitem(peers, "channels-last", absent)
+        arguments = ["--cell", "32:1", "--providers", "eager,channels-last"]
+        assert bench(*arguments, "--dtype", "float32,bfloat16", "--csv", "all.csv") == 0
+        rows = results.read_rows(Path("all.csv"))
+        assert [(row["dtype"], row["provider"]) for row in rows] == [
+            ("float32", "eager"),
+            ("float32", "channels-last"),
+            ("bfloat16", "eager"),
+        ]
+        (line,) = [
+            line for line in capsys.readouterr().out.splitlines() if "channels-last (b" in line
+        ]
+        assert line.startswith("Left out in bfloat16: ")
+        status = bench(*arguments, "--dtype", "bfloat16")
+        assert "--providers channels-last: because" in error_line(capsys, status, 2)
 
 
 class TestBenchErrors:
@@ -706,6 +724,8 @@ class TestProviders:
             output = provider.as_tensor(provider.run())
             error = providers.worst_error(output, reference) / float(reference.abs().max())
             assert providers.ERROR_LIMIT < error <= PRECISIONS["bfloat16"].error_limit
+        if spec.ours:
+            assert spec.version() == f"{tf.__version__} {cpu.isa(torch.bfloat16)}"
         rounded = name not in ("openvino", "ncnn")
         assert output.dtype is (torch.bfloat16 if rounded else torch.float32)
 

@@ -501,7 +501,13 @@ def _fused(job: Job) -> Provider:
 
 
 def _drop_in(job: Job) -> Provider:
+    from ..plan import explain
+
     model = job.model
+    with torch.no_grad():
+        explanation = explain(model, job.x)
+    if explanation.backend != "cpu":
+        raise Unavailable(explanation.reason)
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -586,31 +592,6 @@ def _no_engine() -> str | None:
     return cpu.unavailable_reason()
 
 
-def _not_frozen_in_bfloat16() -> str | None:
-    from ..optimize import optimize
-
-    if (reason := _no_engine()) is not None:
-        return reason
-    model, x = tiny_model().bfloat16(), torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)
-    try:
-        frozen = optimize(model, x, dtype=torch.bfloat16)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return str(error)
-    return None if frozen.backend == "cpu" else frozen.reason
-
-
-def _not_dispatched_in_bfloat16() -> str | None:
-    from ..plan import explain
-
-    if (reason := _no_engine()) is not None:
-        return reason
-    with torch.no_grad():
-        explanation = explain(
-            tiny_model().bfloat16(), torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)
-        )
-    return None if explanation.backend == "cpu" else explanation.reason
-
-
 def _no_compiler() -> str | None:
     from torch._inductor import cpp_builder, exc
 
@@ -621,13 +602,13 @@ def _no_compiler() -> str | None:
     return None
 
 
-def _own_version() -> str:
+def _own_version(dtype: torch.dtype = torch.float32) -> str:
     from .. import __version__
     from ..backends import cpu
 
     if cpu.unavailable_reason() is not None:
         return __version__
-    return f"{__version__} {cpu.isa()}"
+    return f"{__version__} {cpu.isa(dtype)}"
 
 
 def _torch_version() -> str:
@@ -707,8 +688,10 @@ calculate in float32."""
 
 
 BFLOAT16_PROVIDERS: dict[str, Spec] = {
-    "fused": replace(PROVIDERS["fused"], objection=_not_frozen_in_bfloat16, optional=True),
-    "drop-in": replace(PROVIDERS["drop-in"], objection=_not_dispatched_in_bfloat16, optional=True),
+    **{
+        name: replace(PROVIDERS[name], version=partial(_own_version, torch.bfloat16))
+        for name in ("fused", "drop-in")
+    },
     **{
         name: PROVIDERS[name]
         for name in ("eager", "channels-last", "compile", "compile-max", "openvino", "ncnn")

@@ -169,7 +169,7 @@ def conditions(rows: Sequence[Row]) -> str:
     seen: dict[str, None] = {}
     for row in rows:
         versions = {
-            _specs(r)[r["provider"]].title: r["version"]
+            f"{_specs(r)[r['provider']].title} {r['version']}": None
             for r in rows
             if r["run"] == row["run"] and r["provider"] in ("fused", "onnxruntime", "openvino")
         }
@@ -182,7 +182,7 @@ def conditions(rows: Sequence[Row]) -> str:
                 *gpu,
                 f"{row['processor']} ({row['processors']} processors)",
                 f"torch {row['torch']}",
-                *(f"{title} {version}" for title, version in versions.items()),
+                *versions,
                 f"Python {row['python']}",
                 f"{row['time'][:10]}" + (f", commit {row['commit']}" if row["commit"] else ""),
             ]
