@@ -699,8 +699,8 @@ BFLOAT16_PROVIDERS: dict[str, Spec] = {
 }
 """Those that calculate in bfloat16: a class of its own, never compared with float32.
 
-The others do not on x86: ONNX Runtime and OpenCV have no such convolution, MNN takes its mode for
-bfloat16 and calculates in float32, ExecuTorch runs what XNNPACK does not take element by element.
+The others do not on x86: ONNX Runtime has no such convolution, OpenCV no such target, MNN takes its
+mode for bfloat16 and calculates in float32, ExecuTorch loops over elements where XNNPACK does not.
 """
 
 
