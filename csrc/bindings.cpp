@@ -73,7 +73,7 @@ int64_t best_isa() { return cpu::best_isa(); }
 // -1 where no micro-kernels multiply bfloat16.
 int64_t best_bfloat16_isa() {
   const cpu::Isa isa = cpu::best_bfloat16_isa();
-  return isa == cpu::kScalar ? -1 : isa;
+  return isa == cpu::kScalar ? -1 : static_cast<int64_t>(isa);
 }
 
 Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads, bool exact) {

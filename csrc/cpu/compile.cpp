@@ -16,6 +16,8 @@ constexpr int64_t kPackBytes = 192 * 1024;
 // Maps of at most this many pixels are computed in the order of their valid taps.
 constexpr int64_t kSortPixels = 256;
 constexpr int64_t kTasksPerThread = 8;
+// Fewer tasks have more tiles, which share the weights.
+constexpr int64_t kWinogradTasksPerThread = 4;
 // Up to this many pixels reading the weights takes longer than multiplying by them, so that it pays
 // to split them between the cores even by taps; a small convolution is not worth the second
 // barrier.
@@ -304,16 +306,17 @@ class Compiler {
     step.pixel_count = winograd_tiles(to, step.winograd_size);
     const int64_t positions = positions_of(step);
     step.split_count = step.chunk_count = 1;
-    const int64_t wanted = threads_ > 1 ? threads_ * kTasksPerThread : 1;
+    const int64_t wanted = threads_ > 1 ? threads_ * kWinogradTasksPerThread : 1;
     if (step.winograd == kWinogradInSteps) {
-      const int64_t elements = positions * step.pixel_count * step.padded_channels;
-      header_.partial_floats = std::max(header_.partial_floats, round_up(floats(elements), 16));
+      const int64_t elements = step.pixel_count * step.padded_channels;
+      header_.partial_floats =
+          std::max(header_.partial_floats, positions * position_floats(floats(elements)));
       step.group_panels = 1;
       step.group_count = step.panel_count;
       step.block_count = std::max(divide_up(wanted, step.group_count),
                                   divide_up(step.pixel_count, kWinogradTiles));
       step.block_count = std::min(step.block_count, divide_up(step.pixel_count, kMaxTilePixels));
-      reserve(positions * block_pixels(step) * widest);
+      reserve(positions * position_floats(block_pixels(step) * widest));
       return;
     }
     const int64_t tile_bytes =
@@ -321,15 +324,16 @@ class Compiler {
     const int64_t fit = std::clamp<int64_t>(kWinogradBytes / tile_bytes, 8, kWinogradTiles);
     step.block_count = divide_up(step.pixel_count, fit);
     if (threads_ > 1) {
-      // As many blocks for each thread, and some to spare for the one that is ahead.
-      const int64_t spare = std::min(4 * threads_, divide_up(step.pixel_count, 8));
-      step.block_count = round_up(std::max(step.block_count, spare), threads_);
+      // As many blocks for each thread.
+      step.block_count = round_up(step.block_count, threads_);
       step.block_count = std::min(step.block_count, step.pixel_count);
     }
     step.group_count = 1;
     step.group_panels = step.panel_count;
-    const int64_t tiles = positions * block_pixels(step);
-    reserve(floats(tiles * step.padded_channels) + tiles * widest + floats(zero_elements(step)));
+    const int64_t tiles = block_pixels(step);
+    reserve(positions * (position_floats(floats(tiles * step.padded_channels)) +
+                         position_floats(tiles * widest)) +
+            floats(zero_elements(step)));
   }
 
   // The step before a convolution that finds its inputs transformed.

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "program.h"
 #include "team.h"
@@ -9,6 +10,7 @@ namespace {
 
 constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
 constexpr int32_t kZeros[kMaxTilePixels] = {};
+constexpr int64_t kLineBytes = 64;
 constexpr float kNoBias[kMaxTileVectors * 16] = {};
 
 // Splits [0, count) into the fewest tiles of at most `most` pixels, as equal as possible.
@@ -90,6 +92,20 @@ class Engine {
     return elements_at(packed_ + panel.weights);
   }
 
+  // Memory to be fetched in parts, by one tile after the other.
+  struct Fetching {
+    Fetch next;
+    int64_t bytes = std::numeric_limits<int64_t>::max();
+
+    Fetch take(int64_t words) {
+      if (bytes <= 0) return {};
+      const Fetch part = next;
+      next.address = static_cast<const char*>(next.address) + words * next.step;
+      bytes -= words * next.step;
+      return part;
+    }
+  };
+
   void convolve(const Step& step, int64_t task, float* scratch) const {
     const int64_t split = task % step.split_count;
     const int64_t block = task / step.split_count % step.block_count;
@@ -102,17 +118,18 @@ class Engine {
     if (step.winograd == kWinogradInTask) {
       convolve_winograd(step, first_pixel, pixels, scratch);
     } else if (step.winograd == kWinogradInSteps) {
+      const Transformed inputs = transformed(step, partials_, step.pixel_count);
       for (int64_t p = first_panel; p < last_panel; ++p)
-        multiply_transformed(step, panels[p], first_pixel, pixels,
-                             elements_at(partials_) + first_pixel * step.padded_channels,
-                             step.pixel_count, scratch);
+        multiply_transformed(step, panels[p], first_pixel, pixels, inputs.from_tile(first_pixel),
+                             scratch, nullptr);
     } else if (step.packs) {
       gather(step, first_pixel, pixels, elements_at(scratch));
+      Fetching next = next_block(step, first_pixel + pixels, pixels);
       for (int64_t p = first_panel; p < last_panel; ++p)
-        convolve_packed(step, panels[p], first_pixel, pixels, elements_at(scratch));
+        convolve_packed(step, panels[p], first_pixel, pixels, elements_at(scratch), next);
     } else {
       for (int64_t p = first_panel; p < last_panel; ++p)
-        convolve_direct(step, p, split, first_pixel, pixels, scratch);
+        convolve_direct(step, p, p == first_panel, split, first_pixel, pixels, scratch);
     }
   }
 
@@ -120,29 +137,58 @@ class Engine {
   // position, and the products transformed back, while everything stays in L2.
   void convolve_winograd(const Step& step, int64_t first_tile, int64_t count,
                          float* scratch) const {
-    float* const inputs = scratch + floats_of<Element>(zero_elements(step));
-    transform_inputs(step, first_tile, count, elements_at(scratch), elements_at(inputs), count);
-    float* const products =
-        inputs + floats_of<Element>(positions_of(step) * count * step.padded_channels);
+    float* const memory = scratch + floats_of<Element>(zero_elements(step));
+    const Transformed inputs = transformed(step, memory, count);
+    transform_inputs(step, first_tile, count, elements_at(scratch), inputs);
+    const int64_t floats = positions_of(step) * floats_of<Element>(inputs.position);
+    Fetching next = next_tiles(step, first_tile + count, count);
     for (int64_t p = 0; p < step.panel_count; ++p)
-      multiply_transformed(step, program_.at<Panel>(step.panels)[p], first_tile, count,
-                           elements_at(inputs), count, products);
+      multiply_transformed(step, program_.at<Panel>(step.panels)[p], first_tile, count, inputs,
+                           memory + floats, &next);
   }
 
-  // Fills inputs[position * pitch + tile][channel]. `zeros` is room for a pixel of padding.
-  void transform_inputs(const Step& step, int64_t first_tile, int64_t count, Element* zeros,
-                        Element* inputs, int64_t pitch) const {
+  // The rows of the map that the tiles of the block behind this one, which probably comes next,
+  // will read, where all channels lie side by side.
+  Fetching next_tiles(const Step& step, int64_t first_tile, int64_t count) const {
+    if (step.segment_count > 1 || first_tile + count > step.pixel_count) return {{}, 0};
     const Buffer& to = program_.buffer(step.output_buffer);
-    const int64_t channels = step.padded_channels;
+    const BufferSegment& segment = *program_.at<BufferSegment>(step.segments);
+    const Buffer& from = program_.buffer(segment.buffer);
+    const WinogradTile first(first_tile, step.winograd_size, to);
+    const WinogradTile last(first_tile + count - 1, step.winograd_size, to);
+    const int64_t begin = first.image * from.height + first.y;
+    const int64_t end = last.image * from.height + last.y + step.winograd_size + 1;
+    const int64_t row = from.width * from.pitch;
+    return {{input_of(segment) + begin * row, kLineBytes},
+            (end - begin) * row * static_cast<int64_t>(sizeof(Element))};
+  }
+
+  // Transformed inputs: tile t's channels at a position begin at data[position * i + tile * t].
+  struct Transformed {
+    Element* data;
+    int64_t position, tile;
+
+    Transformed from_tile(int64_t first) const { return {data + first * tile, position, tile}; }
+  };
+
+  static Transformed transformed(const Step& step, float* memory, int64_t tiles) {
+    const int64_t floats = position_floats(floats_of<Element>(tiles * step.padded_channels));
+    return {elements_at(memory), floats * kWordChannels<Element>, step.padded_channels};
+  }
+
+  // `zeros` is room for a pixel of padding.
+  void transform_inputs(const Step& step, int64_t first_tile, int64_t count, Element* zeros,
+                        const Transformed& inputs) const {
+    const Buffer& to = program_.buffer(step.output_buffer);
     const int64_t extent = step.winograd_size + 2;
     const WinogradFunctions<Element>& functions = winograd_functions(step);
-    std::memset(zeros, 0, channels * sizeof(Element));
+    std::memset(zeros, 0, step.padded_channels * sizeof(Element));
     const BufferSegment* segments = program_.at<BufferSegment>(step.segments);
     for (int64_t i = 0; i < count; ++i) {
       const WinogradTile tile(first_tile + i, step.winograd_size, to);
       const int64_t left = tile.x - 1;
       const int64_t top = tile.y - 1;
-      Element* output = inputs + i * channels;
+      Element* output = inputs.data + i * inputs.tile;
       for (int64_t s = 0; s < step.segment_count; ++s) {
         const Buffer& from = program_.buffer(segments[s].buffer);
         const Element* base = input_of(segments[s]);
@@ -155,42 +201,72 @@ class Engine {
             pixels[extent * y + x] = valid ? base + (row + x) * from.pitch : zeros;
           }
         }
-        functions.input(pixels, segments[s].channels, output, pitch * channels);
+        functions.input(pixels, segments[s].channels, output, inputs.position);
         output += segments[s].channels;
       }
-      for (int64_t c = step.input_channels; c < channels; ++c) {
+      for (; output < inputs.data + i * inputs.tile + step.padded_channels; ++output) {
         for (int64_t position = 0; position < extent * extent; ++position)
-          inputs[(position * pitch + i) * channels + c] = Element{};
+          output[position * inputs.position] = Element{};
       }
     }
   }
 
   // The products of some tiles with one panel, [position][tile][NR], and from them the outputs.
   void multiply_transformed(const Step& step, const Panel& panel, int64_t first_tile, int64_t count,
-                            const Element* inputs, int64_t pitch, float* products) const {
+                            const Transformed& inputs, float* products,
+                            Fetching* next_block) const {
+    for (int64_t position = 0; position < positions_of(step); ++position)
+      multiply_position(step, panel, position, count, inputs,
+                        products + position * product_position(panel, count), next_block);
+    transform_products(step, panel, first_tile, count, products);
+  }
+
+  // Floats between a panel's products at neighbouring positions, [tile][NR] each.
+  int64_t product_position(const Panel& panel, int64_t count) const {
+    return position_floats(count * panel.vectors * table_.tiling.lanes);
+  }
+
+  void multiply_position(const Step& step, const Panel& panel, int64_t position, int64_t count,
+                         const Transformed& transformed, float* products,
+                         Fetching* next_block) const {
+    const Element* inputs = transformed.data + position * transformed.position;
     const int64_t channels = step.padded_channels;
     const int64_t lanes = panel.vectors * table_.tiling.lanes;
-    const Tiles tiles(count, table_.tiling.tile_pixels[panel.vectors]);
-    Tile tile = output_tile(step, panel);
-    const float* bias = tile.initial;
-    tile.initial = kNoBias;
+    const Element* weights = weights_of(panel) + position * channels * panel.pitch;
+    Tile tile{};
     tile.run_count = 1;
+    tile.weight_pitch = panel.pitch;
     tile.input_pixels = kIota;
+    tile.initial = kNoBias;
+    tile.initial_rows = kZeros;
     tile.output_rows = kIota;
     tile.output_pitch = lanes;
     tile.channels = lanes;
-    tile.relu = false;
-    for (int64_t position = 0; position < positions_of(step); ++position) {
-      for (int64_t t = 0; t < tiles.tiles; ++t) {
-        const Run run{inputs + (position * pitch + tiles.begin(t)) * channels,
-                      weights_of(panel) + position * channels * panel.pitch, channels, channels};
-        tile.runs = &run;
-        tile.sums = products + (position * count + tiles.begin(t)) * lanes;
-        table_.conv_tile[panel.vectors][tiles.begin(t + 1) - tiles.begin(t)](tile);
-      }
+    const Tiles tiles(count, table_.tiling.tile_pixels[panel.vectors]);
+    // The next position's weights in as many parts as there are tiles, and the next tile's inputs.
+    const int64_t weight_bytes = panel.pitch * static_cast<int64_t>(sizeof(float));
+    Fetching next{{weights + channels * panel.pitch, divide_up(weight_bytes, tiles.tiles)}};
+    for (int64_t t = 0; t < tiles.tiles; ++t) {
+      const Element* following =
+          inputs + (t + 1 < tiles.tiles ? tiles.begin(t + 1) * channels : transformed.position);
+      const int64_t words = channels / kWordChannels<Element>;
+      const Fetch next_inputs =
+          next_block != nullptr ? next_block->take(words) : Fetch{following, kLineBytes};
+      const Run run{inputs + tiles.begin(t) * channels,
+                    weights,
+                    channels,
+                    channels,
+                    {next.take(words), next_inputs}};
+      tile.runs = &run;
+      tile.sums = products + tiles.begin(t) * lanes;
+      table_.conv_tile[panel.vectors][tiles.begin(t + 1) - tiles.begin(t)](tile);
     }
+  }
 
+  void transform_products(const Step& step, const Panel& panel, int64_t first_tile, int64_t count,
+                          const float* products) const {
     const Buffer& to = program_.buffer(step.output_buffer);
+    const int64_t lanes = panel.vectors * table_.tiling.lanes;
     const int64_t size = step.winograd_size;
     Element* const output = output_of(step) + panel.channel;
     for (int64_t i = 0; i < count; ++i) {
@@ -204,8 +280,9 @@ class Engine {
                      : nullptr;
         }
       }
-      winograd_functions(step).output(products + i * lanes, count * lanes, bias, panel.channels,
-                                      step.relu != 0, outputs);
+      winograd_functions(step).output(products + i * lanes, product_position(panel, count),
+                                      packed_ + panel.bias, panel.channels, step.relu != 0,
+                                      outputs);
     }
   }
 
@@ -218,7 +295,7 @@ class Engine {
     const int64_t first = step.pixel_count * block / step.block_count;
     const int64_t count = step.pixel_count * (block + 1) / step.block_count - first;
     transform_inputs(step, first, count, elements_at(scratch),
-                     elements_at(partials_) + first * step.padded_channels, step.pixel_count);
+                     transformed(step, partials_, step.pixel_count).from_tile(first));
   }
 
   // Where a part of a convolution with split taps leaves its sums: [pixel][NR].
@@ -336,16 +413,31 @@ class Engine {
     return tile;
   }
 
+  // What the block of pixels behind this one, which probably comes next, will gather. Only pixels
+  // that lie side by side, as those of a 1x1 convolution in a dense block do.
+  Fetching next_block(const Step& step, int64_t first_pixel, int64_t pixels) const {
+    if (step.kernel_height * step.kernel_width > 1 || step.stride > 1 || step.segment_count > 1 ||
+        first_pixel + pixels > step.pixel_count)
+      return {{}, 0};
+    const BufferSegment& segment = *program_.at<BufferSegment>(step.segments);
+    const Buffer& buffer = program_.buffer(segment.buffer);
+    if (buffer.offset == kNetworkInput) return {{}, 0};
+    const int32_t first = program_.at<int32_t>(step.input_pixels)[first_pixel];
+    return {{input_of(segment) + first * buffer.pitch, kLineBytes},
+            pixels * buffer.pitch * static_cast<int64_t>(sizeof(Element))};
+  }
+
   void convolve_packed(const Step& step, const Panel& panel, int64_t first_pixel, int64_t pixels,
-                       const Element* rows) const {
+                       const Element* rows, Fetching& next) const {
     const int64_t pitch = gathered_pitch(step);
+    const int64_t length = step.kernel_height * step.kernel_width * step.padded_channels;
     const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + first_pixel;
     Tile tile = output_tile(step, panel);
     const Tiles tiles(pixels, table_.tiling.tile_pixels[panel.vectors]);
     for (int64_t t = 0; t < tiles.tiles; ++t) {
       const int64_t begin = tiles.begin(t);
-      const Run run{rows + begin * pitch, weights_of(panel), pitch,
-                    step.kernel_height * step.kernel_width * step.padded_channels};
+      const Fetch fetched = next.take(length / kWordChannels<Element>);
+      const Run run{rows + begin * pitch, weights_of(panel), pitch, length, {{}, fetched}};
       tile.runs = &run;
       tile.run_count = 1;
       tile.input_pixels = kIota;
@@ -372,7 +464,9 @@ class Engine {
       const int64_t shift = tap_shift(step, tap, buffer);
       const Run next{input_of(segments[s]) + shift * buffer.pitch + skipped,
                      weights + (position - segments[s].channels + skipped) * panel.pitch,
-                     buffer.pitch, channels};
+                     buffer.pitch,
+                     channels,
+                     {}};
       Run& last = run[-1];
       if (run > first && next.input == last.input + last.channels && next.pitch == last.pitch &&
           next.weights == last.weights + last.channels * panel.pitch) {
@@ -384,8 +478,8 @@ class Engine {
     return run;
   }
 
-  void convolve_direct(const Step& step, int64_t panel_index, int64_t split, int64_t first_pixel,
-                       int64_t pixels, float* scratch) const {
+  void convolve_direct(const Step& step, int64_t panel_index, bool first_panel, int64_t split,
+                       int64_t first_pixel, int64_t pixels, float* scratch) const {
     const Panel& panel = program_.at<Panel>(step.panels)[panel_index];
     const Tiles tiles(pixels, table_.tiling.tile_pixels[panel.vectors]);
     const int64_t lanes = panel.vectors * table_.tiling.lanes;
@@ -404,6 +498,7 @@ class Engine {
         part.starts = c == first_chunk;
         part.has_bias = split == 0;
         part.finishes = whole && c + 1 == last_chunk;
+        part.fetches_inputs = first_panel && step.kernel_height * step.kernel_width == 1;
         part.runs = runs;
         part.sums = keeps_sums ? sums + tiles.begin(t) * lanes : sums;
         convolve_part(step, panel, part);
@@ -416,6 +511,7 @@ class Engine {
     int64_t first_pixel, pixels;
     Chunk chunk;
     bool starts, has_bias, finishes;
+    bool fetches_inputs;  // of the pixels that follow, as no panel before did so
     Run* runs;
     float* sums;  // [pixels][NR]: read unless `starts`, written unless `finishes`
   };
@@ -476,6 +572,13 @@ class Engine {
     for (uint64_t left = every; left != 0; left &= left - 1)
       run = append_runs(step, panel, __builtin_ctzll(left), part.chunk, part.runs, run);
     tile.run_count = run - part.runs;
+    if (part.fetches_inputs) {
+      for (Run* i = part.runs; i < run; ++i) {
+        const int64_t bytes = count * i->pitch * static_cast<int64_t>(sizeof(Element));
+        i->fetches[1] = {i->input + (input_pixels[count - 1] + 1) * i->pitch,
+                         divide_up(bytes, i->channels / kWordChannels<Element>)};
+      }
+    }
     if (started) {
       tile.initial = part.sums;
       tile.initial_rows = kIota;

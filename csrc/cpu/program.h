@@ -91,6 +91,10 @@ inline int64_t run_floats(const Step& step) {
 // Elements of the pixel of zeros that stands for padding.
 inline int64_t zero_elements(const Step& step) { return round_up(step.padded_channels, 32); }
 
+// Floats between neighbouring positions of Winograd's transformed tiles or of their products: an
+// odd number of cache lines, so that all positions of a tile lie in different sets of L1.
+inline int64_t position_floats(int64_t floats) { return (divide_up(floats, 16) | 1) * 16; }
+
 // Floats that take the place of some elements.
 template <typename Element>
 int64_t floats_of(int64_t elements) {

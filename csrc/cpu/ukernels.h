@@ -43,6 +43,13 @@ constexpr int kMaxTileVectors = 3;
 // m is 2 or 4.
 constexpr int kMaxWinogradPositions = 36;
 
+// Memory to bring into the cache while other work is done: with every word that is multiplied, so
+// many bytes of it, at most a cache line. Null: weights, some way ahead of those in use.
+struct Fetch {
+  const void* address;
+  int64_t step;
+};
+
 // A run of input channels that lie next to each other in memory: one segment of a concatenation
 // under one tap of the convolution. Pixel i of the tile reads
 // input[input_pixels[i] * pitch + 0 .. channels).
@@ -52,6 +59,7 @@ struct ChannelRun {
   const Element* weights;  // words, [words][weight_pitch], readable for NR words from each start
   int64_t pitch;
   int64_t channels;  // a multiple of kWordChannels
+  Fetch fetches[2];
 };
 
 // One tile: MR output pixels by NR output channels.

@@ -28,8 +28,8 @@ constexpr int32_t kOrder[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
 // not of all products.
 constexpr int64_t kChainWords = 128;
 
-constexpr int kPrefetchPixels = 14;
 constexpr int64_t kPrefetchWords = 4096;
+constexpr int64_t kLineWords = 16;
 constexpr int64_t kElements = kWordChannels<Element>;  // in a word
 
 // Whether a vector can be multiplied by one lane of another, which it then says itself.
@@ -64,14 +64,13 @@ template <int kPixels, int kVectors, typename V>
 inline __attribute__((always_inline)) int64_t
 multiply_by_lanes(V (&accumulator)[kPixels][kVectors], const float* const (&pixel)[kPixels],
                   const float* weights, int64_t weight_pitch, int64_t channels) {
-  constexpr int64_t kLineFloats = 16;
   int64_t c = 0;
   for (; c + V::kLanes <= channels; c += V::kLanes) {
     V values[kPixels];
 #pragma GCC unroll 16
     for (int i = 0; i < kPixels; ++i) values[i] = V::load(pixel[i] + c);
 #pragma GCC unroll 4
-    for (int64_t p = 0; p < kVectors * V::kLanes * V::kLanes; p += kLineFloats)
+    for (int64_t p = 0; p < kVectors * V::kLanes * V::kLanes; p += kLineWords)
       __builtin_prefetch(weights + kPrefetchWords + p, 0, 2);
     multiply_lanes<0>(accumulator, values, weights, weight_pitch);
     weights += V::kLanes * weight_pitch;
@@ -121,6 +120,15 @@ void conv_tile(const ConvTile<Element>& tile) {
     const ChannelRun<Element>& run = tile.runs[r];
     const int64_t run_words = run.channels / kElements;
     const Element* weights = run.weights;
+    const char* ahead[2];
+    int64_t ahead_step[2];
+    for (int i = 0; i < 2; ++i) {
+      const Fetch& fetch = run.fetches[i];
+      const bool given = fetch.address != nullptr;
+      const Element* later = weights + (kPrefetchWords + i * kLineWords) * kElements;
+      ahead[i] = static_cast<const char*>(given ? fetch.address : later);
+      ahead_step[i] = given ? fetch.step : tile.weight_pitch * static_cast<int64_t>(sizeof(float));
+    }
     for (int64_t first = 0; first < run_words; first += kChainWords) {
       const int64_t left = run_words - first;
       const int64_t words = left < kChainWords ? left : kChainWords;
@@ -154,11 +162,10 @@ void conv_tile(const ConvTile<Element>& tile) {
         Vector weight[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) weight[j] = load_words(weights + j * kLanes * kElements);
-        // Few pixels leave no time to wait for weights from memory.
-        if constexpr (kPixels <= kPrefetchPixels) {
-#pragma GCC unroll 4
-          for (int j = 0; j < kVectors; ++j)
-            __builtin_prefetch(weights + (kPrefetchWords + j * kLanes) * kElements, 0, 2);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          __builtin_prefetch(ahead[i], 0, 2);
+          ahead[i] += ahead_step[i];
         }
         weights += tile.weight_pitch * kElements;
 #pragma GCC unroll 16
