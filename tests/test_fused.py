@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -448,6 +449,12 @@ def test_exact_by_the_environment(model, x, monkeypatch):
 
 
 class TestOptimize:
+    def test_copies_and_pickles(self, model, x):
+        frozen = tf.optimize(model, x, exact=True)
+        for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+            assert repr(other) == repr(frozen)
+            assert other(x).equal(frozen(x))
+
     def test_is_frozen(self, model, x):
         expected = plain(model, x)
         frozen = tf.optimize(model.train(), x)

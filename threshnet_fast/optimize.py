@@ -71,6 +71,10 @@ class FrozenNetwork:
         )
         return compiled(x, packed)
 
+    def __reduce__(self) -> tuple[type[FrozenNetwork], tuple[ThreshNet, str, str, bool]]:
+        """Copies and pickles the network; the copy compiles its plans anew."""
+        return FrozenNetwork, (self._module, self.backend, self.reason, self._exact)
+
     def __repr__(self) -> str:
         return f"FrozenNetwork({type(self._module).__name__}, {self.backend}: {self.reason})"
 

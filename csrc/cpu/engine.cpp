@@ -244,8 +244,7 @@ class Engine {
     tile.channels = lanes;
     const Tiles tiles(count, table_.tiling.tile_pixels[panel.vectors]);
     // The next position's weights in as many parts as there are tiles, and the next tile's inputs.
-    const int64_t weight_bytes = panel.pitch * static_cast<int64_t>(sizeof(float));
-    Fetching next{{weights + channels * panel.pitch, divide_up(weight_bytes, tiles.tiles)}};
+    Fetching next{{weights + channels * panel.pitch, weight_part(panel, tiles.tiles)}};
     for (int64_t t = 0; t < tiles.tiles; ++t) {
       const Element* following =
           inputs + (t + 1 < tiles.tiles ? tiles.begin(t + 1) * channels : transformed.position);
@@ -434,10 +433,13 @@ class Engine {
     const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + first_pixel;
     Tile tile = output_tile(step, panel);
     const Tiles tiles(pixels, table_.tiling.tile_pixels[panel.vectors]);
+    Fetching weights{{weights_of(panel) + length * panel.pitch, weight_part(panel, tiles.tiles)}};
     for (int64_t t = 0; t < tiles.tiles; ++t) {
       const int64_t begin = tiles.begin(t);
-      const Fetch fetched = next.take(length / kWordChannels<Element>);
-      const Run run{rows + begin * pitch, weights_of(panel), pitch, length, {{}, fetched}};
+      const int64_t words = length / kWordChannels<Element>;
+      const Fetch next_weights = tiles.tiles > 1 ? weights.take(words) : Fetch{};
+      const Run run{
+          rows + begin * pitch, weights_of(panel), pitch, length, {next_weights, next.take(words)}};
       tile.runs = &run;
       tile.run_count = 1;
       tile.input_pixels = kIota;
@@ -495,6 +497,8 @@ class Engine {
         part.first_pixel = first_pixel + tiles.begin(t);
         part.pixels = tiles.begin(t + 1) - tiles.begin(t);
         part.chunk = program_.at<Chunk>(step.chunks)[c];
+        part.tile = t;
+        part.tiles = tiles.tiles;
         part.starts = c == first_chunk;
         part.has_bias = split == 0;
         part.finishes = whole && c + 1 == last_chunk;
@@ -509,6 +513,7 @@ class Engine {
   // One chunk of one tile.
   struct TilePart {
     int64_t first_pixel, pixels;
+    int64_t tile, tiles;  // its index, and how many the block has
     Chunk chunk;
     bool starts, has_bias, finishes;
     bool fetches_inputs;  // of the pixels that follow, as no panel before did so
@@ -572,6 +577,7 @@ class Engine {
     for (uint64_t left = every; left != 0; left &= left - 1)
       run = append_runs(step, panel, __builtin_ctzll(left), part.chunk, part.runs, run);
     tile.run_count = run - part.runs;
+    if (part.tiles > 1) fetch_next_weights(step, panel, part, run);
     if (part.fetches_inputs) {
       for (Run* i = part.runs; i < run; ++i) {
         const int64_t bytes = count * i->pitch * static_cast<int64_t>(sizeof(Element));
@@ -592,6 +598,25 @@ class Engine {
       tile.relu = false;
     }
     conv_tile[count](tile);
+  }
+
+  // Bytes of every word's weights that each of some tiles fetches.
+  static int64_t weight_part(const Panel& panel, int64_t tiles) {
+    return divide_up(panel.pitch * static_cast<int64_t>(sizeof(float)), tiles);
+  }
+
+  // Lets every tile fetch its part of the weights of the chunk behind this one, or, as panels lie
+  // one behind the other, of the next panel.
+  void fetch_next_weights(const Step& step, const Panel& panel, const TilePart& part,
+                          Run* last) const {
+    const int64_t channels = part.chunk.last_channel - part.chunk.first_channel;
+    const int64_t taps = channels < step.input_channels ? 1 : __builtin_popcountll(part.chunk.taps);
+    const int64_t bytes = weight_part(panel, part.tiles);
+    for (Run* run = part.runs; run < last; ++run) {
+      Fetching next{{run->weights + taps * channels * panel.pitch, bytes}};
+      next.take(part.tile * (run->channels / kWordChannels<Element>));
+      run->fetches[0] = next.take(0);
+    }
   }
 
   void pool(const Step& step, int64_t block, float* scratch) const {

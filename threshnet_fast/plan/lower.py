@@ -150,7 +150,7 @@ class _Lowering:
                 f"{name}.conv1",
                 (Segment(slot, 0, written),),
                 Segment(bottleneck, 0, width_1x1),
-                self._double(layer.conv1.weight) * middle_scale[:, None, None, None],
+                self._scaled(layer.conv1.weight, middle_scale),
                 middle_shift,
                 prologue=(scale, shift),
                 relu=True,
@@ -224,7 +224,7 @@ class _Lowering:
             name,
             self.features.segments,
             output,
-            self._double(conv.weight) * scale[:, None, None, None],
+            self._scaled(conv.weight, scale),
             shift,
             stride=stride,
             padding=padding,
@@ -270,13 +270,22 @@ class _Lowering:
     def _double(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, torch.float64)
 
+    def _scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The weight with each output channel scaled, in float64."""
+        doubled = self._double(weight)
+        # Arithmetic on the meta device imports a compiler at its first use, which takes a second.
+        return doubled if doubled.is_meta else doubled * scale[:, None, None, None]
+
     def _fold(self, norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
         """The float64 scale and shift of a BatchNorm in evaluation mode."""
         _require(norm, nn.BatchNorm2d, name, "forward")
         assert isinstance(norm, nn.BatchNorm2d)
         if norm.running_mean is None or norm.running_var is None:
             raise UnsupportedModule(f"{name} keeps no running statistics, so it cannot be folded")
-        scale = torch.rsqrt(self._double(norm.running_var) + norm.eps)
+        scale = self._double(norm.running_var)
+        if scale.is_meta:
+            return scale, scale
+        scale = torch.rsqrt(scale + norm.eps)
         if norm.weight is not None:
             scale = scale * self._double(norm.weight)
         shift = -self._double(norm.running_mean) * scale

@@ -99,6 +99,78 @@ inline __attribute__((always_inline)) void store_tile(const Vector (&values)[kPi
   }
 }
 
+// Where the words of a tile's pixels are, one pointer each.
+template <int kPixels>
+struct ScatteredPixels {
+  static constexpr int kCount = kPixels;
+  const Element* pixel[kPixels];
+  int64_t word = 0;
+
+  inline __attribute__((always_inline)) Vector broadcast(int i) const {
+    return broadcast_word(pixel[i] + word * kElements);
+  }
+  inline __attribute__((always_inline)) void advance() { ++word; }
+};
+
+// The same for pixels at equal distances: pointers to every fifth and four multiples of the
+// distance, which an address adds up. They fit in the general registers, a pointer for every pixel
+// does not.
+template <int kPixels>
+struct EvenPixels {
+  static constexpr int kCount = kPixels;
+  const char* fifth[(kPixels + 4) / 5];
+  int64_t multiples[5];
+
+  EvenPixels(const Element* first, int64_t pitch) {
+    const int64_t distance = pitch * static_cast<int64_t>(sizeof(Element));
+#pragma GCC unroll 5
+    for (int i = 0; i < 5; ++i) multiples[i] = i * distance;
+#pragma GCC unroll 3
+    for (int i = 0; i < (kPixels + 4) / 5; ++i)
+      fifth[i] = reinterpret_cast<const char*>(first) + i * 5 * distance;
+  }
+  inline __attribute__((always_inline)) Vector broadcast(int i) const {
+    return broadcast_word(reinterpret_cast<const Element*>(fifth[i / 5] + multiples[i % 5]));
+  }
+  inline __attribute__((always_inline)) void advance() {
+    for (const char*& pointer : fifth) pointer += sizeof(float);
+  }
+};
+
+// What is fetched into the cache with every word.
+struct FetchStream {
+  const char* address;
+  int64_t step;
+
+  inline __attribute__((always_inline)) void advance() {
+    __builtin_prefetch(address, 0, 2);
+    address += step;
+  }
+};
+
+template <int kVectors, typename Pixels>
+inline __attribute__((always_inline)) void multiply_words(
+    Vector (&accumulator)[Pixels::kCount][kVectors], Pixels pixels, const Element* weights,
+    int64_t weight_pitch, FetchStream& first, FetchStream& second, int64_t words) {
+  for (int64_t w = 0; w < words; ++w) {
+    Vector weight[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j)
+      weight[j] = load_words(weights + j * Vector::kLanes * kElements);
+    first.advance();
+    second.advance();
+    weights += weight_pitch * kElements;
+#pragma GCC unroll 16
+    for (int i = 0; i < Pixels::kCount; ++i) {
+      const Vector value = pixels.broadcast(i);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j)
+        multiply_add_words(accumulator[i][j], value, weight[j], weights);
+    }
+    pixels.advance();
+  }
+}
+
 // Broadcast a word of a pixel, multiply it by vectors of output channels: with kPixels * kVectors
 // accumulators in registers, every weight vector loaded serves kPixels multiply-adds.
 template <int kPixels, int kVectors>
@@ -115,19 +187,21 @@ void conv_tile(const ConvTile<Element>& tile) {
   const int32_t* initial_rows = tile.initial_rows;
   int64_t initial_pitch = tile.initial_pitch;
   int64_t chain = 0;
+  // Fewer pixels leave registers enough.
+  bool even = kPixels > 6 && !kMultipliesByLane<Vector>;
+  for (int i = 1; i < kPixels && even; ++i) even = tile.input_pixels[i] == tile.input_pixels[0] + i;
 
   for (int64_t r = 0; r < tile.run_count; ++r) {
     const ChannelRun<Element>& run = tile.runs[r];
     const int64_t run_words = run.channels / kElements;
     const Element* weights = run.weights;
-    const char* ahead[2];
-    int64_t ahead_step[2];
+    FetchStream streams[2];
     for (int i = 0; i < 2; ++i) {
       const Fetch& fetch = run.fetches[i];
       const bool given = fetch.address != nullptr;
       const Element* later = weights + (kPrefetchWords + i * kLineWords) * kElements;
-      ahead[i] = static_cast<const char*>(given ? fetch.address : later);
-      ahead_step[i] = given ? fetch.step : tile.weight_pitch * static_cast<int64_t>(sizeof(float));
+      streams[i] = {static_cast<const char*>(given ? fetch.address : later),
+                    given ? fetch.step : tile.weight_pitch * static_cast<int64_t>(sizeof(float))};
     }
     for (int64_t first = 0; first < run_words; first += kChainWords) {
       const int64_t left = run_words - first;
@@ -149,33 +223,25 @@ void conv_tile(const ConvTile<Element>& tile) {
         chain = 0;
       }
       chain += words;
-      const Element* pixel[kPixels];
+      const Element* const input = run.input + first * kElements;
+      if (even) {
+        multiply_words<kVectors>(
+            accumulator, EvenPixels<kPixels>(input + tile.input_pixels[0] * run.pitch, run.pitch),
+            weights, tile.weight_pitch, streams[0], streams[1], words);
+      } else {
+        ScatteredPixels<kPixels> pixels;
 #pragma GCC unroll 16
-      for (int i = 0; i < kPixels; ++i)
-        pixel[i] = run.input + tile.input_pixels[i] * run.pitch + first * kElements;
-      int64_t w = 0;
-      if constexpr (kMultipliesByLane<Vector>) {
-        w = multiply_by_lanes(accumulator, pixel, weights, tile.weight_pitch, words);
-        weights += w * tile.weight_pitch;
-      }
-      for (; w < words; ++w) {
-        Vector weight[kVectors];
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) weight[j] = load_words(weights + j * kLanes * kElements);
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-          __builtin_prefetch(ahead[i], 0, 2);
-          ahead[i] += ahead_step[i];
+        for (int i = 0; i < kPixels; ++i)
+          pixels.pixel[i] = input + tile.input_pixels[i] * run.pitch;
+        if constexpr (kMultipliesByLane<Vector>) {
+          pixels.word =
+              multiply_by_lanes(accumulator, pixels.pixel, weights, tile.weight_pitch, words);
         }
-        weights += tile.weight_pitch * kElements;
-#pragma GCC unroll 16
-        for (int i = 0; i < kPixels; ++i) {
-          const Vector value = broadcast_word(pixel[i] + w * kElements);
-#pragma GCC unroll 4
-          for (int j = 0; j < kVectors; ++j)
-            multiply_add_words(accumulator[i][j], value, weight[j], weights);
-        }
+        multiply_words<kVectors>(accumulator, pixels,
+                                 weights + pixels.word * tile.weight_pitch * kElements,
+                                 tile.weight_pitch, streams[0], streams[1], words - pixels.word);
       }
+      weights += words * tile.weight_pitch * kElements;
     }
   }
 
