@@ -76,11 +76,11 @@ int64_t best_bfloat16_isa() {
   return isa == cpu::kScalar ? -1 : static_cast<int64_t>(isa);
 }
 
-Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads, bool exact) {
+Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads, int64_t winograd) {
   check_host(description, "description", ScalarType::Long, "int64");
   const std::vector<std::byte> bytes =
       cpu::compile(static_cast<const int64_t*>(description.data_ptr()), description.numel(), isa,
-                   threads, exact);
+                   threads, winograd);
   Tensor program = torch::stable::empty({static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
   std::copy(bytes.begin(), bytes.end(), static_cast<std::byte*>(program.data_ptr()));
   return program;
@@ -276,8 +276,8 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
        0, has_prologue ? -1 : 1, has_prologue ? 1 : -1, has_prologue ? 2 : -1});
 
   const int64_t threads = torch::stable::get_num_threads();
-  const std::vector<std::byte> bytes = cpu::compile(
-      description.data(), static_cast<int64_t>(description.size()), isa, threads, true);
+  const std::vector<std::byte> bytes =
+      cpu::compile(description.data(), static_cast<int64_t>(description.size()), isa, threads, 0);
   const cpu::Program program(bytes.data(), static_cast<int64_t>(bytes.size()));
   Tensor packed = torch::stable::empty({program.header().packed_floats}, ScalarType::Float);
   cpu::pack(program, weights, static_cast<float*>(packed.data_ptr()), parallel_for);
@@ -342,7 +342,7 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("best_isa() -> int");
   m.def("best_bfloat16_isa() -> int");
   m.def("checksum_floats(Tensor addresses) -> int");
-  m.def("compile_plan(Tensor description, int isa, int threads, bool exact) -> Tensor");
+  m.def("compile_plan(Tensor description, int isa, int threads, int winograd) -> Tensor");
   m.def("program_layout(Tensor program) -> int");
   m.def("program_algorithms(Tensor program) -> Tensor");
   m.def("pack_weights(Tensor program, Tensor[] weights) -> Tensor");

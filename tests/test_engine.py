@@ -106,16 +106,39 @@ def separate_arena(plan):
     return Arena(tuple(offsets), shared.pitches, size)
 
 
-def compile_plan(plan, isa=None, arena=None, threads=2, exact=False):
+def feature_maps(plan, arena, memory, x, output):
+    """Function that returns the features of a segment in float64, of a plan that has been run.
+
+    Args:
+        plan: The plan.
+        arena: As :func:`separate_arena` returns it.
+        memory: What the arena held afterwards, flat, in the dtype of the features.
+        x: The plan's input.
+        output: Its output.
+    """
+    maps = []
+    for buffer, offset, pitch in zip(plan.buffers, arena.offsets, arena.pitches, strict=True):
+        size = (len(x), buffer.height, buffer.width, pitch)
+        if offset is None:
+            maps.append(None)
+        else:
+            flat = memory[offset : offset + torch.Size(size).numel()]
+            maps.append(flat.view(size).permute(0, 3, 1, 2).double())
+    maps[0] = x.double()
+    maps[-1] = output.double().reshape(len(x), -1, plan.output.height, plan.output.width)
+    return lambda segment: maps[segment.buffer].narrow(1, segment.channel, segment.channels)
+
+
+def compile_plan(plan, isa=None, arena=None, threads=2, winograd=-1):
     description = serialize(plan, arena or plan_memory(plan))
     isa = operators.best_isa() if isa is None else isa
-    return operators.compile_plan(description, isa, threads, exact)
+    return operators.compile_plan(description, isa, threads, winograd)
 
 
-def run(plan, x, isa, arena=None, exact=False):
+def run(plan, x, isa, arena=None, winograd=-1):
     """Runs a plan in a poisoned workspace; returns the output and the workspace."""
     threads = torch.get_num_threads()
-    program = compile_plan(plan, isa, arena, threads, exact)
+    program = compile_plan(plan, isa, arena, threads, winograd)
     packed = operators.pack_weights(program, plan.weights())
     workspace = operators.create_workspace(program, threads).fill_(torch.nan)
     output = operators.run_plan(x, program, packed, workspace)
@@ -154,13 +177,13 @@ def double_step(step, x):
 
 
 @pytest.mark.parametrize("isa", isas())
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("forced", [0, 2, 4])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("shape", "growth"),
     [((1, 3, 32, 32), 10), ((2, 3, 45, 33), 10), ((3, 3, 64, 96), 10), ((2, 3, 69, 118), 40)],
 )
-def test_every_step(randomised, isa, exact, threads, shape, growth):
+def test_every_step(randomised, isa, forced, threads, shape, growth):
     """Each step is given what the engine's own earlier steps wrote, so errors do not add up."""
     plan = lower(randomised(small(growth_rates=(8, 8, growth, 14))), shape)
     arena = separate_arena(plan)
@@ -168,28 +191,14 @@ def test_every_step(randomised, isa, exact, threads, shape, growth):
     torch.set_num_threads(threads)
     try:
         x = torch.randn(shape)
-        output, workspace = run(plan, x, isa, arena, exact)
+        output, workspace = run(plan, x, isa, arena, forced)
     finally:
         torch.set_num_threads(before)
 
-    maps = []
-    for buffer, offset, pitch in zip(plan.buffers, arena.offsets, arena.pitches, strict=True):
-        size = (shape[0], buffer.height, buffer.width, pitch)
-        if offset is None:
-            maps.append(None)
-        else:
-            flat = workspace[offset : offset + torch.Size(size).numel()]
-            maps.append(flat.view(size).permute(0, 3, 1, 2).double())
-    maps[0] = x.double()
-    maps[-1] = output.double().reshape(shape[0], -1, plan.output.height, plan.output.width)
-
-    def read(segment):
-        return maps[segment.buffer][:, segment.channel : segment.channel + segment.channels]
-
-    algorithms = operators.program_algorithms(compile_plan(plan, isa, arena, threads, exact))
-    assert exact == set(WINOGRAD).isdisjoint(algorithms.tolist())
-    if shape == (2, 3, 69, 118) and not exact:
-        assert set(WINOGRAD) <= set(algorithms.tolist())
+    read = feature_maps(plan, arena, workspace, x, output)
+    algorithms = operators.program_algorithms(compile_plan(plan, isa, arena, threads, forced))
+    found = {WINOGRAD[algorithm] for algorithm in algorithms.tolist() if algorithm in WINOGRAD}
+    assert found == {forced} - {0}
     for step, algorithm in zip(plan.steps, algorithms.tolist(), strict=False):
         inputs = torch.cat([read(s) for s in step.inputs], 1)
         expected, bound = double_step(step, inputs)
@@ -211,9 +220,9 @@ def assert_error_at_most_twice_that_of_pytorch(model, x):
         eager = (model(x) - expected).abs().max().item()
     plan = lower(model, x.shape)
     for isa in isas():
-        for exact in (False, True):
-            fused = (run(plan, x, isa, exact=exact)[0] - expected).abs().max().item()
-            case = f"instruction set {isa}, exact {exact}"
+        for forced in (-1, 0):
+            fused = (run(plan, x, isa, winograd=forced)[0] - expected).abs().max().item()
+            case = f"instruction set {isa}, Winograd {forced}"
             assert fused <= 2 * eager, f"{case}: {fused:.3g}, PyTorch {eager:.3g}"
 
 
@@ -386,11 +395,13 @@ def test_compile_refuses_an_inconsistent_description(randomised):
     }
     for message, case in cases.items():
         with pytest.raises((RuntimeError, ValueError), match=message):
-            operators.compile_plan(case.contiguous(), isa, 2, False)
+            operators.compile_plan(case.contiguous(), isa, 2, -1)
     with pytest.raises((RuntimeError, ValueError), match="instruction set 9"):
-        operators.compile_plan(description, 9, 2, False)
+        operators.compile_plan(description, 9, 2, -1)
     with pytest.raises((RuntimeError, ValueError), match="threads"):
-        operators.compile_plan(description, isa, 0, False)
+        operators.compile_plan(description, isa, 0, -1)
+    with pytest.raises((RuntimeError, ValueError), match="winograd must be -1, 0, 2 or 4"):
+        operators.compile_plan(description, isa, 2, 3)
 
 
 def test_compile_survives_any_single_wrong_entry(randomised):
@@ -401,7 +412,7 @@ def test_compile_survives_any_single_wrong_entry(randomised):
     for index in range(len(description)):
         for value in (-(2**62), -5, -1, 0, 1, 7, int(description[index]) + 1, 2**31, 2**62):
             try:
-                operators.compile_plan(_edit(description, index, value), 0, 2, False)
+                operators.compile_plan(_edit(description, index, value), 0, 2, -1)
             except (RuntimeError, ValueError):
                 refused += 1
     assert refused > 4 * len(description)

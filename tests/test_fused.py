@@ -435,6 +435,7 @@ def test_any_number_of_threads(model, x, threads):
 
 
 def test_exact_by_the_environment(model, x, monkeypatch):
+    monkeypatch.setenv("THRESHNET_FAST_WINOGRAD", "2")
     expected = plain(model, x)
     with torch.no_grad():
         assert "winograd" in str(tf.explain(model, x))
@@ -446,6 +447,30 @@ def test_exact_by_the_environment(model, x, monkeypatch):
     assert_same(exact, expected)
     assert not exact.equal(fused(model, x))
     assert tf.optimize(model, x, exact=True)(x).equal(exact)
+
+
+@pytest.mark.parametrize(
+    ("value", "size"), [("0", None), ("2", "2x2"), ("4", "4x4"), ("auto", None), ("", None)]
+)
+def test_winograd_by_the_environment(model, x, monkeypatch, value, size):
+    expected = plain(model, x)
+    monkeypatch.setenv("THRESHNET_FAST_WINOGRAD", value)
+    with torch.no_grad():
+        text = str(tf.explain(model, x))
+        assert_same(fused(model, x), expected)
+    others = {"2x2", "4x4"} - {size}
+    if value in ("0", "2", "4"):
+        assert not any(f"winograd F({other}, 3x3)" in text for other in others)
+    assert size is None or f"winograd F({size}, 3x3)" in text
+    monkeypatch.setenv("THRESHNET_FAST_EXACT", "1")
+    with torch.no_grad():
+        assert "winograd" not in str(tf.explain(model, x))
+
+
+def test_winograd_by_the_environment_is_checked(model, x, monkeypatch):
+    monkeypatch.setenv("THRESHNET_FAST_WINOGRAD", "3")
+    with pytest.raises(ValueError, match="THRESHNET_FAST_WINOGRAD is '3': expected one of auto, 0"):
+        tf.optimize(model, x)
 
 
 class TestOptimize:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cpu_cross.engine import Driver, find_target
 from data import photographs
-from test_engine import WINOGRAD, double_step, separate_arena, winograd
+from test_engine import WINOGRAD, double_step, feature_maps, separate_arena, winograd
 from test_plan import small
 from tolerance import assert_within, dot_bound
 from torch.nn import functional as F
@@ -106,8 +106,8 @@ class Convolution:
         entries = [*header, *buffers, 0, len(step) + 2, *step]
         return torch.tensor(entries, dtype=torch.int64)
 
-    def run(self, engine, *, exact=False, values=torch.randn):
-        """Returns what the engine computed, and the operands.
+    def run(self, engine, *, winograd=None, values=torch.randn):
+        """Returns what the engine computed, by its own algorithm unless told, and the operands.
 
         Segments lie in wider pixels, of which what belongs to nobody is NaN.
         """
@@ -126,7 +126,7 @@ class Convolution:
             self.description(pitches),
             weights,
             threads=self.threads,
-            exact=exact,
+            winograd=WINOGRAD.get(self.algorithm, 0) if winograd is None else winograd,
             externals=[external.flatten() for external in externals],
         )
         return result, x.permute(0, 3, 1, 2), weights
@@ -181,7 +181,7 @@ def test_convolution(engine, convolution):
     assert result.algorithms == [convolution.algorithm]
     convolution.check(result, *operands)
     if convolution.algorithm in WINOGRAD:
-        result, *operands = convolution.run(engine, exact=True)
+        result, *operands = convolution.run(engine, winograd=0)
         assert result.algorithms == [DIRECT]
         convolution.check(result, *operands)
 
@@ -271,40 +271,28 @@ def test_nan_and_infinity_pass_through(engine, relu):
                 result[2, 5, 6, 16] = torch.inf
             return result
 
-        for exact in (False, True):
-            output = convolution.run(engine, exact=exact, values=values)[0].output
+        for forced in (0, 2, 4):
+            output = convolution.run(engine, winograd=forced, values=values)[0].output
             assert output[0].isfinite().all()
             assert output[1, :, 2, 3].isnan().all()
             assert not output[2, :, 5, 6].isfinite().any()
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("forced", [0, 2, 4])
 @pytest.mark.parametrize(
     ("shape", "growth", "threads"), [((2, 3, 69, 118), 40, 3), ((1, 3, 128, 117), 10, 1)]
 )
-def test_every_step(engine, randomised, exact, shape, growth, threads):
+def test_every_step(engine, randomised, forced, shape, growth, threads):
     """Each step is given what the engine's own earlier steps wrote, so errors do not add up."""
     plan = lower(randomised(small(growth_rates=(8, 8, growth, 14))), shape)
     arena = separate_arena(plan)
-    x = torch.randn(shape).to(memory_format=torch.channels_last if exact else torch.preserve_format)
-    result = engine(serialize(plan, arena), plan.weights(), threads=threads, exact=exact, x=x)
-    maps = []
-    for buffer, offset, pitch in zip(plan.buffers, arena.offsets, arena.pitches, strict=True):
-        size = (shape[0], buffer.height, buffer.width, pitch)
-        if offset is None:
-            maps.append(None)
-        else:
-            flat = result.arena[offset : offset + torch.Size(size).numel()]
-            maps.append(flat.view(size).permute(0, 3, 1, 2).double())
-    maps[0] = x.double()
-    maps[-1] = result.output.double()
-
-    def read(segment):
-        return maps[segment.buffer][:, segment.channel : segment.channel + segment.channels]
-
-    assert exact == set(WINOGRAD).isdisjoint(result.algorithms)
-    if not exact:
-        assert set(WINOGRAD) <= set(result.algorithms)
+    x = torch.randn(shape).to(
+        memory_format=torch.preserve_format if forced else torch.channels_last
+    )
+    result = engine(serialize(plan, arena), plan.weights(), threads=threads, winograd=forced, x=x)
+    read = feature_maps(plan, arena, result.arena, x, result.output)
+    found = {WINOGRAD[algorithm] for algorithm in result.algorithms if algorithm in WINOGRAD}
+    assert found == {forced} - {0}
     for step, algorithm in zip(plan.steps, result.algorithms, strict=False):
         inputs = torch.cat([read(s) for s in step.inputs], 1)
         expected, bound = double_step(step, inputs)
@@ -323,12 +311,16 @@ def test_network(engine, randomised, batch, threads):
         expected = copy.deepcopy(model).double()(x.double())
         eager = (model(x) - expected).abs().max().item()
     plan = lower(model, x.shape)
-    for exact in (False, True):
+    for forced in (-1, 0):
         result = engine(
-            serialize(plan, plan_memory(plan)), plan.weights(), threads=threads, exact=exact, x=x
+            serialize(plan, plan_memory(plan)),
+            plan.weights(),
+            threads=threads,
+            winograd=forced,
+            x=x,
         )
         error = (result.output.flatten(1) - expected).abs().max().item()
-        assert error <= 2 * eager, f"exact {exact}: {error:.3g}, PyTorch {eager:.3g}"
+        assert error <= 2 * eager, f"Winograd {forced}: {error:.3g}, PyTorch {eager:.3g}"
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 9])

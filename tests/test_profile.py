@@ -39,22 +39,22 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def prepare(plan, isa=None, exact=False):
+def prepare(plan, isa=None, winograd=-1):
     """A plan's program, packed weights and workspace."""
     count = torch.get_num_threads()
     isa = operators.best_isa() if isa is None else isa
-    program = operators.compile_plan(serialize(plan, plan_memory(plan)), isa, count, exact)
+    program = operators.compile_plan(serialize(plan, plan_memory(plan)), isa, count, winograd)
     packed = operators.pack_weights(program, plan.weights())
     return program, packed, operators.create_workspace(program, count)
 
 
 class TestProfilePlan:
     @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
-    @pytest.mark.parametrize("exact", [False, True])
+    @pytest.mark.parametrize("winograd", [-1, 0])
     @pytest.mark.parametrize("isa", isas())
-    def test_times_every_step_and_changes_no_result(self, randomised, threads, exact, isa):
+    def test_times_every_step_and_changes_no_result(self, randomised, threads, winograd, isa):
         plan = lower(randomised(small()), (2, 3, 64, 96))
-        program, packed, workspace = prepare(plan, isa, exact)
+        program, packed, workspace = prepare(plan, isa, winograd)
         x = torch.randn(2, 3, 64, 96)
         expected = operators.run_plan(x, program, packed, workspace)
         before = time.perf_counter_ns()
@@ -150,10 +150,10 @@ class TestProfile:
     def model(self, randomised):
         return randomised(small())
 
-    @pytest.mark.parametrize("exact", [False, True])
-    def test_sums_add_up(self, model, exact):
+    @pytest.mark.parametrize("winograd", [-1, 0])
+    def test_sums_add_up(self, model, winograd):
         x = torch.randn(2, 3, 64, 64)
-        measured = command.profile(model, x, isa=operators.best_isa(), exact=exact, calls=4)
+        measured = command.profile(model, x, isa=operators.best_isa(), winograd=winograd, calls=4)
         plan = lower(model, x.shape)
         assert measured.calls == 4
         assert [step.name for step in measured.steps] == [step.name for step in plan.steps]
@@ -174,14 +174,14 @@ class TestProfile:
         for step in measured.steps:
             assert 0 < step.fastest <= step.median
             assert 0 <= max(step.transform, step.reduction) < step.median
-        winograd = {s.algorithm for s in measured.steps if s.algorithm.startswith("winograd")}
-        assert bool(winograd) is not exact
+        found = {s.algorithm for s in measured.steps if s.algorithm.startswith("winograd")}
+        assert winograd != 0 or not found
         assert 0 < measured.call_fastest <= measured.call_median
 
     def test_without_a_classifier(self, randomised):
         model = randomised(small(num_classes=0))
         x = torch.randn(1, 3, 32, 32)
-        measured = command.profile(model, x, isa=operators.best_isa(), exact=False, calls=1)
+        measured = command.profile(model, x, isa=operators.best_isa(), winograd=-1, calls=1)
         assert len(measured.steps) == len(lower(model, x.shape).steps)
         assert measured.steps[-1].kind == "head"
         assert measured.steps[-1].macs == 0
@@ -192,7 +192,7 @@ class TestProfile:
             model,
             torch.randn(1, 3, 32, 32),
             isa=operators.best_isa(),
-            exact=False,
+            winograd=-1,
             seconds=1e-6,
             progress=seen.append,
         )
@@ -203,7 +203,7 @@ class TestProfile:
     @pytest.mark.parametrize("budget", [{}, {"seconds": 1.0, "calls": 1}])
     def test_exactly_one_budget(self, model, budget):
         with pytest.raises(ValueError, match="exactly one of seconds and calls"):
-            command.profile(model, torch.randn(1, 3, 32, 32), isa=0, exact=False, **budget)
+            command.profile(model, torch.randn(1, 3, 32, 32), isa=0, winograd=-1, **budget)
 
     def test_a_different_result_is_an_error(self, model, monkeypatch):
         def other(self, x, packed):
@@ -211,7 +211,7 @@ class TestProfile:
 
         monkeypatch.setattr(cpu.CompiledPlan, "__call__", other)
         with pytest.raises(RuntimeError, match="something else"):
-            command.profile(model, torch.randn(1, 3, 32, 32), isa=0, exact=False, calls=1)
+            command.profile(model, torch.randn(1, 3, 32, 32), isa=0, winograd=-1, calls=1)
 
     @pytest.mark.parametrize(
         ("algorithm", "tile"),

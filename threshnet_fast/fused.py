@@ -290,7 +290,7 @@ class _Snapshot:
         isa = cpu.isa_code(dtype)
         try:
             return self._cpu_plans.get(
-                model, shape, head=head, isa=isa, exact=cpu.exact_by_default()
+                model, shape, head=head, isa=isa, winograd=cpu.winograd_by_default()
             )
         except UnsupportedModule as error:
             self.unsupported["cpu"] = str(error)

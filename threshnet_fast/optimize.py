@@ -26,10 +26,10 @@ class FrozenNetwork:
         reason: One line that says why.
     """
 
-    def __init__(self, module: ThreshNet, backend: str, reason: str, exact: bool) -> None:
+    def __init__(self, module: ThreshNet, backend: str, reason: str, winograd: int) -> None:
         self.backend = backend
         self.reason = reason
-        self._exact = exact
+        self._winograd = winograd
         self._module = module
         self._weight = module._first_weight
         self._cpu_plans = cpu.PlanCache()
@@ -67,13 +67,13 @@ class FrozenNetwork:
             plan, weights = self._gpu_plans[self.backend].get(module, x, head=True, dtype=x.dtype)
             return plan(x, weights)
         compiled, packed = self._cpu_plans.get(
-            module, x.shape, head=True, isa=self._isa, exact=self._exact
+            module, x.shape, head=True, isa=self._isa, winograd=self._winograd
         )
         return compiled(x, packed)
 
-    def __reduce__(self) -> tuple[type[FrozenNetwork], tuple[ThreshNet, str, str, bool]]:
+    def __reduce__(self) -> tuple[type[FrozenNetwork], tuple[ThreshNet, str, str, int]]:
         """Copies and pickles the network; the copy compiles its plans anew."""
-        return FrozenNetwork, (self._module, self.backend, self.reason, self._exact)
+        return FrozenNetwork, (self._module, self.backend, self.reason, self._winograd)
 
     def __repr__(self) -> str:
         return f"FrozenNetwork({type(self._module).__name__}, {self.backend}: {self.reason})"
@@ -129,13 +129,13 @@ def optimize(
     module = copy.deepcopy(module).eval()
     if dtype is not None:
         module, example_input = module.to(dtype), example_input.to(dtype)
-    exact = exact or cpu.exact_by_default()
+    winograd = 0 if exact else cpu.winograd_by_default()
     objections: list[str] = []
     for backend in backends:
         objection = _objection(module, backend)
         if objection is None:
             reason = "; ".join([*objections, select.describe(backend, module._first_weight)])
-            frozen = FrozenNetwork(module, backend, reason, exact)
+            frozen = FrozenNetwork(module, backend, reason, winograd)
             try:
                 frozen(example_input)
                 return frozen
@@ -144,7 +144,7 @@ def optimize(
                     raise
                 objection = str(error)
         objections.append(objection)
-    frozen = FrozenNetwork(module, "reference", "; ".join(dict.fromkeys(objections)), exact)
+    frozen = FrozenNetwork(module, "reference", "; ".join(dict.fromkeys(objections)), winograd)
     frozen(example_input)
     return frozen
 

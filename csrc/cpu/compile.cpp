@@ -4,6 +4,7 @@
 #include <sstream>
 #include <tuple>
 
+#include "costs.h"
 #include "program.h"
 
 namespace threshnet_fast::cpu {
@@ -16,8 +17,8 @@ constexpr int64_t kPackBytes = 192 * 1024;
 // Maps of at most this many pixels are computed in the order of their valid taps.
 constexpr int64_t kSortPixels = 256;
 constexpr int64_t kTasksPerThread = 8;
-// Fewer tasks have more tiles, which share the weights.
-constexpr int64_t kWinogradTasksPerThread = 4;
+// How much longer than the average one thread may work, so that more tiles share the weights.
+constexpr double kImbalance = 1.2;
 // Up to this many pixels reading the weights takes longer than multiplying by them, so that it pays
 // to split them between the cores even by taps; a small convolution is not worth the second
 // barrier.
@@ -25,15 +26,13 @@ constexpr int64_t kSplitPixels = 14;
 constexpr int64_t kSplitWeightBytes = 64 * 1024;
 constexpr int64_t kMaxTaps = 64;
 constexpr int64_t kFloatBytes = sizeof(float);
-constexpr int64_t kWinogradPixels = 64;
+constexpr int64_t kWinogradChannels = 16;
+constexpr int64_t kTaskChannels = 256;
+constexpr int64_t kTaskVectors = 4;
 // What a block's transformed inputs and products may hold of L2, beside the weights.
 constexpr int64_t kWinogradBytes = 320 * 1024;
 constexpr int64_t kWinogradTiles = 56;
-// From how many tiles of 4 x 4 outputs on they are worth the weights that they read.
-constexpr int64_t kLargeWinogradTiles = 40;
-// From how many pixels on the inputs are transformed for all panels together, and how much of the
-// last level of cache they may take.
-constexpr int64_t kWinogradStepPixels = 100;
+// How much of the last level of cache transformed inputs may take.
 constexpr int64_t kTransformBytes = 16 * 1024 * 1024;
 
 class Writer {
@@ -65,8 +64,9 @@ struct PixelTables {
 
 class Compiler {
  public:
-  Compiler(const int64_t* description, int64_t length, int64_t isa, int64_t threads, bool exact)
-      : plan_(read_plan(description, length)), threads_(threads), exact_(exact) {
+  Compiler(const int64_t* description, int64_t length, int64_t isa, int64_t threads,
+           int64_t winograd)
+      : plan_(read_plan(description, length)), threads_(threads), forced_winograd_(winograd) {
     tiling_ = tiling_of(isa);
     if (tiling_ == nullptr) {
       std::ostringstream message;
@@ -74,6 +74,8 @@ class Compiler {
       throw std::invalid_argument(message.str());
     }
     if (threads < 1) fail_plan("threads must be at least 1");
+    require_plan(winograd == -1 || winograd == 0 || winograd == 2 || winograd == 4,
+                 "winograd must be -1, 0, 2 or 4");
     header_.isa = isa;
     element_bytes_ = element_bytes(isa);
   }
@@ -153,8 +155,7 @@ class Compiler {
     step.packs = planned.reads_network_input || step.scale_index >= 0 || splits_words(planned);
 
     std::vector<Panel> panels = split_panels(step.output_channels);
-    step.winograd_size = choose_winograd_size(to);
-    step.winograd = choose_winograd(step, to, panels.size());
+    choose_winograd(step, to);
     if (step.winograd) {
       // FNV-1a over the numbers of the steps.
       const uint64_t hash = static_cast<uint64_t>(header_.layout) ^
@@ -274,48 +275,95 @@ class Compiler {
 
   // Winograd multiplies 16 numbers where direct convolution multiplies 36, or 36 where that
   // multiplies 144, but transforms every input and reads more weights: it pays where enough tiles
-  // share them. With few channels all of it is done in one task, in L2; with many, the transformed
-  // inputs are shared by all panels.
-  WinogradMode choose_winograd(const Step& step, const Buffer& to, size_t panels) const {
-    if (exact_ || step.packs || step.kernel_height != 3 || step.kernel_width != 3 ||
-        step.stride != 1 || step.padding != 1 || step.input_channels < 16)
-      return kNoWinograd;
-    const int64_t pixels = to.height * to.width;
-    if (pixels >= kWinogradPixels && step.input_channels <= 256 && panels <= 2)
+  // share them and few reach over the map's edge.
+  void choose_winograd(Step& step, const Buffer& to) const {
+    const bool possible = !step.packs && step.kernel_height == 3 && step.kernel_width == 3 &&
+                          step.stride == 1 && step.padding == 1 &&
+                          step.input_channels >= kWinogradChannels;
+    if (!possible || forced_winograd_ == 0) return;
+    double best = direct_time(step, to);
+    for (const int64_t size : {2, 4}) {
+      const WinogradMode mode = winograd_mode(step, to, size);
+      if (mode == kNoWinograd || (forced_winograd_ > 0 && forced_winograd_ != size)) continue;
+      const double time = winograd_time(step, to, mode, size);
+      if (time >= best && forced_winograd_ < 0) continue;
+      best = time;
+      step.winograd = mode;
+      step.winograd_size = size;
+    }
+  }
+
+  // With few channels all of it is done in one task, in L2; with many, the transformed inputs are
+  // shared by all panels, so long as they fit in the last level of cache.
+  WinogradMode winograd_mode(const Step& step, const Buffer& to, int64_t size) const {
+    if (step.input_channels <= kTaskChannels &&
+        step.output_channels <= kTaskVectors * tiling_->lanes)
       return kWinogradInTask;
-    const int64_t bytes = element_bytes_ * winograd_positions(step.winograd_size) *
-                          winograd_tiles(to, step.winograd_size) * step.padded_channels;
-    return pixels >= kWinogradStepPixels && bytes <= kTransformBytes ? kWinogradInSteps
-                                                                     : kNoWinograd;
+    const int64_t bytes =
+        element_bytes_ * winograd_positions(size) * winograd_tiles(to, size) * step.padded_channels;
+    return bytes <= kTransformBytes ? kWinogradInSteps : kNoWinograd;
   }
 
   int64_t winograd_tiles(const Buffer& to, int64_t size) const {
     return header_.batch * divide_up(to.height, size) * divide_up(to.width, size);
   }
 
-  // F(4x4, 3x3) multiplies 36 numbers for 16 outputs where F(2x2, 3x3) multiplies 64, and reads 9/4
-  // of its weights: it pays where enough tiles share those and few reach over the map's edge.
-  int64_t choose_winograd_size(const Buffer& to) const {
-    const int64_t large_tiles = winograd_tiles(to, 4);
-    const bool fewer =
-        winograd_positions(4) * large_tiles < winograd_positions(2) * winograd_tiles(to, 2);
-    return large_tiles >= kLargeWinogradTiles && fewer ? 4 : 2;
+  // Nanoseconds, without what both algorithms take.
+  double direct_time(const Step& step, const Buffer& to) const {
+    const auto valid_taps = [](int64_t extent) { return std::max<int64_t>(3 * extent - 2, 1); };
+    const int64_t taps = header_.batch * valid_taps(to.height) * valid_taps(to.width);
+    const bool splits_panels = 9 * step.output_channels > header_.batch * to.height * to.width &&
+                               step.output_channels >= 2 * tiling_->lanes * threads_;
+    return multiply_time(step, taps, 9, splits_panels);
+  }
+
+  double winograd_time(const Step& step, const Buffer& to, WinogradMode mode, int64_t size) const {
+    const Costs costs = costs_of(header_.isa);
+    const int64_t tiles = winograd_tiles(to, size);
+    const int64_t positions = winograd_positions(size);
+    const double input = size == 2 ? costs.winograd_2x2_input : costs.winograd_4x4_input;
+    const double output = size == 2 ? costs.winograd_2x2_output : costs.winograd_4x4_output;
+    const double vectors_in = divide_up(step.input_channels, tiling_->lanes);
+    const double vectors_out = divide_up(step.output_channels, tiling_->lanes);
+    const double transforms = tiles * (vectors_in * input + vectors_out * output) / threads_;
+    return multiply_time(step, positions * tiles, positions, mode == kWinogradInSteps) +
+           transforms + (mode == kWinogradInSteps ? costs.step : 0);
+  }
+
+  // To read so many weights for each pair of channels, and to multiply so many times: one after the
+  // other where every thread reads all weights for a few tiles, both at once where each reads its
+  // own panels'.
+  double multiply_time(const Step& step, int64_t products, int64_t weights, bool at_once) const {
+    const Costs costs = costs_of(header_.isa);
+    const double pairs = static_cast<double>(step.input_channels * step.output_channels);
+    const double multiplying = pairs / threads_ * products / costs.products;
+    const double reading = pairs / threads_ * weights * element_bytes_ / costs.weight_bytes;
+    return at_once ? std::max(multiplying, reading) : multiplying + reading;
+  }
+
+  // The fewest blocks of tiles, each of which reads the weights, that share the work out to all
+  // threads evenly enough.
+  int64_t balanced_blocks(int64_t panels, int64_t tiles) const {
+    int64_t blocks = 1;
+    for (; blocks < tiles / kMaxTilePixels; ++blocks) {
+      const int64_t tasks = panels * blocks;
+      if (round_up(tasks, threads_) <= kImbalance * tasks) break;
+    }
+    return blocks;
   }
 
   void split_winograd(Step& step, const Buffer& to, int64_t widest) {
     step.pixel_count = winograd_tiles(to, step.winograd_size);
     const int64_t positions = positions_of(step);
     step.split_count = step.chunk_count = 1;
-    const int64_t wanted = threads_ > 1 ? threads_ * kWinogradTasksPerThread : 1;
     if (step.winograd == kWinogradInSteps) {
       const int64_t elements = step.pixel_count * step.padded_channels;
       header_.partial_floats =
           std::max(header_.partial_floats, positions * position_floats(floats(elements)));
       step.group_panels = 1;
       step.group_count = step.panel_count;
-      step.block_count = std::max(divide_up(wanted, step.group_count),
+      step.block_count = std::max(balanced_blocks(step.panel_count, step.pixel_count),
                                   divide_up(step.pixel_count, kWinogradTiles));
-      step.block_count = std::min(step.block_count, divide_up(step.pixel_count, kMaxTilePixels));
       reserve(positions * position_floats(block_pixels(step) * widest));
       return;
     }
@@ -440,8 +488,8 @@ class Compiler {
   Plan plan_;
   Writer writer_;
   int64_t threads_;
-  int64_t number_ = 0;  // of the plan's step that is being compiled, from 1
-  bool exact_;
+  int64_t number_ = 0;       // of the plan's step that is being compiled, from 1
+  int64_t forced_winograd_;  // -1: none
   const Tiling* tiling_;
   int64_t element_bytes_;
   ProgramHeader header_{};
@@ -454,8 +502,8 @@ class Compiler {
 }  // namespace
 
 std::vector<std::byte> compile(const int64_t* description, int64_t length, int64_t isa,
-                               int64_t threads, bool exact) {
-  return Compiler(description, length, isa, threads, exact).compile();
+                               int64_t threads, int64_t winograd) {
+  return Compiler(description, length, isa, threads, winograd).compile();
 }
 
 Algorithm algorithm_of(const Step& step) {

@@ -133,9 +133,11 @@ class Program {
 };
 
 // Compiles a plan's description (see threshnet_fast/plan/serialize.py for its layout) after
-// checking it. Throws std::invalid_argument where it is inconsistent.
+// checking it. `winograd` says which 3x3 convolutions use tiles of F(m x m, 3x3): -1 those that it
+// makes faster, 0 none, 2 or 4 all that can, with that m. Throws std::invalid_argument where
+// anything is inconsistent.
 std::vector<std::byte> compile(const int64_t* description, int64_t length, int64_t isa,
-                               int64_t threads, bool exact);
+                               int64_t threads, int64_t winograd);
 
 // How a step of the description is computed.
 enum Algorithm : int64_t { kDirect = 0, kPacked = 1, kWinograd2 = 2, kWinograd4 = 3 };

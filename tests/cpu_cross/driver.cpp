@@ -129,7 +129,7 @@ void print_instruction_sets() {
 void run_file(char** arguments) {
   const int64_t isa = isa_of(arguments[0]);
   thread_count = std::atoll(arguments[1]);
-  const bool exact = std::atoi(arguments[2]) != 0;
+  const int64_t winograd = std::atoll(arguments[2]);
   File input(arguments[3], "rb");
   std::vector<int64_t> description(input.read_length());
   input.read(description.data(), static_cast<int64_t>(description.size()));
@@ -144,7 +144,7 @@ void run_file(char** arguments) {
   for (const Floats& external : externals) binding.externals.push_back(external->data());
 
   const std::vector<std::byte> bytes = compile(
-      description.data(), static_cast<int64_t>(description.size()), isa, thread_count, exact);
+      description.data(), static_cast<int64_t>(description.size()), isa, thread_count, winograd);
   const Program program(bytes.data(), static_cast<int64_t>(bytes.size()));
   const ProgramHeader& header = program.header();
   if (header.external_count != static_cast<int64_t>(externals.size()))

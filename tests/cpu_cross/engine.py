@@ -123,7 +123,7 @@ class Driver:
         isa: str,
         *,
         threads: int = 1,
-        exact: bool = False,
+        winograd: int = -1,
         x: Tensor | None = None,
         externals: Sequence[Tensor] = (),
     ) -> Result:
@@ -134,7 +134,7 @@ class Driver:
             weights: In the order in which the description numbers them.
             isa: Name of an instruction set.
             threads: How many threads.
-            exact: Keep to direct convolution.
+            winograd: As :func:`threshnet_fast.backends.cpu.winograd_by_default` returns it.
             x: The network's input, ``[N, C, H, W]``, dense in any order of dimensions.
             externals: Inputs of a plan of one step, flat.
 
@@ -165,7 +165,7 @@ class Driver:
             write(len(externals))
             for external in externals:
                 write_floats(external.numpy())
-        arguments = [isa, str(threads), str(int(exact)), str(source), str(target)]
+        arguments = [isa, str(threads), str(winograd), str(source), str(target)]
         algorithms = [int(line) for line in self._run(arguments).split()]
         floats = torch.from_numpy(np.fromfile(target, dtype="<f4"))
         batch, _, _, _, channels, height, width = description[2:9].tolist()

@@ -39,6 +39,11 @@ ISA_VARIABLE = "THRESHNET_FAST_CPU_ISA"
 EXACT_VARIABLE = "THRESHNET_FAST_EXACT"
 """Environment variable that keeps to direct convolution."""
 
+WINOGRAD_VARIABLE = "THRESHNET_FAST_WINOGRAD"
+"""Environment variable that overrides the choice of the algorithm of 3x3 convolutions."""
+
+_WINOGRAD = {"": -1, "auto": -1, "0": 0, "2": 2, "4": 4}
+
 # Compiled plans kept for a network: one for each input shape and number of threads.
 _MAX_PLANS = 16
 
@@ -141,7 +146,7 @@ class CompiledPlan:
         plan: The plan, with or without the values of its weights.
         isa: As :func:`isa_code` returns it.
         threads: How many threads to split the work for.
-        exact: Keep to direct convolution.
+        winograd: As :func:`winograd_by_default` returns it.
 
     Attributes:
         batch: Images that are worked on at once.
@@ -153,14 +158,16 @@ class CompiledPlan:
 
     backend = "cpu"
 
-    def __init__(self, plan: Plan, isa: int, threads: int, exact: bool) -> None:
+    def __init__(self, plan: Plan, isa: int, threads: int, winograd: int) -> None:
         arena = plan_memory(plan)
         operators = torch.ops.threshnet_fast_cpu
         self.batch = plan.input_shape[0]
         self.flat_output = plan.flat_output
         self.dtype = _dtype_of(isa)
         self.arena_bytes = arena.size * self.dtype.itemsize
-        self.program: Tensor = operators.compile_plan(serialize(plan, arena), isa, threads, exact)
+        self.program: Tensor = operators.compile_plan(
+            serialize(plan, arena), isa, threads, winograd
+        )
         self.layout: int = operators.program_layout(self.program)
         self._isa = isa
         self._threads = threads
@@ -211,7 +218,7 @@ def compile_network(
     head: bool,
     isa: int,
     threads: int,
-    exact: bool,
+    winograd: int,
 ) -> CompiledPlan:
     """Lowers and compiles a network for one input shape, without the values of its weights.
 
@@ -223,7 +230,7 @@ def compile_network(
         head: Whether to end with the logits rather than with the last features.
         isa: As :func:`isa_code` returns it.
         threads: How many threads to split the work for.
-        exact: Keep to direct convolution.
+        winograd: As :func:`winograd_by_default` returns it.
 
     Raises:
         UnsupportedModule: The network cannot be lowered.
@@ -235,7 +242,7 @@ def compile_network(
         at_once = max(1, _ARENA_BYTES // image_bytes)
         parts = -(-batch // at_once)
         plan = lower(module, (-(-batch // parts), *image), head=head, fold=False)
-    return CompiledPlan(plan, isa, threads, exact)
+    return CompiledPlan(plan, isa, threads, winograd)
 
 
 class PlanCache:
@@ -246,14 +253,14 @@ class PlanCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._compiled: dict[tuple[Sequence[int], bool, int, int, bool], CompiledPlan] = {}
+        self._compiled: dict[tuple[Sequence[int], bool, int, int, int], CompiledPlan] = {}
         self._packed: dict[tuple[int, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._compiled)
 
     def get(
-        self, module: ThreshNet, shape: torch.Size, *, head: bool, isa: int, exact: bool
+        self, module: ThreshNet, shape: torch.Size, *, head: bool, isa: int, winograd: int
     ) -> tuple[CompiledPlan, Tensor]:
         """Returns the plan for an input shape and the number of threads in use, and its weights.
 
@@ -262,12 +269,12 @@ class PlanCache:
             shape: ``(N, C, H, W)`` of the input.
             head: Whether to end with the logits rather than with the last features.
             isa: As :func:`isa_code` returns it.
-            exact: Keep to direct convolution.
+            winograd: As :func:`winograd_by_default` returns it.
 
         Raises:
             UnsupportedModule: The network cannot be lowered.
         """
-        key = (shape, head, isa, torch.get_num_threads(), exact)
+        key = (shape, head, isa, torch.get_num_threads(), winograd)
         compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
@@ -275,15 +282,17 @@ class PlanCache:
         return compiled, self._packed[isa, compiled.layout]
 
     def _add(
-        self, module: ThreshNet, key: tuple[Sequence[int], bool, int, int, bool]
+        self, module: ThreshNet, key: tuple[Sequence[int], bool, int, int, int]
     ) -> CompiledPlan:
-        shape, head, isa, threads, exact = key
-        compiled = compile_network(module, shape, head=head, isa=isa, threads=threads, exact=exact)
+        shape, head, isa, threads, winograd = key
+        compiled = compile_network(
+            module, shape, head=head, isa=isa, threads=threads, winograd=winograd
+        )
         if (isa, compiled.layout) not in self._packed:
             whole = compiled
             if not head:
                 whole = compile_network(
-                    module, shape, head=True, isa=isa, threads=threads, exact=exact
+                    module, shape, head=True, isa=isa, threads=threads, winograd=winograd
                 )
             self._packed[isa, whole.layout] = pack_network(module, whole)
         if len(self._compiled) >= _MAX_PLANS:
@@ -334,6 +343,21 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def exact_by_default() -> bool:
-    """Returns whether ``THRESHNET_FAST_EXACT`` keeps to direct convolution."""
-    return os.environ.get(EXACT_VARIABLE, "0") not in ("", "0")
+def winograd_by_default() -> int:
+    """Returns which 3x3 convolutions use Winograd's F(m x m, 3x3), as the environment has it.
+
+    Returns:
+        -1: those that it makes faster, by what each is expected to take; 0: none, by
+        ``THRESHNET_FAST_EXACT=1`` or ``THRESHNET_FAST_WINOGRAD=0``; 2 or 4: all that can, with that
+        m, by ``THRESHNET_FAST_WINOGRAD``.
+
+    Raises:
+        ValueError: If ``THRESHNET_FAST_WINOGRAD`` is none of these.
+    """
+    if os.environ.get(EXACT_VARIABLE, "0") not in ("", "0"):
+        return 0
+    wanted = os.environ.get(WINOGRAD_VARIABLE, "")
+    if wanted not in _WINOGRAD:
+        values = ", ".join(filter(None, _WINOGRAD))
+        raise ValueError(f"{WINOGRAD_VARIABLE} is {wanted!r}: expected one of {values}")
+    return _WINOGRAD[wanted]

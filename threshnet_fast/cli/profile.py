@@ -245,7 +245,7 @@ def profile(
     x: Tensor,
     *,
     isa: int,
-    exact: bool,
+    winograd: int,
     seconds: float | None = None,
     calls: int | None = None,
     progress: Callable[[float], None] | None = None,
@@ -256,7 +256,7 @@ def profile(
         module: The network, in evaluation mode.
         x: float32 images.
         isa: As :func:`threshnet_fast.backends.cpu.isa_code` returns it.
-        exact: Keep to direct convolution.
+        winograd: As :func:`threshnet_fast.backends.cpu.winograd_by_default` returns it.
         seconds: Goes on until this time is over, three calls at least.
         calls: Number of profiled calls; exactly one of the two is given.
         progress: Called after every turn with the part of the work that is done, 0 to 1.
@@ -267,7 +267,7 @@ def profile(
     """
     if (seconds is None) == (calls is None):
         raise ValueError("expected exactly one of seconds and calls")
-    compiled, packed = cpu.PlanCache().get(module, x.shape, head=True, isa=isa, exact=exact)
+    compiled, packed = cpu.PlanCache().get(module, x.shape, head=True, isa=isa, winograd=winograd)
     operators = torch.ops.threshnet_fast_cpu
     workspace = operators.create_workspace(compiled.program, torch.get_num_threads())
 
@@ -388,7 +388,8 @@ def run(
     reason = cpu.unavailable_reason()
     if reason is not None:
         raise CommandError(f"--profile needs the C++ engine: {reason}")
-    isa, exact = cpu.isa_code(), cpu.exact_by_default()
+    isa, winograd = cpu.isa_code(), cpu.winograd_by_default()
+    exact = winograd == 0
     panels = []
     for name, model in models.items():
         if not isinstance(model, ThreshNet):
@@ -410,7 +411,7 @@ def run(
                     model,
                     x,
                     isa=isa,
-                    exact=exact,
+                    winograd=winograd,
                     seconds=None if arguments.repeats else arguments.seconds or DEFAULT_SECONDS,
                     calls=arguments.repeats,
                     progress=functools.partial(_advance, bar),

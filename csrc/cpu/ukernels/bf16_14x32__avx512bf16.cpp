@@ -69,13 +69,8 @@ static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTi
 };
 
 // 32 registers: 14 x 2 or 9 x 3 accumulators, the weights and a broadcast.
-const UkernelTable<Element> kAvx512Bf16Table = {{"avx512_bf16", Vector::kLanes, {0, 14, 14, 9}},
-                                                kConvTile,
-                                                bn_relu,
-                                                max_pool,
-                                                average_pool,
-                                                {winograd_input_2x2, winograd_output_2x2},
-                                                {winograd_input_4x4, winograd_output_4x4}};
+const UkernelTable<Element> kAvx512Bf16Table =
+    table_of({"avx512_bf16", Vector::kLanes, {0, 14, 14, 9}}, kConvTile);
 
 }  // namespace threshnet_fast::cpu
 

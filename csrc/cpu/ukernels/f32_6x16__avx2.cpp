@@ -57,13 +57,8 @@ static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTi
 };
 
 // 16 registers: 9 x 1, 6 x 2 or 4 x 3 accumulators, the weights and a broadcast.
-const UkernelTable<Element> kAvx2Table = {{"avx2", Vector::kLanes, {0, 9, 6, 4}},
-                                          kConvTile,
-                                          bn_relu,
-                                          max_pool,
-                                          average_pool,
-                                          {winograd_input_2x2, winograd_output_2x2},
-                                          {winograd_input_4x4, winograd_output_4x4}};
+const UkernelTable<Element> kAvx2Table =
+    table_of({"avx2", Vector::kLanes, {0, 9, 6, 4}}, kConvTile);
 
 }  // namespace threshnet_fast::cpu
 

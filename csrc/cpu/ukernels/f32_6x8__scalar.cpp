@@ -50,12 +50,7 @@ static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTi
     {THRESHNET_FAST_ROW_4(3)},
 };
 
-const UkernelTable<Element> kScalarTable = {{"scalar", Vector::kLanes, {0, 9, 6, 4}},
-                                            kConvTile,
-                                            bn_relu,
-                                            max_pool,
-                                            average_pool,
-                                            {winograd_input_2x2, winograd_output_2x2},
-                                            {winograd_input_4x4, winograd_output_4x4}};
+const UkernelTable<Element> kScalarTable =
+    table_of({"scalar", Vector::kLanes, {0, 9, 6, 4}}, kConvTile);
 
 }  // namespace threshnet_fast::cpu

@@ -73,13 +73,8 @@ static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTi
 // and 16 independent chains of additions cover the seven cycles. 12 x 2 would need 12 registers for
 // pixels, as those do not lie side by side, and 9 x 2 spares but one load in eighteen. A panel's
 // weights pass by once for every tile, 32 bytes for 16 multiply-adds, which L2 can deliver.
-const UkernelTable<Element> kNeonTable = {{"neon", Vector::kLanes, {0, 14, 8, 6}},
-                                          kConvTile,
-                                          bn_relu,
-                                          max_pool,
-                                          average_pool,
-                                          {winograd_input_2x2, winograd_output_2x2},
-                                          {winograd_input_4x4, winograd_output_4x4}};
+const UkernelTable<Element> kNeonTable =
+    table_of({"neon", Vector::kLanes, {0, 14, 8, 6}}, kConvTile);
 
 }  // namespace threshnet_fast::cpu
 

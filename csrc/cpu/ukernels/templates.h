@@ -531,6 +531,17 @@ void winograd_output_4x4(const float* products, int64_t product_pitch, const flo
   }
 }
 
+constexpr UkernelTable<Element> table_of(
+    const Tiling& tiling, const ConvTileFunction<Element> (*conv_tile)[kMaxTilePixels + 1]) {
+  return {tiling,
+          conv_tile,
+          bn_relu,
+          max_pool,
+          average_pool,
+          {winograd_input_2x2, winograd_output_2x2},
+          {winograd_input_4x4, winograd_output_4x4}};
+}
+
 // [vectors][pixels]; a tile wider than the registers allow is left out.
 #define THRESHNET_FAST_ROW_4(V) \
   nullptr, conv_tile<1, V>, conv_tile<2, V>, conv_tile<3, V>, conv_tile<4, V>
