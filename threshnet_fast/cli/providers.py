@@ -299,6 +299,8 @@ def _channels_last(job: Job) -> Provider:
 
 
 def _compile(job: Job, **options: Any) -> Provider:
+    from torch._inductor import config as inductor
+
     module = copy.deepcopy(plain_module(job.model))
     # What is an option here is part of what tells compiled code apart: two providers of one input
     # never share any.
@@ -308,7 +310,10 @@ def _compile(job: Job, **options: Any) -> Provider:
         with torch.no_grad():
             return compiled(job.x)
 
-    run()
+    # As an option it reaches the code generator; the tracer, which must take parameters for
+    # constants, reads the global setting.
+    with inductor.patch(freezing=True):
+        run()
     return Provider(run)
 
 
