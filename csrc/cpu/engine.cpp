@@ -613,9 +613,9 @@ class Engine {
     const int64_t taps = channels < step.input_channels ? 1 : __builtin_popcountll(part.chunk.taps);
     const int64_t bytes = weight_part(panel, part.tiles);
     for (Run* run = part.runs; run < last; ++run) {
-      Fetching next{{run->weights + taps * channels * panel.pitch, bytes}};
-      next.take(part.tile * (run->channels / kWordChannels<Element>));
-      run->fetches[0] = next.take(0);
+      const int64_t words = run->channels / kWordChannels<Element>;
+      const Element* next = run->weights + taps * channels * panel.pitch;
+      run->fetches[0] = {reinterpret_cast<const char*>(next) + part.tile * words * bytes, bytes};
     }
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections import deque
@@ -80,12 +81,14 @@ def isa(dtype: torch.dtype = torch.float32) -> str:
     return _ISAS[isa_code(dtype)]
 
 
-def _best_code() -> int:
-    reason = unavailable_reason()
-    if reason is not None:
-        raise RuntimeError(f"backend 'cpu' is unavailable: {reason}")
+@functools.cache
+def _supported(dtype: torch.dtype) -> tuple[int, ...]:
+    """What :func:`isa_codes` returns; asked of the processor once, as every call needs it."""
+    if dtype is torch.bfloat16:
+        code: int = torch.ops.threshnet_fast_cpu.best_bfloat16_isa()
+        return (code,) if code >= 0 else ()
     best: int = torch.ops.threshnet_fast_cpu.best_isa()
-    return best
+    return (0, best) if _ISAS[best] == "neon" else tuple(range(best + 1))
 
 
 def isa_codes(dtype: torch.dtype = torch.float32) -> list[int]:
@@ -100,11 +103,10 @@ def isa_codes(dtype: torch.dtype = torch.float32) -> list[int]:
     Raises:
         RuntimeError: If the C++ extension is unavailable.
     """
-    best = _best_code()
-    if dtype is torch.bfloat16:
-        code: int = torch.ops.threshnet_fast_cpu.best_bfloat16_isa()
-        return [code] if code >= 0 else []
-    return [0, best] if _ISAS[best] == "neon" else list(range(best + 1))
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"backend 'cpu' is unavailable: {reason}")
+    return list(_supported(dtype))
 
 
 def isa_code(dtype: torch.dtype = torch.float32) -> int:
