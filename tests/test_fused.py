@@ -515,7 +515,9 @@ class TestOptimize:
             frozen(x.to("meta"))
 
     def test_bad_arguments(self, model, x):
-        with pytest.raises(TypeError, match="module is a Linear: expected a ThreshNet"):
+        with pytest.raises(
+            TypeError, match="module is a Linear: expected a model of threshnet_fast"
+        ):
             tf.optimize(nn.Linear(1, 1), x)
         with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
             tf.optimize(model, x, dtype=torch.int8)

@@ -7,6 +7,7 @@ import timeit
 
 import pytest
 import torch
+from architecture import check_feature_info, costs
 from data import photographs
 from torch import nn
 from torch.nn import functional as F
@@ -169,20 +170,7 @@ def net79() -> tf.ThreshNet79:
 def test_published_cost(name, parameters, convolutions, giga_macs):
     with torch.device("meta"):
         model = tf.create_model(name, num_classes=10).eval()
-    macs = 0
-
-    def count(module, _, output):
-        nonlocal macs
-        macs += output.numel() * module.weight[0].numel()
-
-    counted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    for module in counted:
-        module.register_forward_hook(count)
-    model(torch.empty(1, 3, 224, 224, device="meta"))
-
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert sum(isinstance(m, nn.Conv2d) for m in counted) == convolutions
-    assert round(macs / 1e9, 3) == giga_macs
+    assert costs(model) == (parameters, convolutions, giga_macs)
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
@@ -470,18 +458,7 @@ def test_dropout_acts_in_training_only_and_owns_no_key():
 def test_feature_info_matches_the_maps(name):
     with torch.device("meta"):
         model = tf.create_model(name).eval()
-    seen = {}
-
-    def record(module, _, output):
-        seen[module] = output.shape
-
-    for info in model.feature_info:
-        model.get_submodule(info["module"]).register_forward_hook(record)
-    model(torch.empty(2, 3, 224, 448, device="meta"))
-    for info in model.feature_info:
-        reduction = info["reduction"]
-        wanted = (2, info["num_chs"], 224 // reduction, 448 // reduction)
-        assert seen[model.get_submodule(info["module"])] == wanted
+    check_feature_info(model)
     assert [info["num_chs"] for info in model.feature_info] == [64, *LAYOUTS[name][1]]
     assert [info["reduction"] for info in model.feature_info] == [2, 4, 8, 16, 16, 32]
     assert model.num_features == model.feature_info[-1]["num_chs"] == 960

@@ -3,11 +3,39 @@
 from . import nn, ops, plan
 from .backends.select import use_backend
 from .config import show_config
-from .models import ThreshNet, ThreshNet79, ThreshNet95, create_model, list_models
+from .models import (
+    DenseNet,
+    DenseNet121,
+    DenseNet161,
+    DenseNet169,
+    DenseNet201,
+    DenseNetBC100,
+    HarDNet,
+    HarDNet39DS,
+    HarDNet68,
+    HarDNet68DS,
+    HarDNet85,
+    ThreshNet,
+    ThreshNet79,
+    ThreshNet95,
+    create_model,
+    list_models,
+)
 from .optimize import optimize
 from .plan import explain, save_plan
 
 __all__ = [
+    "DenseNet",
+    "DenseNet121",
+    "DenseNet161",
+    "DenseNet169",
+    "DenseNet201",
+    "DenseNetBC100",
+    "HarDNet",
+    "HarDNet39DS",
+    "HarDNet68",
+    "HarDNet68DS",
+    "HarDNet85",
     "ThreshNet",
     "ThreshNet79",
     "ThreshNet95",

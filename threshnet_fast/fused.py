@@ -17,27 +17,41 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from .backends import cpu, cuda_graphs, samples, select, triton
-from .nn import ConvBNReLU, DenseLayer, HarmonicBlock
+from .nn import (
+    ConvBNReLU,
+    DenseBlock,
+    DenseLayer,
+    DenseTransition,
+    DepthwiseConvBN,
+    HarmonicBlock,
+    PointwiseDepthwise,
+)
 from .plan.lower import UnsupportedModule
 
 if TYPE_CHECKING:
-    from .models.threshnet import ThreshNet
+    from .models.network import Network
 
 __all__ = ["FusedForward", "Objection"]
 
 # Modules that run the same in training mode. Anything else, a parametrisation say, may not.
 _MODELESS = {
     nn.AdaptiveAvgPool2d,
+    nn.AvgPool2d,
     nn.Conv2d,
     nn.Flatten,
     nn.Identity,
     nn.Linear,
     nn.MaxPool2d,
     nn.ModuleList,
+    nn.ReLU,
     nn.Sequential,
     ConvBNReLU,
+    DenseBlock,
     DenseLayer,
+    DenseTransition,
+    DepthwiseConvBN,
     HarmonicBlock,
+    PointwiseDepthwise,
 }
 
 # What the CPU's checksum reads at each address.
@@ -83,7 +97,7 @@ class FusedForward:
     def __reduce__(self) -> tuple[type[FusedForward], tuple[()]]:
         return FusedForward, ()
 
-    def __call__(self, model: ThreshNet, x: Tensor, *, head: bool) -> Tensor | None:
+    def __call__(self, model: Network, x: Tensor, *, head: bool) -> Tensor | None:
         """Runs the model on a fused backend, or returns None where the plain path must run.
 
         Args:
@@ -115,7 +129,7 @@ class FusedForward:
                 # Another round takes the next backend.
                 snapshot.unsupported["triton"] = str(objection)
 
-    def prepare(self, model: ThreshNet, x: Tensor, *, head: bool) -> tuple[PreparedPlan, Any]:
+    def prepare(self, model: Network, x: Tensor, *, head: bool) -> tuple[PreparedPlan, Any]:
         """Returns the prepared plan for an input and the packed weights, both up to date.
 
         Args:
@@ -148,7 +162,7 @@ class FusedForward:
             objections.append(objection)
         raise Objection("; ".join(objections))
 
-    def _checked(self, model: ThreshNet, x: Tensor, dtype: torch.dtype) -> _Snapshot:
+    def _checked(self, model: Network, x: Tensor, dtype: torch.dtype) -> _Snapshot:
         """Returns the model's snapshot, where nothing about the model keeps it from running fused.
 
         Args:
@@ -168,7 +182,7 @@ class FusedForward:
         snapshot.check(dtype)
         return snapshot
 
-    def _current(self, model: ThreshNet) -> _Snapshot:
+    def _current(self, model: Network) -> _Snapshot:
         snapshot = self._snapshot
         if snapshot is None or not snapshot.matches():
             with self._lock:
@@ -200,7 +214,7 @@ def _objection(backend: str, x: Tensor, dtype: torch.dtype, autocast: bool) -> s
 class _Snapshot:
     """What a model was when its weights were packed, and all that was made from it."""
 
-    def __init__(self, model: ThreshNet) -> None:
+    def __init__(self, model: Network) -> None:
         modules = list(model.modules())
         self._with_modes = [module for module in modules if type(module) not in _MODELESS]
         self._children = [module._modules for module in modules if module._modules]
@@ -270,7 +284,7 @@ class _Snapshot:
             raise Objection(f"the model has weights of dtype {others}, expected {dtype}")
 
     def prepared(
-        self, backend: str, model: ThreshNet, x: Tensor, head: bool, dtype: torch.dtype
+        self, backend: str, model: Network, x: Tensor, head: bool, dtype: torch.dtype
     ) -> tuple[PreparedPlan, Any]:
         """The prepared plan of a backend for an input, and the packed weights."""
         if backend in self.unsupported:
@@ -284,7 +298,7 @@ class _Snapshot:
             raise Objection(str(error)) from None
 
     def for_cpu(
-        self, model: ThreshNet, shape: torch.Size, head: bool, dtype: torch.dtype
+        self, model: Network, shape: torch.Size, head: bool, dtype: torch.dtype
     ) -> tuple[cpu.CompiledPlan, Tensor]:
         """The compiled plan for an input's shape and dtype, and the packed weights."""
         isa = cpu.isa_code(dtype)

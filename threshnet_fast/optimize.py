@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import cpu, select, triton
-from .models.threshnet import ThreshNet
+from .models.network import Network
 from .models.validate import check_input
 from .plan.lower import UnsupportedModule, lower
 
@@ -26,7 +26,7 @@ class FrozenNetwork:
         reason: One line that says why.
     """
 
-    def __init__(self, module: ThreshNet, backend: str, reason: str, winograd: int) -> None:
+    def __init__(self, module: Network, backend: str, reason: str, winograd: int) -> None:
         self.backend = backend
         self.reason = reason
         self._winograd = winograd
@@ -71,7 +71,7 @@ class FrozenNetwork:
         )
         return compiled(x, packed)
 
-    def __reduce__(self) -> tuple[type[FrozenNetwork], tuple[ThreshNet, str, str, int]]:
+    def __reduce__(self) -> tuple[type[FrozenNetwork], tuple[Network, str, str, int]]:
         """Copies and pickles the network; the copy compiles its plans anew."""
         return FrozenNetwork, (self._module, self.backend, self.reason, self._winograd)
 
@@ -93,7 +93,7 @@ def optimize(
     a stream, and replayed from then on.
 
     Args:
-        module: A :class:`threshnet_fast.ThreshNet`.
+        module: A model of this package.
         example_input: An input, ``[N, C, H, W]``; its size is compiled now.
         dtype: What to compute in, and the dtype of inputs: None keeps the module's. On the CPU
             float32 or bfloat16, on a GPU also float16. Where the processor cannot multiply
@@ -109,12 +109,13 @@ def optimize(
         its ``reason`` says why.
 
     Raises:
-        TypeError: ``module`` is not a ThreshNet, or ``example_input`` is not a tensor it takes.
+        TypeError: ``module`` is no model of this package, or ``example_input`` is not a tensor that
+            it takes.
         ValueError: ``dtype`` is not supported, or ``example_input`` has a wrong shape.
         RuntimeError: ``example_input`` requires a gradient or is on another device.
     """
-    if not isinstance(module, ThreshNet):
-        raise TypeError(f"module is a {type(module).__name__}: expected a ThreshNet")
+    if not isinstance(module, Network):
+        raise TypeError(f"module is a {type(module).__name__}: expected a model of threshnet_fast")
     if not isinstance(exact, bool):
         raise TypeError(f"exact is {exact!r}: expected True or False")
     module._check_input(example_input)
@@ -149,7 +150,7 @@ def optimize(
     return frozen
 
 
-def _objection(module: ThreshNet, backend: str) -> str | None:
+def _objection(module: Network, backend: str) -> str | None:
     weight = module._first_weight
     if backend != "cpu":
         error = select.objection(backend, weight)

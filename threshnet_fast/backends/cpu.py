@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..models.threshnet import ThreshNet
+from ..models.network import Network
 from ..plan.ir import Plan
 from ..plan.lower import lower
 from ..plan.memory import plan_memory
@@ -214,7 +214,7 @@ class CompiledPlan:
 
 
 def compile_network(
-    module: ThreshNet,
+    module: Network,
     input_shape: Sequence[int],
     *,
     head: bool,
@@ -262,7 +262,7 @@ class PlanCache:
         return len(self._compiled)
 
     def get(
-        self, module: ThreshNet, shape: torch.Size, *, head: bool, isa: int, winograd: int
+        self, module: Network, shape: torch.Size, *, head: bool, isa: int, winograd: int
     ) -> tuple[CompiledPlan, Tensor]:
         """Returns the plan for an input shape and the number of threads in use, and its weights.
 
@@ -283,9 +283,7 @@ class PlanCache:
                 compiled = self._compiled.get(key) or self._add(module, key)
         return compiled, self._packed[isa, compiled.layout]
 
-    def _add(
-        self, module: ThreshNet, key: tuple[Sequence[int], bool, int, int, int]
-    ) -> CompiledPlan:
+    def _add(self, module: Network, key: tuple[Sequence[int], bool, int, int, int]) -> CompiledPlan:
         shape, head, isa, threads, winograd = key
         compiled = compile_network(
             module, shape, head=head, isa=isa, threads=threads, winograd=winograd
@@ -303,7 +301,7 @@ class PlanCache:
         return compiled
 
 
-def pack_network(module: ThreshNet, compiled: CompiledPlan) -> Tensor:
+def pack_network(module: Network, compiled: CompiledPlan) -> Tensor:
     """Folds a network's BatchNorms into its weights and packs them for the micro-kernels.
 
     One packing serves every compiled plan of the same instruction set and ``layout``, whatever its

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..models.threshnet import ThreshNet
+from ..models.network import Network
 from ..plan.ir import FusedConv, Plan, Step
 from ..plan.lower import UnsupportedModule, lower
 from ..plan.memory import Arena, plan_memory
@@ -257,7 +257,7 @@ class GpuPlanCache(ABC, Generic[Target, Prepared, Packed]):
         """Packs the weights of a plan with its head, for every input shape."""
 
     def get(
-        self, module: ThreshNet, x: Tensor, *, head: bool, dtype: torch.dtype
+        self, module: Network, x: Tensor, *, head: bool, dtype: torch.dtype
     ) -> tuple[Prepared, Packed]:
         """Returns the plan for an input and the weights, packed once for each dtype.
 
@@ -276,7 +276,7 @@ class GpuPlanCache(ABC, Generic[Target, Prepared, Packed]):
             plan = self._plans.get(key) or self._add(module, key)
             return plan, self._packed[dtype]
 
-    def _add(self, module: ThreshNet, key: tuple[torch.Size, bool, Target]) -> Prepared:
+    def _add(self, module: Network, key: tuple[torch.Size, bool, Target]) -> Prepared:
         shape, head, target = key
         plan = self._prepare(lower(module, shape, head=head, fold=False), target)
         if target.dtype not in self._packed:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import cpu
-from ..models.threshnet import ThreshNet
+from ..models.network import Network
 from ..plan import FusedConv, Head, Plan, Pool, lower
 from . import machine, results
 from .errors import CommandError
@@ -241,7 +241,7 @@ def measure_machine(isa: int, threads: int) -> Machine:
 
 
 def profile(
-    module: ThreshNet,
+    module: Network,
     x: Tensor,
     *,
     isa: int,
@@ -392,7 +392,7 @@ def run(
     exact = winograd == 0
     panels = []
     for name, model in models.items():
-        if not isinstance(model, ThreshNet):
+        if not isinstance(model, Network):
             raise CommandError(f"--profile: {name} is nothing that the C++ engine runs", 2)
         for (height, width, batch), x in inputs.items():
             title = f"{name}, {height}x{width}, batch {batch}, float32, {_threads(threads)}"

@@ -1,10 +1,32 @@
 """Networks, and the registry that builds them by name."""
 
+from .densenet import (
+    DenseNet,
+    DenseNet121,
+    DenseNet161,
+    DenseNet169,
+    DenseNet201,
+    DenseNetBC100,
+)
+from .hardnet import HarDNet, HarDNet39DS, HarDNet68, HarDNet68DS, HarDNet85
+from .network import Network
 from .registry import create_model, list_models, register_model
 from .threshnet import ThreshNet, ThreshNet79, ThreshNet95
 from .validate import check_input
 
 __all__ = [
+    "DenseNet",
+    "DenseNet121",
+    "DenseNet161",
+    "DenseNet169",
+    "DenseNet201",
+    "DenseNetBC100",
+    "HarDNet",
+    "HarDNet39DS",
+    "HarDNet68",
+    "HarDNet68DS",
+    "HarDNet85",
+    "Network",
     "ThreshNet",
     "ThreshNet79",
     "ThreshNet95",

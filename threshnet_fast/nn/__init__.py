@@ -1,7 +1,19 @@
-"""Building blocks of ThreshNet and HarDNet as plain PyTorch modules."""
+"""Building blocks of ThreshNet, HarDNet and DenseNet as plain PyTorch modules."""
 
 from .conv import ConvBNReLU
-from .dense import DenseLayer
+from .dense import DenseBlock, DenseLayer
+from .depthwise import DepthwiseConvBN, PointwiseDepthwise
 from .harmonic import HarmonicBlock, harmonic_channels, harmonic_links
+from .transition import DenseTransition
 
-__all__ = ["ConvBNReLU", "DenseLayer", "HarmonicBlock", "harmonic_channels", "harmonic_links"]
+__all__ = [
+    "ConvBNReLU",
+    "DenseBlock",
+    "DenseLayer",
+    "DenseTransition",
+    "DepthwiseConvBN",
+    "HarmonicBlock",
+    "PointwiseDepthwise",
+    "harmonic_channels",
+    "harmonic_links",
+]

@@ -1,4 +1,4 @@
-"""The densely connected layer of DenseNet, used by the early blocks of ThreshNet."""
+"""The densely connected layer and block of DenseNet; ThreshNet's early blocks have the layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DenseLayer"]
+__all__ = ["DenseBlock", "DenseLayer"]
 
 
 class DenseLayer(nn.Module):
@@ -40,3 +40,35 @@ class DenseLayer(nn.Module):
         new = self.conv1(F.relu(self.norm1(x), inplace=True))
         new = self.conv2(F.relu(self.norm2(new), inplace=True))
         return torch.cat([x, new], 1)
+
+
+class DenseBlock(nn.Sequential):
+    """Dense layers one after the other, ``denselayer1`` to ``denselayer<num_layers>``.
+
+    Args:
+        in_channels: Channels of the input.
+        num_layers: Number of layers.
+        growth_rate: Channels that each layer adds.
+        bottleneck: Passed to :class:`DenseLayer`.
+
+    Attributes:
+        out_channels: Channels of the output.
+
+    Shape:
+        ``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``, in any floating dtype and memory
+        format that :class:`torch.nn.Conv2d` takes.
+
+    Raises:
+        ValueError: ``num_layers`` is not positive.
+    """
+
+    def __init__(
+        self, in_channels: int, num_layers: int, growth_rate: int, bottleneck: int = 4
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers is {num_layers}: expected 1 or more")
+        for index in range(num_layers):
+            layer = DenseLayer(in_channels + index * growth_rate, growth_rate, bottleneck)
+            self.add_module(f"denselayer{index + 1}", layer)
+        self.out_channels = in_channels + num_layers * growth_rate

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .conv import ConvBNReLU
+from .depthwise import PointwiseDepthwise
 
 __all__ = ["HarmonicBlock", "harmonic_channels", "harmonic_links"]
 
@@ -59,6 +60,7 @@ class HarmonicBlock(nn.Module):
         multiplier: Factor on ``growth_rate`` for every power of two that divides the layer.
         num_layers: Number of layers.
         activation: Passed to :class:`ConvBNReLU`.
+        depthwise: Whether the layers are :class:`PointwiseDepthwise` instead.
 
     Attributes:
         links: ``links[i]`` are the layers that layer ``i`` reads; ``links[0]`` is empty.
@@ -81,6 +83,7 @@ class HarmonicBlock(nn.Module):
         multiplier: float,
         num_layers: int,
         activation: str = "relu",
+        depthwise: bool = False,
     ) -> None:
         super().__init__()
         if num_layers < 1:
@@ -96,8 +99,9 @@ class HarmonicBlock(nn.Module):
             )
         self.out_layers: list[int] = [i for i in numbers if i % 2 == 1 or i == num_layers]
         self.out_channels: int = sum(self.channels[i] for i in self.out_layers)
+        layer = PointwiseDepthwise if depthwise else ConvBNReLU
         self.layers = nn.ModuleList(
-            ConvBNReLU(
+            layer(
                 sum(self.channels[k] for k in self.links[i]),
                 self.channels[i],
                 activation=activation,

@@ -59,10 +59,10 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     """
     from ..backends import select
     from ..fused import Objection
-    from ..models.threshnet import ThreshNet
+    from ..models.network import Network
 
-    if not isinstance(model, ThreshNet):
-        raise TypeError(f"model is a {type(model).__name__}: expected a ThreshNet")
+    if not isinstance(model, Network):
+        raise TypeError(f"model is a {type(model).__name__}: expected a model of threshnet_fast")
     model._check_input(x)
     try:
         plan = lower(model, x.shape, fold=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..models.threshnet import ThreshNet
+from ..models.network import Network
 from .lower import lower
 from .memory import plan_memory
 from .serialize import serialize
@@ -24,7 +24,7 @@ __all__ = ["save_plan"]
 _MAGIC = b"TNFPLAN1"
 
 
-def save_plan(module: ThreshNet, input_shape: Sequence[int], path: str | os.PathLike[str]) -> None:
+def save_plan(module: Network, input_shape: Sequence[int], path: str | os.PathLike[str]) -> None:
     """Writes a network for one input shape to a file that the C interface reads.
 
     The file holds the plan and its folded weights in float32, whatever the module computes in: the
