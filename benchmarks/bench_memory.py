@@ -19,11 +19,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import threshnet_fast as tf
 from threshnet_fast.cli import machine
-from threshnet_fast.cli.memory import measure
+from threshnet_fast.cli.memory import live_bytes, measure
 from threshnet_fast.cli.providers import PROVIDERS, Job, build, random_model
 from threshnet_fast.cli.report import format_table
 from threshnet_fast.cli.results import append_rows
@@ -58,17 +57,7 @@ def live_tensors(job: Job, provider: str) -> int:
     else:
         call = build(provider, job).run
         call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
-        call()
-    results = recorder.profiler.kineto_results
-    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
-    if not changes:
-        raise RuntimeError("the profiler recorded no allocation")
-    live = most = 0
-    for _, size in sorted(changes, key=lambda change: change[0]):
-        live += size
-        most = max(most, live)
-    return most
+    return live_bytes(call)
 
 
 def main() -> int:

@@ -2,7 +2,8 @@
 
     python benchmarks/plot.py
 
-From models.csv a figure for each precision of the CPU, from growth.csv one of how cost grows.
+From models.csv a figure for each precision of the CPU, from growth.csv one of how cost grows, from
+train.csv one of steps of a training.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from bench_growth import ODD
 from threshnet_fast.cli.errors import CommandError
 from threshnet_fast.cli.providers import dtypes, registry
 from threshnet_fast.cli.report import on_gpu, plot
-from threshnet_fast.cli.results import latest_rows, read_rows
+from threshnet_fast.cli.results import TRAINING_COLUMNS, latest_rows, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "models.csv"
 GROWTH = ROOT / "benchmarks" / "results" / "growth.csv"
+TRAINING = ROOT / "benchmarks" / "results" / "train.csv"
 FIGURE = ROOT / "docs" / "figures" / "latency.png"
 GROWTH_FIGURE = ROOT / "docs" / "figures" / "growth.png"
+TRAINING_FIGURE = ROOT / "docs" / "figures" / "training.png"
 
 Row = Mapping[str, str]
 
@@ -61,6 +64,10 @@ def main() -> int:
     )
     parser.add_argument("--growth-csv", type=Path, default=GROWTH, help="left out where missing")
     parser.add_argument("--growth-output", type=Path, default=GROWTH_FIGURE)
+    parser.add_argument(
+        "--training-csv", type=Path, default=TRAINING, help="left out where missing"
+    )
+    parser.add_argument("--training-output", type=Path, default=TRAINING_FIGURE)
     arguments = parser.parse_args()
     try:
         for dtype, rows in _latency_rows(arguments.csv, arguments.model).items():
@@ -77,6 +84,11 @@ def main() -> int:
                 [row for row in rows if row["model"] == arguments.model], arguments.growth_output
             )
             print(f"Written: {arguments.growth_output}")
+        if arguments.training_csv.exists():
+            rows = latest_rows(read_rows(arguments.training_csv, tuple(TRAINING_COLUMNS)))
+            arguments.training_output.parent.mkdir(parents=True, exist_ok=True)
+            plot(_with_most_threads(rows), arguments.training_output)
+            print(f"Written: {arguments.training_output}")
     except CommandError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
@@ -86,10 +98,14 @@ def main() -> int:
 def _latency_rows(path: Path, model: str) -> dict[str, list[dict[str, str]]]:
     """The rows of a model on a CPU with the most threads, by precision."""
     rows = [r for r in latest_rows(read_rows(path)) if r["model"] == model and not on_gpu(r)]
-    threads = max((int(row["threads"]) for row in rows), default=0)
-    rows = [row for row in rows if int(row["threads"]) == threads]
+    rows = _with_most_threads(rows)
     groups = {dtype: [row for row in rows if row["dtype"] == dtype] for dtype in dtypes("cpu")}
     return {dtype: group for dtype, group in groups.items() if group or dtype == "float32"}
+
+
+def _with_most_threads(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    threads = max((int(row["threads"]) for row in rows), default=0)
+    return [row for row in rows if int(row["threads"]) == threads]
 
 
 def plot_growth(rows: Sequence[Row], path: Path) -> None:

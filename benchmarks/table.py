@@ -20,13 +20,14 @@ from bench_growth import ODD
 
 from threshnet_fast.cli.errors import CommandError
 from threshnet_fast.cli.providers import PROVIDERS, dtypes, registry
-from threshnet_fast.cli.report import conditions, markdown_table, on_gpu
-from threshnet_fast.cli.results import COLUMNS, latest_rows, read_rows
+from threshnet_fast.cli.report import cells, conditions, markdown_table, on_gpu
+from threshnet_fast.cli.results import COLUMNS, TRAINING_COLUMNS, latest_rows, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "models.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 GROWTH = ROOT / "benchmarks" / "results" / "growth.csv"
+TRAINING = ROOT / "benchmarks" / "results" / "train.csv"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu.md")
 
 Rows = Sequence[dict[str, str]]
@@ -128,6 +129,47 @@ def growth(rows: Rows) -> str:
     return f"![Growth of time and memory](figures/growth.png)\n\n{table}\n\n{conditions(found)}"
 
 
+def training(rows: Rows) -> str:
+    """Steps of a training: minimum and median milliseconds, then memory, from train.csv."""
+    del rows
+    if not TRAINING.exists():
+        return "No measurement has been recorded."
+    found = latest_rows(read_rows(TRAINING, tuple(TRAINING_COLUMNS)))
+    return "\n\n".join(
+        [
+            markdown_table(found, details=True),
+            "![Steps of a training](figures/training.png)",
+            _training_memory(found),
+            conditions(found),
+        ]
+    )
+
+
+def _training_memory(rows: Rows) -> str:
+    """Megabytes of a step and, in brackets, of those of eager PyTorch; with the most threads."""
+    threads = max(int(row["threads"]) for row in rows)
+    specs = registry("cpu", "float32", "training")
+    names = [name for name in specs if any(row["provider"] == name for row in rows)]
+    lines = [
+        ["model", "input", "", *(specs[name].title for name in names)],
+        [":--", ":--", ":--", *("--:" for _ in names)],
+    ]
+    for group in cells(rows):
+        by_name = {row["provider"]: row for row in group}
+        for column, title in (("peak_bytes", "resident"), ("live_bytes", "tensors")):
+            values = {name: row[column] for name, row in by_name.items() if row[column]}
+            if int(group[0]["threads"]) != threads or not values:
+                continue
+            texts = []
+            for name in names:
+                text = f"{int(values[name]) / 1e6:.0f}" if name in values else ""
+                if text and "eager" in values and name != "eager":
+                    text += f" ({int(values[name]) / int(values['eager']):.2f})"
+                texts.append(text)
+            lines.append([group[0]["model"], _input(_cell(group[0])), title, *texts])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def _cell(row: dict[str, str]) -> tuple[int, int, int]:
     return int(row["height"]), int(row["width"]), int(row["batch"])
 
@@ -151,6 +193,7 @@ TABLES = {
     "columns": columns,
     "memory": memory,
     "growth": growth,
+    "training": training,
 }
 
 

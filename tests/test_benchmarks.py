@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -35,6 +37,11 @@ def run(monkeypatch, name: str, *arguments: str) -> int:
     return module.operators.run(
         name.removeprefix("bench_"), module.__doc__, "cat_bn" in name, module.build
     )
+
+
+def without_training(folder: Path) -> list[str]:
+    """Arguments of plot.py that keep it from the published measurements."""
+    return ["--training-csv", str(folder / "none.csv")]
 
 
 @pytest.mark.parametrize("name", ["bench_cat_bn_relu_conv", "bench_cat_conv_bn_relu"])
@@ -131,7 +138,7 @@ def test_measurements_on_gpus_have_a_table_of_their_own(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(plots, "plot", lambda kept, path: drawn.extend(kept))
     arguments = ["plot.py", "--csv", str(tmp_path / "a.csv"), "--output", str(tmp_path / "a.png")]
-    arguments += ["--growth-csv", str(tmp_path / "none.csv")]
+    arguments += ["--growth-csv", str(tmp_path / "none.csv"), *without_training(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     assert plots.main() == 0
     assert drawn == rows[:1]
@@ -178,7 +185,7 @@ def test_precisions_of_a_cpu_have_tables_and_figures_of_their_own(monkeypatch, t
     drawn = {}
     monkeypatch.setattr(plots, "plot", lambda kept, path: drawn.update({path.name: kept}))
     arguments = ["plot.py", "--csv", str(tmp_path / "a.csv"), "--output", str(tmp_path / "a.png")]
-    arguments += ["--growth-csv", str(tmp_path / "none.csv")]
+    arguments += ["--growth-csv", str(tmp_path / "none.csv"), *without_training(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     assert plots.main() == 0
     assert drawn == {"a.png": rows[:2], "a-bfloat16.png": rows[2:]}
@@ -247,7 +254,7 @@ def test_figure_of_growth(monkeypatch, tmp_path):
     results.append_rows(tmp_path / "a.csv", [measured()])
     monkeypatch.setattr(plots, "plot", lambda rows, path: None)
     arguments = ["plot.py", "--csv", str(tmp_path / "a.csv"), "--output", str(tmp_path / "a.png")]
-    arguments += ["--growth-csv", str(tmp_path / "growth.csv")]
+    arguments += ["--growth-csv", str(tmp_path / "growth.csv"), *without_training(tmp_path)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--growth-output", str(tmp_path / "new/g.png")])
     assert plots.main() == 0
     assert (tmp_path / "new" / "g.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -454,3 +461,182 @@ def test_model_script_on_a_gpu(monkeypatch, tmp_path):
             *((32, 1), (32, 32), (32, 128)),
         ]
         assert "compile-max" in bench._providers(arguments)[arguments.dtype[0]]
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    """A small network under any name, so that steps take no time."""
+    script = importlib.import_module("bench_train")
+    for module in (script, providers):
+        monkeypatch.setattr(module, "random_model", lambda *_: providers.tiny_model())
+    return script
+
+
+def train(monkeypatch, path: Path, *arguments: str) -> tuple[int, list[dict[str, str]]]:
+    options = ["--models", "threshnet79", "--cells", "32:6", "--threads", "1", "--rounds", "3"]
+    status = run(monkeypatch, "bench_train", *options, "--csv", str(path), *arguments)
+    rows = results.read_rows(path, tuple(results.TRAINING_COLUMNS)) if path.exists() else []
+    return status, rows
+
+
+def test_training_steps(monkeypatch, tmp_path, capsys, tiny_networks):
+    status, rows = train(monkeypatch, tmp_path / "train.csv", "--no-compile")
+    assert status == 0
+    names = [row["provider"] for row in rows]
+    assert [name for name in names if name != "fused-checkpoint"] == [
+        *("fused", "eager", "channels-last")
+    ]
+    assert "steps/s" in capsys.readouterr().out
+    for row in rows:
+        assert row["status"] == "ok"
+        assert (row["task"], row["threads"], row["batch"]) == ("training", "1", "6")
+        assert 0 < float(row["min_ms"]) <= float(row["p80_ms"])
+        rate = float(row["steps_per_second"])
+        assert rate == pytest.approx(1e3 / float(row["p50_ms"]), rel=1e-3)
+        assert float(row["error"]) <= float(row["error_limit"])
+        assert 0 < float(row["gradient_error"]) < 1e-3, "float32 on a small network"
+        assert int(row["live_bytes"]) > 0
+        # A float for every weight, its gradient and its momentum.
+        weights = sum(p.numel() for p in providers.tiny_model().parameters())
+        assert row["peak_bytes"] == "" or int(row["peak_bytes"]) > 12 * weights
+    peers = [float(row["min_ms"]) for row in rows if not row["provider"].startswith("fused")]
+    fused = next(row for row in rows if row["provider"] == "fused")
+    assert float(fused["speedup_min"]) == pytest.approx(
+        min(peers) / float(fused["min_ms"]), rel=1e-3
+    )
+
+
+def test_training_step_changes_weights_as_the_optimizer_says():
+    from threshnet_fast.cli import training_providers
+
+    model = providers.tiny_model()
+    x = torch.randn(4, 3, 32, 32)
+    copies = []
+    with pytest.MonkeyPatch.context() as patch:
+        plain = training_providers.plain_module
+        patch.setattr(training_providers, "plain_module", lambda m: copies.append(m) or plain(m))
+        provider = providers.build("channels-last", providers.Job(model, x, 1), "training")
+    expected = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=1e-3, momentum=0.9)
+    for _ in range(3):
+        provider.run()
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(expected(x), torch.tensor([0, 1, 0, 1]))
+        loss.backward()
+        optimizer.step()
+    trained = dict(copies[0].named_parameters())
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-4, atol=1e-6)
+        assert trained[name].grad is None
+        assert not torch.equal(parameter, dict(model.named_parameters())[name])
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient", "missing", "statistic", "raises"])
+def test_wrong_training_is_not_timed(monkeypatch, tmp_path, tiny_networks, wrong):
+    from threshnet_fast.cli import training_providers
+
+    spec = training_providers.TRAINING_PROVIDERS["channels-last"]
+
+    def build(job):
+        provider = spec.build(job)
+
+        def results():
+            found = provider.results()
+            if wrong == "raises":
+                raise RuntimeError("no such step")
+            if wrong == "missing":
+                del found["base.0.conv.weight"]
+            else:
+                name = {"output": "", "gradient": "base.0.conv.weight"}.get(wrong)
+                found[name or "base.0.norm.running_mean"].mul_(1.2)
+            return found
+
+        return training_providers.TrainingProvider(provider.run, results=results)
+
+    changed = dataclasses.replace(spec, build=build)
+    monkeypatch.setitem(training_providers.TRAINING_PROVIDERS, "channels-last", changed)
+    arguments = ["--no-memory", "--providers", "eager", "channels-last"]
+    status, rows = train(monkeypatch, tmp_path / "train.csv", *arguments)
+    assert status == 1
+    assert [row["provider"] for row in rows] == ["eager", "channels-last"]
+    assert rows[0]["status"] == "ok"
+    expected = "no such step" if wrong == "raises" else "wrong result"
+    assert rows[1]["status"].startswith(expected)
+    assert rows[1]["min_ms"] == rows[1]["speedup_min"] == ""
+
+
+def test_every_number_of_threads_is_a_process(monkeypatch, tmp_path):
+    script = importlib.import_module("bench_train")
+    calls = []
+
+    class Result:
+        returncode = 0
+
+    monkeypatch.setattr(script.subprocess, "run", lambda command: calls.append(command) or Result)
+    path = tmp_path / "train.csv"
+    assert run(monkeypatch, "bench_train", "--cells", "32:4", "--csv", str(path)) == 0
+    assert not path.exists()
+    parsed = []
+    for call in calls:
+        monkeypatch.setattr(sys, "argv", call[1:])
+        parsed.append(script.parse())
+    assert [arguments.threads for arguments in parsed] == [[1], [2]]
+    assert all(arguments.cells == [(32, 4)] for arguments in parsed)
+
+
+def test_multiply_adds_of_a_step():
+    script = importlib.import_module("bench_train")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = providers.tiny_model().train()
+    x = torch.randn(2, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    classifier = 3 * 2 * model.num_features * 2
+    macs = script.step_macs(model.eval(), tuple(x.shape))
+    assert macs in (counter.get_total_flops() // 2, counter.get_total_flops() // 2 - classifier)
+
+
+def test_table_and_figure_of_training(monkeypatch, tmp_path):
+    table, plots = importlib.import_module("table"), importlib.import_module("plot")
+    path = tmp_path / "train.csv"
+    monkeypatch.setattr(table, "TRAINING", path)
+    assert table.training([]) == "No measurement has been recorded."
+    common = measured(batch="100", min_ms="200.0", p20_ms="205.0", p50_ms="210.0", p80_ms="220.0")
+    common |= {"task": "training", "optimizer": "SGD", "steps_per_second": "5"}
+    memory = {"peak_bytes": "400000000", "live_bytes": "200000000"}
+    rows = [
+        common | {"provider": "eager"} | memory,
+        common
+        | {"min_ms": "100.0", "speedup_min": "1.6", "speedup_p50": "1.5"}
+        | {"peak_bytes": "100000000", "live_bytes": "40000000"},
+        common | {"provider": "compile", "min_ms": "160.0"},
+    ]
+    rows += [row | {"threads": "1"} for row in rows]
+    results.append_rows(path, rows, tuple(results.TRAINING_COLUMNS))
+    lines = table.training([]).splitlines()
+    assert lines[0] == (
+        "| model | input | threads | threshnet_fast | PyTorch eager | torch.compile | "
+        "over the best peer |"
+    )
+    assert lines[2] == (
+        "| threshnet95 | 32x32, batch 100 | 2 | **100** / 210 | 200 / 210 | 160 / 210 | "
+        "1.60x / 1.50x |"
+    )
+    memory_lines = [line for line in lines if "resident" in line or "tensors" in line]
+    assert memory_lines == [
+        "| threshnet95 | 32x32, batch 100 | resident | 100 (0.25) | 400 |  |",
+        "| threshnet95 | 32x32, batch 100 | tensors | 40 (0.20) | 200 |  |",
+    ]
+    drawn = {}
+    monkeypatch.setattr(plots, "plot", lambda kept, path: drawn.update({path.name: kept}))
+    results.append_rows(tmp_path / "a.csv", [measured()])
+    arguments = ["plot.py", "--csv", str(tmp_path / "a.csv"), "--output", str(tmp_path / "a.png")]
+    arguments += ["--growth-csv", str(tmp_path / "none.csv"), "--training-csv", str(path)]
+    arguments += ["--training-output", str(tmp_path / "new" / "t.png")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert plots.main() == 0
+    assert [row["threads"] for row in drawn["t.png"]] == ["2"] * 3
+    monkeypatch.undo()
+    plots.plot(drawn["t.png"], tmp_path / "t.png")
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")

@@ -6,13 +6,9 @@ import argparse
 import contextlib
 import copy
 import difflib
-import platform
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +26,7 @@ from .arguments import (
     positive_float,
     positive_integer,
 )
+from .comparison import common_columns, time_in_turns
 from .errors import CommandError
 from .pictures import Picture
 from .precision import PRECISIONS, Precision
@@ -46,10 +43,7 @@ from .providers import (
     worst_error,
 )
 from .report import check_plot, format_table, plot, text_table
-from .timing import CudaTimer, Sample, host_timer, interleave
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from .timing import CudaTimer, host_timer
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -239,7 +233,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.memory,
         place,
         _memory_to_flush(place) if arguments.flush_l2 else None,
-        _common(photographs, place, arguments.flush_l2),
+        common_columns(
+            photographs[0].source if photographs else "random", place, arguments.flush_l2
+        ),
     )
     print(_introduction(setting))
     if arguments.profile:
@@ -363,30 +359,19 @@ def _bench_cell(
                 calls[provider] = built.run
             bar.update()
 
-    # Building a provider may have changed the number of threads.
-    torch.set_num_threads(setting.threads)
-    others = machine.OtherLoad()
-    with tqdm(
-        total=100, desc=title, disable=None, bar_format="{desc}: {percentage:3.0f}%|{bar}|"
-    ) as bar:
-        samples = interleave(
-            calls,
-            seconds=None if arguments.repeats else arguments.seconds or _DEFAULT_SECONDS,
-            rounds=arguments.repeats,
-            progress=lambda part: _advance(bar, 100 * part),
-            timer=CudaTimer(setting.device, setting.flushed) if setting.on_gpu else host_timer,
-        )
-    load = others.stop()
+    time_in_turns(
+        calls,
+        rows,
+        macs,
+        title=title,
+        threads=setting.threads,
+        seconds=None if arguments.repeats else arguments.seconds or _DEFAULT_SECONDS,
+        rounds=arguments.repeats,
+        timer=CudaTimer(setting.device, setting.flushed) if setting.on_gpu else host_timer,
+    )
     clocks = machine.clocks(setting.device) if setting.on_gpu else ""
-    for provider, sample in samples.items():
-        rows[provider].update(
-            {
-                "other_load": "" if load is None else f"{load:.3f}",
-                "clocks": clocks,
-                **_times(sample, macs),
-            }
-        )
-    _compare(list(rows.values()))
+    for provider in calls:
+        rows[provider]["clocks"] = clocks
     if setting.measure_memory:
         measured = list(calls)
         if setting.on_gpu:
@@ -427,20 +412,6 @@ def _classifier(model: nn.Module) -> nn.Linear | None:
     return classifier if isinstance(classifier, nn.Linear) else None
 
 
-def _times(sample: Sample, macs: int) -> dict[str, object]:
-    """The columns that say how long the calls of a provider took."""
-    fractions = {"min_ms": 0.0, "p20_ms": 0.2, "p50_ms": 0.5, "p80_ms": 0.8}
-    return {
-        "calls": len(sample.nanoseconds),
-        **{key: f"{sample.milliseconds(fraction):.4f}" for key, fraction in fractions.items()},
-        "gflops": f"{2e-6 * macs / sample.milliseconds(0.0):.2f}",
-    }
-
-
-def _advance(bar: tqdm[Any], to: float) -> None:
-    bar.update(max(0, int(to) - bar.n))
-
-
 def _check(
     name: str, job: Job, reference: Tensor, limit: float
 ) -> tuple[Provider | None, float | None, str]:
@@ -459,23 +430,6 @@ def _check(
     if not error <= limit:
         return None, error, f"wrong result: error {error:.3g}, at most {limit:.3g} is allowed"
     return provider, error, "ok"
-
-
-def _compare(rows: Sequence[dict[str, object]]) -> None:
-    """Fills in how much faster than the best peer each provider is."""
-    for time, ratio in (("min_ms", "speedup_min"), ("p50_ms", "speedup_p50")):
-        timed = [row for row in rows if row.get(time)]
-        best = min(
-            (
-                float(str(row[time]))
-                for row in timed
-                if not registry(str(row["device"]), str(row["dtype"]))[str(row["provider"])].ours
-            ),
-            default=None,
-        )
-        if best is not None:
-            for row in timed:
-                row[ratio] = f"{best / float(str(row[time])):.4f}"
 
 
 def _classify(model: nn.Module, name: str, shape: tuple[int, int, int], setting: _Run) -> None:
@@ -558,30 +512,6 @@ def _introduction(setting: _Run) -> str:
         where = f" in {_enumerated(classes, 'and')}" if len(setting.names) > 1 else ""
         lines.append(f"Left out{where}: {text}")
     return "\n".join(lines) + "\n"
-
-
-def _common(photographs: Sequence[Picture], place: torch.device, flush: bool) -> dict[str, object]:
-    gpu: dict[str, object] = {"device": place.type}
-    if place.type != "cpu":
-        gpu |= {
-            "accelerator": machine.accelerator(place),
-            "driver": machine.driver(place),
-            "libraries": machine.accelerator_libraries(),
-            "l2": "flushed" if flush else "kept",
-        }
-    return {
-        "run": uuid.uuid4().hex[:12],
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "input": photographs[0].source if photographs else "random",
-        "processor": machine.processor(),
-        "processors": machine.usable_processors(),
-        "flags": " ".join(machine.instruction_sets()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()} {platform.release()}",
-        **gpu,
-    }
 
 
 def _memory_to_flush(place: torch.device) -> Tensor:

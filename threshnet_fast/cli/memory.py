@@ -22,6 +22,7 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .providers import Job
 
-__all__ = ["Memory", "measure"]
+__all__ = ["Memory", "live_bytes", "measure"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -61,6 +62,7 @@ class _Question:
     tiny_onnx: str | None
     device: str
     dtype: str
+    task: str
 
 
 def measure(
@@ -70,18 +72,20 @@ def measure(
     classes: int,
     seed: int,
     dtype: str = "float32",
+    task: str = "inference",
     timeout: float = 600.0,
 ) -> Memory | None:
     """Measures in a new process.
 
     Args:
-        provider: A key of ``providers.registry`` for the job's device and ``dtype``.
+        provider: A key of ``providers.registry`` for the job's device, ``dtype`` and ``task``.
         job: The model as ``random_model(model, classes, seed)`` makes it, in ``dtype``, and an
             input.
         model: Name of the model.
         classes: Outputs of its classifier.
         seed: Seed of its weights.
         dtype: A key of ``precision.PRECISIONS``, for which the job was made.
+        task: ``"inference"`` or ``"training"``, where a call is a whole step.
         timeout: Seconds that the process may take.
 
     Returns:
@@ -103,6 +107,7 @@ def measure(
         str(tiny.onnx()) if onnx else None,
         str(place),
         dtype,
+        task,
     )
     command = [sys.executable, "-m", __name__, json.dumps(asdict(question))]
     try:
@@ -112,6 +117,30 @@ def measure(
         return Memory(**json.loads(result.stdout.splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError, TypeError):
         return None
+
+
+def live_bytes(call: Callable[[], object]) -> int:
+    """The largest number of bytes that tensors allocated in one call hold at the same time.
+
+    Args:
+        call: What to run, on the CPU; what it allocates once only is there already.
+
+    Raises:
+        RuntimeError: The profiler recorded nothing.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
+        call()
+    results = recorder.profiler.kineto_results
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    if not changes:
+        raise RuntimeError("the profiler recorded no allocation")
+    live = most = 0
+    for _, size in sorted(changes, key=lambda change: change[0]):
+        live += size
+        most = max(most, live)
+    return most
 
 
 def _tiny_job(threads: int, dtype: str, onnx: str | None = None) -> Job:
@@ -149,14 +178,14 @@ def _answer(question: _Question) -> Memory:
     if question.device != "cpu":
         return _answer_on_gpu(question)
     tiny = _tiny_job(question.threads, question.dtype, question.tiny_onnx)
-    build(question.provider, tiny).run()
+    build(question.provider, tiny, question.task).run()
     dtype = PRECISIONS[question.dtype].dtype
     model = random_model(question.model, question.classes, question.seed).to(dtype)
     onnx = None if question.onnx is None else Path(question.onnx)
     job = Job(model, torch.randn(tuple(question.shape)).to(dtype), question.threads, onnx)
     _settle()
     before = _resident("VmRSS")
-    provider = build(question.provider, job)
+    provider = build(question.provider, job, question.task)
     provider.run()
     _settle()
     built = _resident("VmRSS") - before

@@ -151,17 +151,18 @@ class Spec:
     optional: bool = False
 
 
-def build(name: str, job: Job) -> Provider:
+def build(name: str, job: Job, task: str = "inference") -> Provider:
     """Prepares a provider for a job.
 
     Args:
-        name: A key of :func:`registry` for the job's device and dtype.
+        name: A key of :func:`registry` for the job's device, its dtype, and the task.
         job: What it is to run.
+        task: ``"inference"``, or ``"training"`` for whole steps of a training.
 
     Raises:
         Unavailable: It cannot be used here.
     """
-    spec = registry(job.x.device.type, str(job.x.dtype).removeprefix("torch."))[name]
+    spec = registry(job.x.device.type, str(job.x.dtype).removeprefix("torch."), task)[name]
     reason = spec.objection()
     if reason is not None:
         raise Unavailable(reason)
@@ -629,14 +630,19 @@ def _opencv_version() -> str:
     return next(filter(None, map(distribution_version, names)), "")
 
 
-def registry(device_type: str, dtype: str = "float32") -> dict[str, Spec]:
+def registry(device_type: str, dtype: str = "float32", task: str = "inference") -> dict[str, Spec]:
     """All providers by name, in the order of the tables.
 
     Args:
         device_type: ``"cpu"`` or ``"cuda"``.
         dtype: A key of ``PRECISIONS``. On a GPU all providers calculate in any of them; on a CPU
             there are none for some.
+        task: ``"inference"``, or ``"training"``, which is measured in float32 on the CPU.
     """
+    if task == "training":
+        from .training_providers import TRAINING_PROVIDERS
+
+        return TRAINING_PROVIDERS if (device_type, dtype) == ("cpu", "float32") else {}
     if device_type == "cpu":
         return CPU_PROVIDERS.get(dtype, {})
     from .cuda_providers import CUDA_PROVIDERS

@@ -13,6 +13,17 @@ __all__ = ["cells", "format_table", "markdown_table", "on_gpu", "plot", "text_ta
 
 Row = Mapping[str, str]
 
+_ALWAYS_SHOWN = (
+    "min_ms",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "gflops",
+    "speedup_min",
+    "speedup_p50",
+    "error",
+)
+
 # Processors' worth of other processes that no measurement is free of.
 _NEGLIGIBLE = 0.1
 
@@ -58,41 +69,40 @@ def _place(row: Row) -> str:
 
 
 def _specs(row: Row) -> dict[str, Spec]:
-    return registry("cuda" if on_gpu(row) else "cpu", row["dtype"])
+    device = "cuda" if on_gpu(row) else "cpu"
+    return registry(device, row["dtype"], row.get("task", "inference"))
 
 
 def text_table(rows: Sequence[Row]) -> str:
     """The table of one cell for a terminal."""
-    header = [
-        "provider",
-        "version",
-        "min ms",
-        "p20",
-        "p50",
-        "p80",
-        "GFLOP/s",
-        "x best peer",
-        "(p50)",
-        "error",
-    ]
-    with_memory = any(row["peak_bytes"] for row in rows)
-    header += ["peak MB"] if with_memory else []
+    columns = {
+        "min ms": ("min_ms", "{:.2f}"),
+        "p20": ("p20_ms", "{:.2f}"),
+        "p50": ("p50_ms", "{:.2f}"),
+        "p80": ("p80_ms", "{:.2f}"),
+        "GFLOP/s": ("gflops", "{:.1f}"),
+        "x best peer": ("speedup_min", "{:.2f}"),
+        "(p50)": ("speedup_p50", "{:.2f}"),
+        "error": ("error", "{:.1e}"),
+        "steps/s": ("steps_per_second", "{:.2f}"),
+        "gradient error": ("gradient_error", "{:.1e}"),
+        "peak MB": ("peak_bytes", "{:.0f}"),
+        "tensors MB": ("live_bytes", "{:.0f}"),
+    }
+    # What is not measured has no column, except what belongs in every table.
+    columns = {
+        title: (name, form)
+        for title, (name, form) in columns.items()
+        if name in _ALWAYS_SHOWN or any(row.get(name) for row in rows)
+    }
     lines = []
     for row in rows:
         line = [row["provider"], row["version"]]
-        if row["status"] == "ok":
-            line += [f"{float(row[name]):.2f}" for name in ("min_ms", "p20_ms", "p50_ms", "p80_ms")]
-            line.append(f"{float(row['gflops']):.1f}")
-            line += [
-                f"{float(row[name]):.2f}" if row[name] else "-"
-                for name in ("speedup_min", "speedup_p50")
-            ]
-            line.append(f"{float(row['error']):.1e}")
-        else:
-            line += ["-"] * 7 + [f"{float(row['error']):.1e}" if row["error"] else "-"]
-        if with_memory:
-            line.append(f"{int(row['peak_bytes']) / 1e6:.0f}" if row["peak_bytes"] else "-")
+        for name, form in columns.values():
+            scale = 1e6 if name.endswith("_bytes") else 1
+            line.append(form.format(float(row[name]) / scale) if row.get(name) else "-")
         lines.append(line)
+    header = ["provider", "version", *columns]
     text = format_table(header, lines, left=2)
     notes = [f"{row['provider']}: {row['status']}" for row in rows if row["status"] != "ok"]
     load = disturbance(rows)
@@ -228,7 +238,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set_visible(False)
     for axis, group in zip(axes.flat, groups, strict=False):
         _panel(axis, group)
-    figure.supxlabel("milliseconds a call: bar median, line 20th to 80th percentile", fontsize=9)
+    what = "step" if groups[0][0].get("task") == "training" else "call"
+    figure.supxlabel(f"milliseconds a {what}: bar median, line 20th to 80th percentile", fontsize=9)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from .errors import CommandError
 
-__all__ = ["COLUMNS", "append_rows", "check_writable", "latest_rows", "read_rows"]
+__all__ = [
+    "COLUMNS",
+    "TRAINING_COLUMNS",
+    "append_rows",
+    "check_writable",
+    "latest_rows",
+    "read_rows",
+]
 
 COLUMNS: dict[str, str] = {
     "run": "identifier of the interleaved run that the row is part of",
@@ -56,6 +63,22 @@ COLUMNS: dict[str, str] = {
     "l2": "kept, or flushed before every call",
 }
 """Columns of the file, in order, and what they hold."""
+
+TRAINING_COLUMNS: dict[str, str] = COLUMNS | {
+    "macs": "multiply-adds of one step: forward, gradients of weights and of inputs",
+    "calls": "timed steps",
+    "min_ms": "fastest step, milliseconds",
+    "error": "largest difference of the output from the float64 reference",
+    "task": "training: a call is a whole step",
+    "optimizer": "what the step ends with",
+    "steps_per_second": "of the median step",
+    "gradient_error": "largest relative error, in the Euclidean norm, of a parameter's gradient or "
+    "of a running statistic",
+    "gradient_limit": "the largest that would have passed",
+    "live_bytes": "most that tensors allocated in one step hold at the same time, from the "
+    "profiler; empty where not measured",
+}
+"""The same of a file of training steps; what differs from :data:`COLUMNS` has the same name."""
 
 CELL = (
     *("model", "classes", "height", "width", "batch", "dtype", "threads"),
@@ -113,8 +136,12 @@ def append_rows(
         writer.writerows(rows)
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict[str, str]]:
     """Reads all rows.
+
+    Args:
+        path: The file.
+        columns: The columns that it must have.
 
     Raises:
         CommandError: The file cannot be read, or its columns are not those of this version.
@@ -126,7 +153,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CommandError(f"cannot read {path}: {reason}") from error
-    if list(reader.fieldnames or ()) != list(COLUMNS):
+    if list(reader.fieldnames or ()) != list(columns):
         raise CommandError(f"cannot use {path}: its columns are not those of this version")
     return rows
 
