@@ -1,0 +1,1 @@
+"""Data sets for training: read once, checked, and augmented a batch at a time."""

@@ -1,0 +1,145 @@
+"""Images in memory, and the batches that are made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .augment import Augmentation, Preparation
+
+__all__ = ["ImageBatches", "ImageSet", "Shard", "generator"]
+
+# Domains of random numbers, so that no two uses of one seed see the same ones.
+_ORDER, _AUGMENTATION = 1, 2
+_MASK = (1 << 63) - 1
+
+
+def generator(seed: int, *position: int) -> torch.Generator:
+    """A generator that depends on the seed and a position alone, never on what ran before.
+
+    Args:
+        seed: The run's seed.
+        *position: What the numbers are for, for example the epoch and the step.
+    """
+    state = seed & _MASK
+    for number in position:
+        # splitmix64's finaliser: neighbouring positions must not give similar streams.
+        state = (state + 0x9E3779B97F4A7C15 * (number + 1)) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state & _MASK)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits the training images."""
+    return torch.randperm(count, generator=generator(seed, _ORDER, epoch))
+
+
+def augmentation_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """The generator of what happens to one batch, or one image, of an epoch."""
+    return generator(seed, _AUGMENTATION, epoch, index)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process of several that share each batch.
+
+    Attributes:
+        rank: Number of the process, from 0.
+        count: Number of processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one size.
+
+    Attributes:
+        images: ``(N, H, W, C)``, uint8.
+        labels: ``(N,)``, int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, count: int) -> ImageSet:
+        """The first images."""
+        return ImageSet(self.images[:count], self.labels[:count])
+
+
+class ImageBatches:
+    """Batches of an :class:`ImageSet`.
+
+    All processes of a run draw the same random numbers for the whole batch and take their part of
+    it, so what a batch holds does not depend on how many processes share it.
+
+    Args:
+        data: The images.
+        preparation: Turns pixels into the network's input.
+        batch_size: Images of a batch, all processes together.
+        shard: Which part of each batch is wanted.
+        seed: Of the order and the augmentation.
+        augmentation: None leaves the images as they are.
+        device: Where the batches are made; the images are copied there once.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        preparation: Preparation,
+        batch_size: int,
+        shard: Shard = Shard(),
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._images = data.images.to(device)
+        self._labels = data.labels.to(device)
+        self._preparation = preparation
+        self._batch_size = batch_size
+        self._shard = shard
+        self._seed = seed
+        self._augmentation = augmentation
+        self._device = device
+
+    def __len__(self) -> int:
+        """Full batches of an epoch."""
+        return len(self._labels) // self._batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields this process's part of each full batch of an epoch, in random order.
+
+        Args:
+            epoch: Number of the epoch.
+            start: Number of the first batch that is wanted.
+        """
+        order = epoch_order(len(self._labels), self._seed, epoch)
+        size, shard = self._batch_size, self._shard
+        for batch in range(start, len(self)):
+            chosen = order[batch * size : (batch + 1) * size]
+            mine = slice(shard.rank * size // shard.count, (shard.rank + 1) * size // shard.count)
+            indices = chosen[mine].to(self._device)
+            images = self._images[indices]
+            if self._augmentation is not None:
+                random = augmentation_generator(self._seed, epoch, batch)
+                images = self._augmentation(images, self._augmentation.draw(size, random)[mine])
+            yield self._preparation(images), self._labels[indices]
+
+    def all(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields every image of this process's part once, in order, without augmentation."""
+        shard = self._shard
+        for start in range(0, len(self._labels), self._batch_size):
+            part = slice(start + shard.rank, start + self._batch_size, shard.count)
+            images = self._images[part]
+            if len(images):
+                yield self._preparation(images), self._labels[part]
