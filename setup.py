@@ -266,6 +266,6 @@ if "editable_wheel" in sys.argv[1:] and not arguments:
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={PACKAGE: ["py.typed"]},
+    package_data={PACKAGE: ["py.typed", "models/weights/*.safetensors", "models/weights/*.json"]},
     **arguments,
 )

@@ -1,6 +1,6 @@
-"""Writes the performance tables of the documentation from the files of benchmarks/results.
+"""Writes the tables of the documentation from the files of benchmarks/results and shipped weights.
 
-    python benchmarks/table.py           # rewrites README.md and docs/performance.md
+    python benchmarks/table.py           # rewrites README.md and files of docs/
     python benchmarks/table.py --check   # fails unless they are up to date
 
 A table stands between ``<!-- performance:NAME:begin -->`` and ``<!-- performance:NAME:end -->``.
@@ -13,7 +13,7 @@ import csv
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench_growth import ODD
@@ -22,13 +22,20 @@ from threshnet_fast.cli.errors import CommandError
 from threshnet_fast.cli.providers import PROVIDERS, dtypes, registry
 from threshnet_fast.cli.report import cells, conditions, markdown_table, on_gpu
 from threshnet_fast.cli.results import COLUMNS, TRAINING_COLUMNS, latest_rows, read_rows
+from threshnet_fast.models import create_model
+from threshnet_fast.models.pretrained import list_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "models.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 GROWTH = ROOT / "benchmarks" / "results" / "growth.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "train.csv"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "gpu.md",
+    ROOT / "docs" / "models" / "threshnet79_cifar10.md",
+)
 
 Rows = Sequence[dict[str, str]]
 
@@ -170,6 +177,61 @@ def _training_memory(rows: Rows) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def training_columns(rows: Rows) -> str:
+    """What the columns of train.csv hold, as far as it is not what those of models.csv do."""
+    del rows
+    lines = ["| column | holds |", "| :-- | :-- |"]
+    for name, text in TRAINING_COLUMNS.items():
+        if COLUMNS.get(name) != text:
+            lines.append(f"| `{name}` | {text} |")
+    return "\n".join(lines)
+
+
+def card(model: str, tag: str) -> str:
+    """What the description of shipped weights says: facts, then the accuracy of each class."""
+    found = [weights for weights in list_pretrained(model) if weights.tag == tag]
+    if not found:
+        return "These weights are not in this source tree."
+    (weights,) = found
+    info = weights.info
+    parameters = sum(p.numel() for p in create_model(model, pretrained=tag).parameters())
+    steps = [f"the middle {info.crop_fraction:.0%} of the shorter side, square"]
+    if info.source_size is not None:
+        steps.append(f"reduced to {_sides(info.source_size)}")
+    steps.append(f"resized to {_sides(info.image_size)} ({info.interpolation})")
+    settings = {name: value for name, value in info.recipe.items() if value and name != "name"}
+    facts = {
+        "Model": f"`{model}`, {parameters / 1e6:.2f} M parameters, {len(info.classes)} classes",
+        "File": f"`{weights.path.name}`, {weights.path.stat().st_size / 1e6:.1f} MB, {info.dtype}",
+        "SHA-256": f"`{weights.sha256}`",
+        "Licence": weights.license,
+        "Input": "; ".join(steps),
+        "Normalisation": f"mean {_numbers(info.mean)}, standard deviation {_numbers(info.std)}",
+        "Data": info.dataset,
+        "Recipe": f"`{info.recipe.get('name', '')}`: "
+        + ", ".join(f"{name} {_text(value)}" for name, value in settings.items()),
+        "Accuracy": f"{info.accuracy:.2%} of {info.extra['test_images']} test images",
+        "Note": weights.note,
+    }
+    lines = ["| | |", "| :-- | :-- |", *(f"| {name} | {text} |" for name, text in facts.items())]
+    by_class = info.extra["class_accuracy"]
+    lines += ["", "| class | accuracy |", "| :-- | --: |"]
+    lines += [f"| {name} | {share:.1%} |" for name, share in by_class.items()]
+    return "\n".join(lines)
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _cell(row: dict[str, str]) -> tuple[int, int, int]:
     return int(row["height"]), int(row["width"]), int(row["batch"])
 
@@ -186,7 +248,7 @@ def _percent(time: float | None, other: float | None) -> str:
     return f"**{text}**" if time > 1.25 * other else text
 
 
-TABLES = {
+TABLES: dict[str, Callable[[Rows], str]] = {
     "summary": summary,
     "full": full,
     "gpu": gpu,
@@ -194,6 +256,8 @@ TABLES = {
     "memory": memory,
     "growth": growth,
     "training": training,
+    "training_columns": training_columns,
+    "threshnet79_cifar10": lambda rows: card("threshnet79", "cifar10"),
 }
 
 

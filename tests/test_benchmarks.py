@@ -640,3 +640,28 @@ def test_table_and_figure_of_training(monkeypatch, tmp_path):
     monkeypatch.undo()
     plots.plot(drawn["t.png"], tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_model_card(monkeypatch, tmp_path):
+    from trained import save_random
+
+    from threshnet_fast.models import pretrained
+
+    table = importlib.import_module("table")
+    monkeypatch.setattr(pretrained, "_FOLDER", tmp_path)
+    assert table.card("threshnet79", "cifar10") == "These weights are not in this source tree."
+    extra = {"license": "MIT", "note": "Random.", "test_images": 40}
+    extra |= {"class_accuracy": {f"class {i}": i / 40 for i in range(10)}}
+    path = tmp_path / "threshnet79_cifar10.safetensors"
+    recipe = {"name": "modern", "epochs": 3, "learning_rate": 0.1, "clip_norm": 0.0}
+    save_random(path, torch.float16, accuracy=0.9125, extra=extra, recipe=recipe)
+    lines = table.card("threshnet79", "cifar10").splitlines()
+    assert "| Model | `threshnet79`, 14.37 M parameters, 10 classes |" in lines
+    assert f"| File | `{path.name}`, {path.stat().st_size / 1e6:.1f} MB, float16 |" in lines
+    assert "| Recipe | `modern`: epochs 3, learning_rate 0.1 |" in lines
+    assert "| Accuracy | 91.25% of 40 test images |" in lines
+    assert (
+        "| Input | the middle 100% of the shorter side, square; reduced to 32x32; resized to 48x48 "
+        "(bilinear) |" in lines
+    )
+    assert lines[-2:] == ["| class 8 | 20.0% |", "| class 9 | 22.5% |"]

@@ -49,6 +49,10 @@ __global__ void kernel() {}
 int threshnet_fast_run() { kernel<<<1, 1>>>(); return cudaGetLastError(); }
 """
 
+WEIGHTS = {
+    f"threshnet_fast/models/weights/tiny_example.{suffix}" for suffix in ("json", "safetensors")
+}
+
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
 )
@@ -91,7 +95,8 @@ def output_of(run):
 def tree(tmp_path):
     """A copy of the source tree with one tiny operator and one module in kernels/."""
     folder = tmp_path / "tree"
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    # Large weights would have every archive take long: small files stand for them.
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "*.safetensors")
     folder.mkdir()
     for name in ("build_backend", "threshnet_fast", "tests", "csrc", "kernels"):
         if (ROOT / name).is_dir():
@@ -106,6 +111,9 @@ def tree(tmp_path):
     (folder / "kernels").mkdir(exist_ok=True)
     (folder / "kernels/__init__.py").touch()
     (folder / "kernels/example.py").write_text("ANSWER = 42\n")
+    (folder / "threshnet_fast/models/weights").mkdir(exist_ok=True)
+    for name in WEIGHTS:
+        (folder / name).write_text("{}")
     return folder
 
 
@@ -319,6 +327,7 @@ class TestArchives:
             names = {name.partition("/")[2] for name in file.getnames()}
         wanted = {
             *sources,
+            *WEIGHTS,
             "build_backend/backend.py",
             "build_backend/nvcc.py",
             "build_backend/toolchain.py",
@@ -350,6 +359,7 @@ class TestArchives:
         }
         assert modules - names == set()
         assert {"threshnet_fast/py.typed", "threshnet_fast/kernels/example.py"} - names == set()
+        assert WEIGHTS - names == set()
         assert {name.split("/")[0] for name in names} == {
             "threshnet_fast",
             "threshnet_fast-0.1.0.dist-info",

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import CommandError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["Picture", "as_batch", "find_pictures", "load_picture"]
 
@@ -34,23 +38,44 @@ class Picture:
     pixels: Tensor
 
 
-def load_picture(path: str) -> Picture:
-    """Reads a picture file of any format that Pillow knows.
+def load_picture(path: str, argument: str = "--image") -> Picture:
+    """Reads a picture file of any format that Pillow knows, upright, on white where transparent.
+
+    Args:
+        path: The file.
+        argument: What it was named by, which error messages begin with.
 
     Raises:
         CommandError: The file cannot be read as a picture.
     """
     from PIL import Image, UnidentifiedImageError
 
+    name = f"{argument} {path}".strip()
     try:
         with Image.open(path) as image:
-            pixels = _to_tensor(image.convert("RGB"))
+            pixels = _to_tensor(_as_rgb(image))
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise CommandError(f"--image {path}: not a picture: {error}", status=2) from error
+        raise CommandError(f"{name}: not a picture: {error}", status=2) from error
     except (OSError, SyntaxError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise CommandError(f"--image {path}: cannot be read: {reason}", status=2) from error
-    return Picture(Path(path).name, "--image", pixels)
+        raise CommandError(f"{name}: cannot be read: {reason}", status=2) from error
+    return Picture(Path(path).name, argument or path, pixels)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a camera's orientation mark shows it, in three channels of 8 bits."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow would cut off what exceeds 8 bits.
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def find_pictures() -> list[Picture]:

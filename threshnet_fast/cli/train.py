@@ -259,7 +259,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     torch.manual_seed(arguments.seed)
     keywords: dict[str, Any] = {"num_classes": len(data.classes)}
-    dropout = {"drop_rate": recipe.drop_rate} if recipe.drop_rate else {}
+    dropout: dict[str, Any] = {"drop_rate": recipe.drop_rate} if recipe.drop_rate else {}
     model = create_model(arguments.model, **keywords, **dropout)
     model.to(place)
     # Missing from the annotations of Module.to.

@@ -54,16 +54,22 @@ def list_models(filter: str = "*") -> list[str]:
     return sorted(name for name in _REGISTRY if fnmatchcase(name, filter.lower()))
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
+def create_model(name: str, *, pretrained: str | bool | None = None, **kwargs: Any) -> nn.Module:
     """Builds a registered model.
 
     Args:
         name: One of :func:`list_models`.
+        pretrained: Name of trained weights that come with the package, for example ``"cifar10"``,
+            or True where there is only one choice. ``num_classes`` is then theirs by default; with
+            another, the classifier is a new one. ``default_cfg`` says how they take their input,
+            and the names of their ``classes``.
         **kwargs: Passed to the model, for example ``num_classes`` or ``in_chans``.
 
     Raises:
-        TypeError: ``name`` is not a string, or the model takes no such keyword.
-        ValueError: No model is called ``name``; the message suggests the nearest.
+        TypeError: ``name`` or ``pretrained`` is of the wrong type, or the model takes no such
+            keyword.
+        ValueError: No model is called ``name``, or it has no such weights; the message suggests
+            the nearest. Or the weights were trained on another number of channels.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is a {type(name).__name__}: expected a str")
@@ -72,4 +78,9 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         near = difflib.get_close_matches(name.lower(), _REGISTRY, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {list_models()}"
         raise ValueError(f"name is {name!r}, which is no model: {hint}")
-    return builder(**kwargs)
+    if pretrained is None or pretrained is False:
+        return builder(**kwargs)
+    # Not at import: hardly any use of the package needs it.
+    from .pretrained import create_pretrained, find_pretrained
+
+    return create_pretrained(builder, find_pretrained(name, pretrained), kwargs)

@@ -1,0 +1,323 @@
+"""``threshnet-fast predict``, and how a picture becomes a network's input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from trained import CLASSES, INFO, picture, save_random, write_picture
+
+from threshnet_fast.cli import main
+from threshnet_fast.cli.errors import CommandError
+from threshnet_fast.cli.pictures import load_picture
+from threshnet_fast.cli.providers import plain_module
+from threshnet_fast.models import pretrained
+from threshnet_fast.models.preprocessing import preprocess
+from threshnet_fast.train.weights import load_model
+
+
+@pytest.fixture(autouse=True)
+def quiet(one_thread) -> None:
+    """One thread."""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """The folder of a training run."""
+    folder = tmp_path_factory.mktemp("run")
+    save_random(folder / "model.safetensors", torch.float16)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of pictures, some in a folder of their own, and a file that is none."""
+    folder = tmp_path / "pictures"
+    write_picture(folder / "a.png", seed=1)
+    write_picture(folder / "inside" / "b.JPG", 100, 70, seed=2)
+    write_picture(folder / "c.bmp", 32, 32, seed=3)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def predict(capsys, *arguments: object) -> tuple[int, str, str]:
+    status = main(["predict", *map(str, arguments)])
+    return (status, *capsys.readouterr())
+
+
+def expected_probabilities(pixels: np.ndarray, model: torch.nn.Module) -> torch.Tensor:
+    """What stock PyTorch in float64 says to a picture, prepared by Pillow and numpy."""
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = torch.from_numpy(pixels[top : top + side, left : left + side].copy()).double()
+    image = image.permute(2, 0, 1)[None]
+    if side > 32:
+        image = F.interpolate(image, (32, 32), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(v).double().view(1, 3, 1, 1) for v in (INFO.mean, INFO.std))
+    image = F.interpolate((image / 255 - mean) / std, INFO.image_size, mode="bilinear")
+    with torch.no_grad():
+        return plain_module(model).double()(image)[0].softmax(0)
+
+
+class TestPreprocess:
+    def test_picture_of_the_data_set_is_only_normalised(self):
+        info = dataclasses.replace(INFO, image_size=(32, 32))
+        pixels = torch.from_numpy(picture(32, 32)).permute(2, 0, 1)
+        x = preprocess(pixels, info)
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (info.mean, info.std))
+        torch.testing.assert_close(x, (pixels[None] / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+        assert x.is_contiguous()
+
+    def test_square_in_the_middle(self):
+        info = dataclasses.replace(INFO, image_size=(8, 8), source_size=None, crop_fraction=0.5)
+        pixels = torch.zeros(3, 20, 16, dtype=torch.uint8)
+        pixels[:, 6:14, 4:12] = torch.randint(0, 256, (3, 8, 8)).to(torch.uint8)
+        x = preprocess(pixels, info)
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (info.mean, info.std))
+        expected = (pixels[None, :, 6:14, 4:12] / 255 - mean) / std
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+    def test_photograph_is_reduced_to_the_size_of_the_data_set_first(self):
+        pixels = torch.from_numpy(picture(320, 320)).permute(2, 0, 1)
+        by_way_of_32 = preprocess(pixels, dataclasses.replace(INFO, image_size=(64, 64)))
+        directly = preprocess(
+            pixels, dataclasses.replace(INFO, image_size=(64, 64), source_size=None)
+        )
+        assert by_way_of_32.shape == directly.shape == (1, 3, 64, 64)
+        roughness = [float(x.diff(dim=-1).abs().max()) for x in (by_way_of_32, directly)]
+        assert roughness[0] < 0.7 * roughness[1]
+
+    def test_small_picture_is_not_reduced(self):
+        info = dataclasses.replace(INFO, image_size=(20, 20), source_size=(32, 32))
+        pixels = torch.from_numpy(picture(20, 20)).permute(2, 0, 1)
+        same = preprocess(pixels, dataclasses.replace(info, source_size=None))
+        assert torch.equal(preprocess(pixels, info), same)
+
+    def test_network_of_one_channel_sees_brightness(self):
+        info = dataclasses.replace(INFO, mean=(0.0,), std=(1.0,), image_size=(32, 32))
+        pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        pixels[1] = 255
+        x = preprocess(pixels, info)
+        assert x.shape == (1, 1, 32, 32)
+        torch.testing.assert_close(x, torch.full_like(x, 0.587))
+
+    @pytest.mark.parametrize(
+        ("pixels", "error"),
+        [
+            (torch.zeros(3, 8, 8), TypeError),
+            (np.zeros((3, 8, 8), np.uint8), TypeError),
+            (torch.zeros(8, 8, 3, dtype=torch.uint8), ValueError),
+            (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ValueError),
+            (torch.zeros(3, 0, 8, dtype=torch.uint8), ValueError),
+        ],
+    )
+    def test_bad_pixels(self, pixels, error):
+        with pytest.raises(error, match="pixels"):
+            preprocess(pixels, INFO)
+
+    def test_network_of_other_channels(self):
+        info = dataclasses.replace(INFO, mean=(0.0,) * 4, std=(1.0,) * 4)
+        with pytest.raises(ValueError, match="4 channels"):
+            preprocess(torch.zeros(3, 8, 8, dtype=torch.uint8), info)
+
+
+class TestPictures:
+    def test_orientation_of_a_camera(self, tmp_path):
+        image = Image.fromarray(picture(20, 30))
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(tmp_path / "a.png", exif=exif)
+        pixels = load_picture(str(tmp_path / "a.png")).pixels
+        upright = torch.from_numpy(picture(20, 30)).permute(2, 0, 1).flip(1).transpose(1, 2)
+        assert torch.equal(pixels, upright)
+
+    def test_transparent_is_white(self, tmp_path):
+        image = np.zeros((4, 4, 4), np.uint8)
+        image[:2, :, 3] = 255
+        Image.fromarray(image, "RGBA").save(tmp_path / "a.png")
+        pixels = load_picture(str(tmp_path / "a.png")).pixels
+        assert pixels[:, :2].max() == 0
+        assert pixels[:, 2:].min() == 255
+
+    def test_sixteen_bits(self, tmp_path):
+        values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+        Image.fromarray(values).save(tmp_path / "a.png")
+        pixels = load_picture(str(tmp_path / "a.png")).pixels
+        assert pixels.tolist() == [[[0, 1, 128, 255]]] * 3
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK"])
+    def test_other_modes(self, tmp_path, mode):
+        path = tmp_path / "a.tiff"
+        Image.fromarray(picture(6, 7)).convert(mode).save(path)
+        pixels = load_picture(str(path)).pixels
+        assert pixels.shape == (3, 6, 7)
+        assert pixels.dtype is torch.uint8
+
+    def test_argument_that_named_it(self, tmp_path):
+        (tmp_path / "a.png").write_bytes(b"nothing")
+        for argument, begins in (("--image", "--image /"), ("", "/")):
+            with pytest.raises(CommandError, match=f"^{begins}.*a.png: not a picture"):
+                load_picture(str(tmp_path / "a.png"), argument)
+
+
+class TestPredict:
+    def test_agrees_with_float64(self, capsys, run_folder, pictures):
+        status, output, error = predict(
+            capsys, pictures, "--checkpoint", run_folder, "--json", "--top", 10
+        )
+        assert (status, error) == (0, "")
+        answer = json.loads(output)
+        assert (answer["model"], answer["checkpoint"]) == ("threshnet79", str(run_folder))
+        assert tuple(answer["classes"]) == CLASSES
+        names = [Path(result["picture"]).name for result in answer["results"]]
+        assert names == ["a.png", "c.bmp", "b.JPG"]
+        model, _ = load_model(run_folder)
+        for result in answer["results"]:
+            pixels = np.asarray(Image.open(result["picture"]).convert("RGB"))
+            expected = expected_probabilities(pixels, model)
+            found = [entry["probability"] for entry in result["predictions"]]
+            assert found == sorted(found, reverse=True)
+            assert sum(found) == pytest.approx(1)
+            for entry in result["predictions"]:
+                assert entry["class"] == CLASSES[entry["index"]]
+                assert entry["probability"] == pytest.approx(
+                    float(expected[entry["index"]]), abs=1e-4
+                )
+
+    def test_reference_backend_says_the_same(self, capsys, run_folder, pictures):
+        answers = [
+            json.loads(predict(capsys, pictures, "--checkpoint", run_folder, "--json", *more)[1])
+            for more in ((), ("--backend", "reference", "--threads", 1))
+        ]
+        for ours, theirs in zip(*(answer["results"] for answer in answers), strict=True):
+            for one, other in zip(ours["predictions"], theirs["predictions"], strict=True):
+                assert one["class"] == other["class"]
+                assert one["probability"] == pytest.approx(other["probability"], abs=1e-4)
+
+    def test_text(self, capsys, run_folder, pictures):
+        status, output, _ = predict(
+            capsys, pictures / "a.png", pictures / "c.bmp", "--checkpoint", run_folder, "--top", 2
+        )
+        assert status == 0
+        lines = output.splitlines()
+        assert [lines[0], lines[3]] == [str(pictures / "a.png"), str(pictures / "c.bmp")]
+        assert len(lines) == 6
+        for line in (*lines[1:3], *lines[4:]):
+            name, probability = line.split()
+            assert name in CLASSES
+            assert 0 < float(probability.removesuffix("%")) <= 100
+
+    def test_more_pictures_than_a_batch(self, capsys, run_folder, tmp_path):
+        paths = [write_picture(tmp_path / f"{i:02}.png", 33, 33, seed=i) for i in range(35)]
+        arguments = ("--checkpoint", run_folder / "model.json", "--json", "--top", 1)
+        _, output, _ = predict(capsys, tmp_path, *arguments)
+        together = json.loads(output)["results"]
+        assert [result["picture"] for result in together] == list(map(str, paths))
+        alone = json.loads(predict(capsys, paths[34], *arguments)[1])["results"]
+        for result in (together[34]["predictions"][0], alone[0]["predictions"][0]):
+            assert result["index"] == alone[0]["predictions"][0]["index"]
+            assert result["probability"] == pytest.approx(
+                alone[0]["predictions"][0]["probability"], abs=1e-4
+            )
+
+    def test_what_is_no_picture_is_reported_and_the_rest_predicted(
+        self, capsys, run_folder, pictures
+    ):
+        (pictures / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+        status, output, error = predict(capsys, pictures, "--checkpoint", run_folder)
+        assert status == 1
+        assert error.count("\n") == 1
+        assert f"{pictures / 'b.png'}: " in error
+        assert [str(pictures / name) in output for name in ("a.png", "b.png", "c.bmp")] == [
+            *(True, False, True)
+        ]
+        status, output, error = predict(capsys, pictures, "--checkpoint", run_folder, "--json")
+        assert (status, error) == (1, "")
+        results = {Path(r["picture"]).name: r for r in json.loads(output)["results"]}
+        assert "error" in results["b.png"]
+        assert "predictions" not in results["b.png"]
+        assert len(results) == 4
+
+    def test_nothing_but_what_is_no_picture(self, capsys, run_folder, pictures):
+        status, output, error = predict(capsys, pictures / "notes.txt", "--checkpoint", run_folder)
+        assert (status, output) == (1, "")
+        assert "not a picture" in error
+
+    def test_same_picture_twice(self, capsys, run_folder, pictures):
+        path = pictures / "a.png"
+        _, output, _ = predict(capsys, path, path, "--checkpoint", run_folder)
+        assert output.count("a.png") == 1
+
+    def test_pretrained(self, capsys, tmp_path, monkeypatch, pictures):
+        monkeypatch.setattr(pretrained, "_FOLDER", tmp_path / "weights")
+        path = tmp_path / "weights" / "threshnet79_cifar10.safetensors"
+        save_random(path, torch.float16)
+        outputs = [
+            json.loads(predict(capsys, pictures, "--json", *more)[1])
+            for more in ((), ("--model", "threshnet79", "--pretrained", "cifar10"))
+        ]
+        assert outputs[0] == outputs[1]
+        assert outputs[0]["pretrained"] == "cifar10"
+        by_path = json.loads(predict(capsys, pictures, "--json", "--checkpoint", path)[1])
+        assert by_path["results"] == outputs[0]["results"]
+
+
+class TestErrors:
+    def fails(self, capsys, *arguments: object) -> str:
+        status, output, error = predict(capsys, *arguments)
+        assert (status, output) == (2, "")
+        assert error.startswith("threshnet-fast predict: error: ")
+        assert error.count("\n") == 1
+        return error
+
+    def test_missing(self, capsys, tmp_path, run_folder):
+        error = self.fails(capsys, tmp_path / "none.png", "--checkpoint", run_folder)
+        assert "none.png: there is no such file or folder" in error
+
+    def test_folder_without_pictures(self, capsys, tmp_path, run_folder):
+        (tmp_path / "notes.txt").touch()
+        error = self.fails(capsys, tmp_path, "--checkpoint", run_folder)
+        assert "there is no picture in this folder" in error
+
+    def test_no_checkpoint(self, capsys, tmp_path, pictures):
+        error = self.fails(capsys, pictures, "--checkpoint", tmp_path)
+        assert "there is no" in error
+        assert "model.safetensors" in error
+
+    def test_damaged_checkpoint(self, capsys, tmp_path, pictures, run_folder):
+        for name in ("model.safetensors", "model.json"):
+            (tmp_path / name).write_bytes((run_folder / name).read_bytes())
+        with (tmp_path / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\x55")
+        error = self.fails(capsys, pictures, "--checkpoint", tmp_path)
+        assert "checksums differ" in error
+
+    @pytest.mark.parametrize("option", ["--model", "--pretrained"])
+    def test_checkpoint_and_model(self, capsys, pictures, run_folder, option):
+        error = self.fails(capsys, pictures, "--checkpoint", run_folder, option, "threshnet79")
+        assert option in error
+
+    def test_unknown_model(self, capsys, pictures):
+        error = self.fails(capsys, pictures, "--model", "threshnet78")
+        assert "did you mean 'threshnet79'" in error
+
+    def test_unknown_weights(self, capsys, pictures):
+        error = self.fails(capsys, pictures, "--pretrained", "imagenet")
+        assert "'imagenet'" in error
+
+    def test_unknown_backend(self, capsys, pictures, run_folder):
+        error = self.fails(capsys, pictures, "--checkpoint", run_folder, "--backend", "cpuu")
+        assert "did you mean 'cpu'" in error
+
+    @pytest.mark.parametrize("arguments", [["--top", "0"], ["--device", "tpu"]])
+    def test_bad_values(self, capsys, pictures, arguments):
+        assert main(["predict", str(pictures), *arguments]) == 2
+        assert arguments[0] in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""``threshnet-fast export``: weights for others, in half precision."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import CommandError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..train.weights import ModelInfo
+
+__all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "write a trained model in half precision, with its accuracy"
+
+DESCRIPTION = """\
+Reads a trained model and writes it again, as NAME.safetensors and NAME.json: in half precision,
+with its accuracy on the test images as the written weights have it, and with what else there is to
+say about it. threshnet-fast predict --checkpoint reads the result, threshnet_fast.train.load_model
+does so in Python."""
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument(
+        "source", type=Path, metavar="MODEL", help="folder of a run, or NAME.safetensors"
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="NAME.safetensors to write")
+    parser.add_argument(
+        "--dtype", choices=list(_DTYPES), default="float16", help="default %(default)s"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data set that the model was trained on: measures the accuracy anew",
+    )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="accept files of the data set that are not as large as the published ones",
+    )
+    parser.add_argument("--license", metavar="NAME", help="under which the weights may be used")
+    parser.add_argument("--note", metavar="TEXT", help="what to know about them")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    from ..train.weights import load_model, load_state, save_model
+
+    output: Path = arguments.output
+    if output.suffix != ".safetensors":
+        raise CommandError(f"cannot write {output}: expected NAME.safetensors", status=2)
+    if not output.parent.is_dir():
+        raise CommandError(f"cannot write {output}: there is no folder {output.parent}", status=2)
+    try:
+        model, info = load_model(arguments.source)
+        extra: dict[str, Any] = {
+            name: value for name, value in info.extra.items() if name != "sha256"
+        }
+        extra |= {
+            name: value
+            for name in ("license", "note")
+            if (value := getattr(arguments, name)) is not None
+        }
+        info = dataclasses.replace(info, extra=extra)
+        save_model(output, model, info, _DTYPES[arguments.dtype])
+        if arguments.data is not None:
+            model.load_state_dict(load_state(output))
+            info = _with_accuracy(model, info, arguments)
+            save_model(output, model, info, _DTYPES[arguments.dtype])
+    except (FileNotFoundError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"cannot write {output}: {error.strerror}") from error
+    size = output.stat().st_size / 1e6
+    accuracy = "" if info.accuracy is None else f", accuracy {info.accuracy:.2%}"
+    print(f"Written: {output} ({size:.1f} MB{accuracy})")
+    return 0
+
+
+def _with_accuracy(model: nn.Module, info: ModelInfo, arguments: argparse.Namespace) -> ModelInfo:
+    """The description with the accuracy on the test images, of all and of each class."""
+    from ..data.augment import Preparation
+    from ..data.cifar import CIFAR10, CIFAR100
+    from ..data.images import ImageBatches
+    from ..train.loop import evaluate
+
+    sources = {source.name: source for source in (CIFAR10, CIFAR100)}
+    if info.dataset not in sources:
+        raise CommandError(
+            f"--data: the model was trained on {info.dataset or 'an unknown data set'}, and only "
+            f"{' and '.join(sources)} can be read here",
+            status=2,
+        )
+    data = sources[info.dataset].load(arguments.data, verify=not arguments.no_verify)
+    if data.classes != info.classes:
+        raise CommandError(f"--data {arguments.data}: its classes are not those of the model")
+    prepare = Preparation(info.mean, info.std, info.image_size, info.interpolation)
+    test = ImageBatches(data.test, prepare, 250)
+    result = evaluate(model, test, len(info.classes))
+    right = result.confusion.diagonal() / result.confusion.sum(1)
+    extra = {
+        **info.extra,
+        "test_images": result.count,
+        "class_accuracy": dict(zip(info.classes, right.tolist(), strict=True)),
+    }
+    return dataclasses.replace(info, accuracy=result.accuracy, extra=extra)

@@ -1,0 +1,222 @@
+"""``threshnet-fast predict``: what is in a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import check_device, check_model, device, positive_integer
+from .errors import CommandError
+from .pictures import load_picture
+
+if TYPE_CHECKING:
+    from ..train.weights import ModelInfo
+
+__all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "classify pictures"
+
+DESCRIPTION = """\
+Prints the most probable classes of each picture. Of a folder, all pictures in it and below are
+taken. The model is one that comes with the package, by default ThreshNet79 trained on CIFAR-10,
+or, with --checkpoint, one that threshnet-fast train or export has written.
+
+A network answers with one of its classes whatever it is shown: the default one knows airplane,
+automobile, bird, cat, deer, dog, frog, horse, ship and truck, and nothing else."""
+
+_MODEL, _PRETRAINED = "threshnet79", "cifar10"
+_TOP = 5
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the network says about a picture, or why it says nothing."""
+
+    picture: str
+    probabilities: Tensor | None = None
+    error: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture, or folder of them")
+    which = parser.add_argument_group("model")
+    which.add_argument("--model", metavar="NAME", help=f"default {_MODEL}")
+    which.add_argument(
+        "--pretrained", metavar="NAME", help=f"its trained weights (default {_PRETRAINED})"
+    )
+    which.add_argument(
+        "--checkpoint", metavar="PATH", help="instead: folder of a run, or NAME.safetensors"
+    )
+    how = parser.add_argument_group("how to run it")
+    how.add_argument("--top", type=positive_integer, default=_TOP, metavar="N", help="default 5")
+    how.add_argument("--json", action="store_true", help="print JSON")
+    how.add_argument(
+        "--device",
+        type=device,
+        default=torch.device("cpu"),
+        metavar="DEVICE",
+        help="cpu (default), cuda or cuda:N",
+    )
+    how.add_argument("--threads", type=positive_integer, metavar="N", help="default: torch's")
+    how.add_argument(
+        "--backend", default="auto", metavar="NAME", help="as use_backend takes it (default auto)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    from ..backends.select import check_name, use_backend
+
+    try:
+        check_name(arguments.backend, "--backend")
+    except ValueError as error:
+        raise CommandError(str(error), status=2) from error
+    place = check_device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    paths = _find(arguments.pictures)
+    model, info, source = _load(arguments)
+    model.to(place)
+    with use_backend(arguments.backend):
+        answers = list(_classify(model, info, paths, place))
+    if arguments.json:
+        print(json.dumps(_as_json(answers, info, source, arguments.top), indent=2))
+    else:
+        _print(answers, info, arguments.top)
+    for answer in answers:
+        if answer.error and not arguments.json:
+            print(f"threshnet-fast predict: error: {answer.error}", file=sys.stderr)
+    return int(any(answer.error for answer in answers))
+
+
+def _find(names: Sequence[str]) -> list[Path]:
+    """The pictures that were named, and those in folders that were, without repetition.
+
+    Raises:
+        CommandError: There is no such file or folder, or no picture in a folder.
+    """
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if not path.exists():
+            raise CommandError(f"{name}: there is no such file or folder", status=2)
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(
+            file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file()
+        )
+        if not inside:
+            raise CommandError(f"{name}: there is no picture in this folder", status=2)
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def _load(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo, dict[str, str]]:
+    """The network, its description, and where it is from."""
+    from ..models import create_model
+    from ..models.pretrained import find_pretrained
+    from ..train.weights import load_model
+
+    if arguments.checkpoint is not None:
+        for name in ("model", "pretrained"):
+            if getattr(arguments, name) is not None:
+                raise CommandError(
+                    f"--{name}: a checkpoint says what it is, leave this out or --checkpoint", 2
+                )
+        try:
+            model, info = load_model(arguments.checkpoint)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--checkpoint {arguments.checkpoint}: {error}", status=2) from error
+        return model, info, {"checkpoint": arguments.checkpoint}
+    name = arguments.model or _MODEL
+    check_model(name)
+    try:
+        weights = find_pretrained(name, arguments.pretrained or _PRETRAINED)
+        model = create_model(name, pretrained=weights.tag).eval()
+    except ValueError as error:
+        raise CommandError(str(error), status=2) from error
+    return model, weights.info, {"pretrained": weights.tag}
+
+
+def _classify(
+    model: nn.Module, info: ModelInfo, paths: Sequence[Path], place: torch.device
+) -> Iterator[_Answer]:
+    """Yields an answer for each picture, in order."""
+    from tqdm import tqdm
+
+    from ..models.preprocessing import preprocess
+
+    # The bar would stand between the answers, and is of no use for a few pictures.
+    hidden = True if len(paths) <= _BATCH else None
+    with tqdm(total=len(paths), desc="predict", unit="picture", disable=hidden, leave=False) as bar:
+        for start in range(0, len(paths), _BATCH):
+            answers, images = [], []
+            for path in paths[start : start + _BATCH]:
+                try:
+                    picture = load_picture(str(path), "")
+                    images.append(preprocess(picture.pixels, info))
+                    answers.append(_Answer(str(path)))
+                except CommandError as error:
+                    answers.append(_Answer(str(path), error=str(error)))
+            if images:
+                with torch.inference_mode():
+                    logits = model(torch.cat(images).to(place))
+                rows = iter(logits.double().softmax(1).cpu())
+                answers = [a if a.error else _Answer(a.picture, next(rows)) for a in answers]
+            yield from answers
+            bar.update(len(answers))
+
+
+def _best(answer: _Answer, info: ModelInfo, top: int) -> list[tuple[int, str, float]]:
+    """Number, name and probability of the most probable classes."""
+    assert answer.probabilities is not None
+    values, indices = answer.probabilities.topk(min(top, len(info.classes)))
+    return [
+        (index, info.classes[index], value)
+        for index, value in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _as_json(
+    answers: Sequence[_Answer], info: ModelInfo, source: dict[str, str], top: int
+) -> dict[str, Any]:
+    results: list[dict[str, Any]] = []
+    for answer in answers:
+        result: dict[str, Any] = {"picture": answer.picture}
+        if answer.error:
+            result["error"] = answer.error
+        else:
+            result["predictions"] = [
+                {"class": name, "index": index, "probability": probability}
+                for index, name, probability in _best(answer, info, top)
+            ]
+        results.append(result)
+    return {"model": info.model, **source, "classes": list(info.classes), "results": results}
+
+
+def _print(answers: Sequence[_Answer], info: ModelInfo, top: int) -> None:
+    width = max(map(len, info.classes))
+    blocks = []
+    for answer in answers:
+        if not answer.error:
+            lines = [
+                f"  {name.ljust(width)}  {probability:7.2%}"
+                for _, name, probability in _best(answer, info, top)
+            ]
+            blocks.append("\n".join([answer.picture, *lines]))
+    if blocks:
+        print("\n".join(blocks))
