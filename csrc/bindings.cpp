@@ -93,8 +93,7 @@ Tensor program_algorithms(const Tensor& program) {
   std::vector<int64_t> algorithms;
   for (int64_t i = 0; i < view.header().step_count; ++i) {
     const cpu::Step& step = view.step(i);
-    if (step.kind == cpu::kConvolution || step.kind == cpu::kPool)
-      algorithms.push_back(cpu::algorithm_of(step));
+    if (cpu::is_planned(step)) algorithms.push_back(cpu::algorithm_of(step));
   }
   Tensor result = torch::stable::empty({static_cast<int64_t>(algorithms.size())}, ScalarType::Long);
   std::copy(algorithms.begin(), algorithms.end(), static_cast<int64_t*>(result.data_ptr()));

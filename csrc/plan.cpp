@@ -155,14 +155,19 @@ class Reader {
     PlanStep step{};
     const int64_t kind = next();
     const int64_t length = next();
-    if (kind == static_cast<int64_t>(PlanStepKind::kConvolution)) {
-      step.kind = PlanStepKind::kConvolution;
-      read_convolution(step);
-    } else if (kind == static_cast<int64_t>(PlanStepKind::kPool)) {
-      step.kind = PlanStepKind::kPool;
-      read_pool(step);
-    } else {
-      fail_plan("unknown kind of step");
+    require_plan(kind >= 0 && kind <= static_cast<int64_t>(PlanStepKind::kDepthwise),
+                 "unknown kind of step");
+    step.kind = static_cast<PlanStepKind>(kind);
+    switch (step.kind) {
+      case PlanStepKind::kConvolution:
+        read_convolution(step);
+        break;
+      case PlanStepKind::kPool:
+        read_pool(step, start + length);
+        break;
+      case PlanStepKind::kDepthwise:
+        read_depthwise(step);
+        break;
     }
     require_plan(position_ - start == length, "a step has the wrong length");
     plan_.steps.push_back(std::move(step));
@@ -173,9 +178,7 @@ class Reader {
     for (int64_t i = 0; i < count; ++i) read_input(step);
     read_output(step);
     read_window(step);
-    step.relu = next() != 0;
-    step.weight_index = weight_index(false);
-    step.bias_index = weight_index(true);
+    read_epilogue(step);
     step.scale_index = weight_index(true);
     step.shift_index = weight_index(true);
     require_plan((step.scale_index < 0) == (step.shift_index < 0), "a scale without a shift");
@@ -196,16 +199,43 @@ class Reader {
     }
   }
 
-  void read_pool(PlanStep& step) {
+  void read_epilogue(PlanStep& step) {
+    const int64_t activation = next();
+    require_plan(activation >= 0 && activation <= static_cast<int64_t>(PlanActivation::kRelu6),
+                 "unknown activation");
+    step.activation = static_cast<PlanActivation>(activation);
+    step.weight_index = weight_index(false);
+    step.bias_index = weight_index(true);
+  }
+
+  // What every channel of the output is made of is the same channel of the input alone.
+  void read_channelwise(PlanStep& step) {
     read_input(step);
     read_output(step);
     read_window(step);
-    step.average = next() != 0;
-    step.weight_index = step.bias_index = step.scale_index = step.shift_index = -1;
     require_plan(buffer(step.inputs[0].buffer).offset != kNetworkInput,
-                 "a pool reads the network's input");
+                 "a pool or a depthwise convolution reads the network's input");
     require_plan(step.inputs[0].channels == step.output.channels,
-                 "a pool changes the number of channels");
+                 "a pool or a depthwise convolution changes the number of channels");
+    step.weight_index = step.bias_index = step.scale_index = step.shift_index = -1;
+  }
+
+  void read_depthwise(PlanStep& step) {
+    read_channelwise(step);
+    read_epilogue(step);
+    require_plan(step.inputs[0].buffer != step.output.buffer,
+                 "a depthwise convolution writes to the buffer that it reads");
+  }
+
+  // Scale and shift are there if the step does not end without them.
+  void read_pool(PlanStep& step, int64_t end) {
+    read_channelwise(step);
+    step.average = next() != 0;
+    if (position_ != end) {
+      step.scale_index = weight_index(false);
+      step.shift_index = weight_index(false);
+      require_plan(step.average, "a maximum with a prologue");
+    }
     require_plan(!(step.average && step.padding > 0), "an average pool with padding");
     require_plan(2 * step.padding <= step.kernel_height && 2 * step.padding <= step.kernel_width,
                  "a pool's padding is over half its window");

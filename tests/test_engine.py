@@ -21,6 +21,7 @@ from threshnet_fast.plan import (
     plan_memory,
     serialize,
 )
+from threshnet_fast.plan.reference import activate
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -145,26 +146,33 @@ def run(plan, x, isa, arena=None, winograd=-1):
     return output.flatten(1) if plan.flat_output else output, workspace
 
 
+def normalised(step, x):
+    """What a step computes on, after its prologue if it has one, and the magnitude of its terms."""
+    if step.prologue is None:
+        return x, x.abs()
+    scale, shift = (t.double()[:, None, None] for t in dataclasses.astuple(step.prologue))
+    return torch.relu(x * scale + shift), x.abs() * scale.abs() + shift.abs()
+
+
 def double_step(step, x):
     """One step in float64, and the bound on the error of computing it in float32."""
+    x, magnitude = normalised(step, x)
     if isinstance(step, FusedConv):
-        magnitude = x.abs()
-        if step.prologue is not None:
-            scale, shift = (t.double()[:, None, None] for t in dataclasses.astuple(step.prologue))
-            magnitude = x.abs() * scale.abs() + shift.abs()
-            x = torch.relu(x * scale + shift)
         weight = step.weight.double()
         bias = None if step.bias is None else step.bias.double()
-        y = F.conv2d(x, weight, bias, step.stride, step.padding)
-        bound = F.conv2d(
-            magnitude, weight.abs(), None if bias is None else bias.abs(), step.stride, step.padding
-        )
-        length = step.input_channels * weight.shape[2] * weight.shape[3] + 1
-        return torch.relu(y) if step.relu else y, dot_bound(bound, length, torch.float32)
+        window = {"stride": step.stride, "padding": step.padding, "groups": step.groups}
+        y = F.conv2d(x, weight, bias, **window)
+        absolute = None if bias is None else bias.abs()
+        bound = F.conv2d(magnitude, weight.abs(), absolute, **window)
+        length = weight[0].numel() + 1
+        return activate(y, step.activation), dot_bound(bound, length, torch.float32)
     if isinstance(step, Pool):
+        if step.average:
+            y, bound = (F.avg_pool2d(t, step.kernel, step.stride) for t in (x, magnitude))
+            return y, dot_bound(bound, step.kernel[0] * step.kernel[1] + 1, torch.float32)
         y = F.max_pool2d(x, step.kernel, step.stride, step.padding)
         return y, torch.zeros_like(y)
-    mean, magnitude = x.mean((2, 3)), x.abs().mean((2, 3))
+    mean, magnitude = x.mean((2, 3)), magnitude.mean((2, 3))
     length = x.shape[2] * x.shape[3]
     if step.weight is not None:
         bias = None if step.bias is None else step.bias.double()
@@ -176,6 +184,41 @@ def double_step(step, x):
     return mean[:, :, None, None], dot_bound(magnitude, length, torch.float32)[:, :, None, None]
 
 
+def single_step(step, x, algorithm):
+    """One step in float64, and the bound on the error of an algorithm in float32."""
+    expected, bound = double_step(step, x)
+    if algorithm in WINOGRAD:
+        size = WINOGRAD[algorithm]
+        weight = step.weight.double()
+        magnitude = winograd(x, weight, size, absolute=True)
+        magnitude += step.bias.double().abs()[:, None, None] if step.bias is not None else 0
+        # Sums over the channels, and those of four transforms of a tile.
+        length = weight.shape[1] + 4 * (size + 2)
+        bound = dot_bound(magnitude, length, torch.float32)
+    return expected, bound
+
+
+def check_every_step(plan, x, isa, forced, threads, run=run, expect=single_step):
+    """Each step is given what the engine's own earlier steps wrote, so errors do not add up.
+
+    Returns the sizes of the tiles of the steps that used Winograd.
+    """
+    arena = separate_arena(plan)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        output, workspace = run(plan, x, isa, arena, forced)
+    finally:
+        torch.set_num_threads(before)
+
+    read = feature_maps(plan, arena, workspace, x, output)
+    algorithms = operators.program_algorithms(compile_plan(plan, isa, arena, threads, forced))
+    for step, algorithm in zip(plan.steps, algorithms.tolist(), strict=False):
+        inputs = torch.cat([read(s) for s in step.inputs], 1)
+        assert_within(read(step.output), *expect(step, inputs, algorithm))
+    return {WINOGRAD[algorithm] for algorithm in algorithms.tolist() if algorithm in WINOGRAD}
+
+
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("forced", [0, 2, 4])
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -184,33 +227,8 @@ def double_step(step, x):
     [((1, 3, 32, 32), 10), ((2, 3, 45, 33), 10), ((3, 3, 64, 96), 10), ((2, 3, 69, 118), 40)],
 )
 def test_every_step(randomised, isa, forced, threads, shape, growth):
-    """Each step is given what the engine's own earlier steps wrote, so errors do not add up."""
     plan = lower(randomised(small(growth_rates=(8, 8, growth, 14))), shape)
-    arena = separate_arena(plan)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        x = torch.randn(shape)
-        output, workspace = run(plan, x, isa, arena, forced)
-    finally:
-        torch.set_num_threads(before)
-
-    read = feature_maps(plan, arena, workspace, x, output)
-    algorithms = operators.program_algorithms(compile_plan(plan, isa, arena, threads, forced))
-    found = {WINOGRAD[algorithm] for algorithm in algorithms.tolist() if algorithm in WINOGRAD}
-    assert found == {forced} - {0}
-    for step, algorithm in zip(plan.steps, algorithms.tolist(), strict=False):
-        inputs = torch.cat([read(s) for s in step.inputs], 1)
-        expected, bound = double_step(step, inputs)
-        if algorithm in WINOGRAD:
-            size = WINOGRAD[algorithm]
-            weight = step.weight.double()
-            magnitude = winograd(inputs, weight, size, absolute=True)
-            magnitude += step.bias.double().abs()[:, None, None] if step.bias is not None else 0
-            # Sums over the channels, and those of four transforms of a tile.
-            length = weight.shape[1] + 4 * (size + 2)
-            bound = dot_bound(magnitude, length, torch.float32)
-        assert_within(read(step.output), expected, bound)
+    assert check_every_step(plan, torch.randn(shape), isa, forced, threads) == {forced} - {0}
 
 
 def assert_error_at_most_twice_that_of_pytorch(model, x):

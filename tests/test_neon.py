@@ -10,6 +10,7 @@ import pytest
 import torch
 from cpu_cross.engine import Driver, find_target
 from data import photographs
+from test_baselines import SMALL as BASELINES
 from test_engine import WINOGRAD, double_step, feature_maps, separate_arena, winograd
 from test_plan import small
 from tolerance import assert_within, dot_bound
@@ -283,16 +284,28 @@ def test_nan_and_infinity_pass_through(engine, relu):
     ("shape", "growth", "threads"), [((2, 3, 69, 118), 40, 3), ((1, 3, 128, 117), 10, 1)]
 )
 def test_every_step(engine, randomised, forced, shape, growth, threads):
-    """Each step is given what the engine's own earlier steps wrote, so errors do not add up."""
-    plan = lower(randomised(small(growth_rates=(8, 8, growth, 14))), shape)
+    model = randomised(small(growth_rates=(8, 8, growth, 14)))
+    assert check_every_step(engine, model, shape, forced, threads) == {forced} - {0}
+
+
+@pytest.mark.parametrize("forced", [0, 2, 4])
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_step_of_baselines(engine, randomised, name, forced):
+    check_every_step(engine, randomised(BASELINES[name]()).eval(), (2, 3, 45, 70), forced, 2)
+
+
+def check_every_step(engine, model, shape, forced, threads):
+    """Each step is given what the engine's own earlier steps wrote, so errors do not add up.
+
+    Returns the sizes of the tiles of the steps that used Winograd.
+    """
+    plan = lower(model, shape)
     arena = separate_arena(plan)
     x = torch.randn(shape).to(
         memory_format=torch.preserve_format if forced else torch.channels_last
     )
     result = engine(serialize(plan, arena), plan.weights(), threads=threads, winograd=forced, x=x)
     read = feature_maps(plan, arena, result.arena, x, result.output)
-    found = {WINOGRAD[algorithm] for algorithm in result.algorithms if algorithm in WINOGRAD}
-    assert found == {forced} - {0}
     for step, algorithm in zip(plan.steps, result.algorithms, strict=False):
         inputs = torch.cat([read(s) for s in step.inputs], 1)
         expected, bound = double_step(step, inputs)
@@ -300,6 +313,7 @@ def test_every_step(engine, randomised, forced, shape, growth, threads):
             weight = step.weight.double()
             bound = winograd_bound(inputs, weight, step.bias, WINOGRAD[algorithm])
         assert_within(read(step.output), expected, bound)
+    return {WINOGRAD[algorithm] for algorithm in result.algorithms if algorithm in WINOGRAD}
 
 
 @pytest.mark.parametrize(("batch", "threads"), [(1, 1), (1, 4), (3, 2)])

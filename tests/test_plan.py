@@ -100,14 +100,14 @@ def test_steps_of_a_dense_and_a_harmonic_block():
     first = steps["base.3.conv1"]
     assert isinstance(first, FusedConv)
     assert first.prologue is not None
-    assert first.relu
+    assert first.activation == "relu"
     assert first.kernel == (1, 1)
     second = steps["base.4.conv1"]
     # No copy: the second layer reads one segment, which grew by what the first appended.
     assert [s.channels for s in second.inputs] == [20]
     assert second.inputs[0].buffer == first.inputs[0].buffer
     assert steps["base.3.conv2"].output.channel == 12
-    assert not steps["base.3.conv2"].relu
+    assert steps["base.3.conv2"].activation is None
     assert steps["base.3.conv2"].bias is None
     # Layer 4 of a harmonic block reads layers 3, 2 and 0.
     growth = [10, 18, 10, 28, 10]
@@ -237,8 +237,8 @@ def _another_norm(model):
     model.base[4].norm1 = nn.GroupNorm(1, 20)
 
 
-def _relu6(model):
-    model.base[5].activation = "relu6"
+def _unknown_activation(model):
+    model.base[5].activation = "gelu"
 
 
 def _ceil_mode(model):
@@ -265,7 +265,7 @@ def _circular(model):
         _bias,
         _no_statistics,
         _another_norm,
-        _relu6,
+        _unknown_activation,
         _ceil_mode,
         _identity,
         _own_forward,
@@ -281,7 +281,7 @@ def test_modules_that_a_plan_cannot_express_are_refused(change):
 
 def test_bad_arguments():
     model = small()
-    with pytest.raises(UnsupportedModule, match="module is a Linear: expected a ThreshNet"):
+    with pytest.raises(UnsupportedModule, match="module is a Linear: expected a Network"):
         lower(nn.Linear(1, 1), (1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"input_shape is \(1, 4, 32, 32\): expected \(N, 3"):
         lower(model, (1, 4, 32, 32))

@@ -71,7 +71,7 @@ def convolution_plan(
         prologue=Prologue(vector, vector) if prologue else None,
         stride=1,
         padding=kernel // 2,
-        relu=relu,
+        activation="relu" if relu else None,
         input_pixels=size * size,
         output_pixels=size * size,
         valid_taps=size * size * kernel**2,

@@ -112,7 +112,7 @@ class Compiler {
     step.kernel_width = planned.kernel_width;
     step.stride = planned.stride;
     step.padding = planned.padding;
-    step.relu = planned.relu;
+    step.activation = static_cast<Activation>(planned.activation);
     step.average = planned.average;
     step.weight_index = planned.weight_index;
     step.bias_index = planned.bias_index;
@@ -124,8 +124,8 @@ class Compiler {
       step.kind = kConvolution;
       finish_convolution(step, planned);
     } else {
-      step.kind = kPool;
-      finish_pool(step, planned);
+      step.kind = planned.kind == PlanStepKind::kPool ? kPool : kDepthwise;
+      finish_channelwise(step, planned);
     }
     if (step.winograd == kWinogradInSteps) steps_.push_back(transform_step(step));
     steps_.push_back(step);
@@ -139,11 +139,34 @@ class Compiler {
     }
   }
 
-  void finish_pool(Step& step, const PlanStep& planned) {
+  // A pool or a depthwise convolution: tasks are rows of the map.
+  void finish_channelwise(Step& step, const PlanStep& planned) {
     const Buffer& to = plan_.buffer_of(planned.output);
+    const int64_t taps = step.kernel_height * step.kernel_width;
+    step.input_channels = planned.input_channels;
     step.block_count = std::min(header_.batch * to.height, threads_ * kTasksPerThread);
     step.group_count = 1;
-    reserve(2 * step.kernel_height * step.kernel_width);
+    if (step.kind == kDepthwise) {
+      require_plan(taps <= kMaxTaps, "a kernel has over 64 taps");
+      Panel panel{};
+      panel.channels = step.output_channels;
+      panel.pitch = round_up(panel.channels, 16);
+      panel.weights = header_.packed_floats;
+      panel.bias = panel.weights + taps * panel.pitch;
+      header_.packed_floats = panel.bias + panel.pitch;
+      step.panels = writer_.append(std::vector<Panel>{panel});
+      step.panel_count = 1;
+    }
+    reserve_prologue(step);
+    // Offsets of the taps in the input and in the weights.
+    reserve(2 * 2 * taps);
+  }
+
+  void reserve_prologue(Step& step) {
+    if (step.scale_index < 0) return;
+    step.scale = header_.packed_floats;
+    step.shift = step.scale + round_up(step.input_channels, 16);
+    header_.packed_floats = step.shift + round_up(step.input_channels, 16);
   }
 
   void finish_convolution(Step& step, const PlanStep& planned) {
@@ -173,11 +196,7 @@ class Compiler {
     }
     step.panels = writer_.append(panels);
     step.panel_count = static_cast<int64_t>(panels.size());
-    if (step.scale_index >= 0) {
-      step.scale = header_.packed_floats;
-      step.shift = step.scale + round_up(step.input_channels, 16);
-      header_.packed_floats = step.shift + round_up(step.input_channels, 16);
-    }
+    reserve_prologue(step);
 
     if (step.winograd) return split_winograd(step, to, widest);
     const PixelTables tables = pixel_tables(step, from, to);

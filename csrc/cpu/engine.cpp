@@ -37,6 +37,11 @@ int64_t tap_shift(const Step& step, int64_t tap, const Buffer& from) {
   return tap / step.kernel_width * from.width + tap % step.kernel_width;
 }
 
+float activated(float value, Activation activation) {
+  if (activation != kIdentity && value < 0.0f) return 0.0f;
+  return activation == kRelu6 && value > 6.0f ? 6.0f : value;
+}
+
 template <typename Element>
 class Engine {
  public:
@@ -59,6 +64,8 @@ class Engine {
         return reduce(step, task);
       case kTransform:
         return transform(step, task, scratch);
+      case kDepthwise:
+        return depthwise(step, task, scratch);
       default:
         return convolve(step, task, scratch);
     }
@@ -280,7 +287,7 @@ class Engine {
         }
       }
       winograd_functions(step).output(products + i * lanes, product_position(panel, count),
-                                      packed_ + panel.bias, panel.channels, step.relu != 0,
+                                      packed_ + panel.bias, panel.channels, step.activation,
                                       outputs);
     }
   }
@@ -316,7 +323,7 @@ class Engine {
           float sum = partial_sums(step, 0, p)[i * width + c];
           for (int64_t split = 1; split < step.split_count; ++split)
             sum += partial_sums(step, split, p)[i * width + c];
-          output[c] = rounded<Element>(step.relu && sum < 0.0f ? 0.0f : sum);
+          output[c] = rounded<Element>(activated(sum, step.activation));
         }
       }
     }
@@ -408,7 +415,7 @@ class Engine {
     tile.output = output_of(step) + panel.channel;
     tile.output_pitch = program_.buffer(step.output_buffer).pitch;
     tile.channels = panel.channels;
-    tile.relu = step.relu != 0;
+    tile.activation = step.activation;
     return tile;
   }
 
@@ -595,7 +602,7 @@ class Engine {
       tile.output_rows = kIota;
       tile.output_pitch = lanes;
       tile.channels = lanes;
-      tile.relu = false;
+      tile.activation = kIdentity;
     }
     conv_tile[count](tile);
   }
@@ -642,11 +649,71 @@ class Engine {
               offsets[count++] = ((n * from.height + y) * from.width + column) * from.pitch;
           }
         }
-        (step.average ? table_.average_pool : table_.max_pool)(
-            input, offsets, count, segment.channels, 1.0f / static_cast<float>(count),
-            output + (row * to.width + x) * to.pitch);
+        Element* const pixel = output + (row * to.width + x) * to.pitch;
+        const float factor = 1.0f / static_cast<float>(count);
+        if (step.scale_index >= 0) {
+          table_.bn_relu_average_pool(input, offsets, count, packed_ + step.scale,
+                                      packed_ + step.shift, segment.channels, factor, pixel);
+        } else {
+          (step.average ? table_.average_pool : table_.max_pool)(input, offsets, count,
+                                                                 segment.channels, factor, pixel);
+        }
       }
     }
+  }
+
+  void depthwise(const Step& step, int64_t block, float* scratch) const {
+    const BufferSegment& segment = *program_.at<BufferSegment>(step.segments);
+    const Panel& panel = *program_.at<Panel>(step.panels);
+    const Buffer& from = program_.buffer(segment.buffer);
+    const Buffer& to = program_.buffer(step.output_buffer);
+    int64_t* const input_offsets = reinterpret_cast<int64_t*>(scratch);
+    DepthwiseRow<Element> row{};
+    row.weights = packed_ + panel.weights;
+    row.bias = packed_ + panel.bias;
+    row.input_offsets = input_offsets;
+    row.weight_offsets = input_offsets + step.kernel_height * step.kernel_width;
+    row.input_step = step.stride * from.pitch;
+    row.output_step = to.pitch;
+    row.channels = segment.channels;
+    row.activation = step.activation;
+    // Pixels from `inner` up to `outer` have all columns of their windows within the map.
+    const int64_t inner = std::min(divide_up(step.padding, step.stride), to.width);
+    const int64_t last_left = from.width + step.padding - step.kernel_width;
+    const int64_t outer =
+        std::clamp(last_left < 0 ? 0 : last_left / step.stride + 1, inner, to.width);
+    const int64_t rows = program_.header().batch * to.height;
+    const int64_t last = rows * (block + 1) / step.block_count;
+    for (int64_t y = rows * block / step.block_count; y < last; ++y) {
+      const int64_t top = y % to.height * step.stride - step.padding;
+      const Element* image =
+          input_of(segment) + y / to.height * from.height * from.width * from.pitch;
+      for (int64_t x = 0; x < to.width; x += row.pixels) {
+        const int64_t left = x * step.stride - step.padding;
+        row.pixels = x >= inner && x < outer ? outer - x : 1;
+        row.taps = window_taps(step, panel, from, top, left, input_offsets);
+        row.input = image + (top * from.width + left) * from.pitch;
+        row.output = output_of(step) + (y * to.width + x) * to.pitch;
+        table_.depthwise(row);
+      }
+    }
+  }
+
+  // The taps of a window at a row and column of the input that are not padding: their offsets from
+  // there, then those of their weights. Returns how many there are.
+  static int64_t window_taps(const Step& step, const Panel& panel, const Buffer& from, int64_t top,
+                             int64_t left, int64_t* offsets) {
+    const int64_t taps = step.kernel_height * step.kernel_width;
+    int64_t count = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t y = top + tap / step.kernel_width;
+      const int64_t x = left + tap % step.kernel_width;
+      if (y < 0 || y >= from.height || x < 0 || x >= from.width) continue;
+      offsets[count] = tap_shift(step, tap, from) * from.pitch;
+      offsets[taps + count] = tap * panel.pitch;
+      ++count;
+    }
+    return count;
   }
 
   const Program& program_;

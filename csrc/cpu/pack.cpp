@@ -100,6 +100,19 @@ void pack_panel(const Step& step, const Panel& panel, const float* weight, const
   std::memcpy(packed + panel.bias, bias + panel.channel, panel.channels * sizeof(float));
 }
 
+// From [channel][tap] to [tap][pitch]: floats, whatever the elements are.
+void pack_depthwise(const Step& step, const Panel& panel, const std::vector<Weight>& weights,
+                    float* packed) {
+  const int64_t taps = step.kernel_height * step.kernel_width;
+  const float* weight = weights[step.weight_index].data;
+  for (int64_t channel = 0; channel < panel.channels; ++channel) {
+    for (int64_t tap = 0; tap < taps; ++tap)
+      packed[panel.weights + tap * panel.pitch + channel] = weight[channel * taps + tap];
+  }
+  if (step.bias_index >= 0)
+    std::memcpy(packed + panel.bias, weights[step.bias_index].data, panel.channels * sizeof(float));
+}
+
 }  // namespace
 
 void pack(const Program& program, const std::vector<Weight>& weights, float* packed,
@@ -115,27 +128,32 @@ void pack(const Program& program, const std::vector<Weight>& weights, float* pac
   std::vector<Job> jobs;
   for (int64_t s = 0; s < header.step_count; ++s) {
     const Step& step = program.step(s);
-    if (step.kind != kConvolution) continue;
-    const int64_t taps = step.kernel_height * step.kernel_width;
-    require_count(weights[step.weight_index], step.output_channels * step.input_channels * taps,
-                  "weight", s);
-    if (step.bias_index >= 0)
-      require_count(weights[step.bias_index], step.output_channels, "bias", s);
+    if (!is_planned(step)) continue;
     if (step.scale_index >= 0) {
       require_count(weights[step.scale_index], step.input_channels, "scale", s);
       require_count(weights[step.shift_index], step.input_channels, "shift", s);
     }
-    for (int64_t p = 0; p < step.panel_count; ++p)
+    if (step.weight_index < 0) continue;
+    const int64_t taps = step.kernel_height * step.kernel_width;
+    const int64_t channels = step.kind == kDepthwise ? 1 : step.input_channels;
+    require_count(weights[step.weight_index], step.output_channels * channels * taps, "weight", s);
+    if (step.bias_index >= 0)
+      require_count(weights[step.bias_index], step.output_channels, "bias", s);
+    for (int64_t p = 0; p < step.panel_count && step.kind == kConvolution; ++p)
       jobs.push_back({&step, program.at<Panel>(step.panels) + p});
   }
 
   std::memset(packed, 0, header.packed_floats * sizeof(float));
   for (int64_t s = 0; s < header.step_count; ++s) {
     const Step& step = program.step(s);
-    if (step.kind != kConvolution || step.scale_index < 0) continue;
-    const size_t bytes = step.input_channels * sizeof(float);
-    std::memcpy(packed + step.scale, weights[step.scale_index].data, bytes);
-    std::memcpy(packed + step.shift, weights[step.shift_index].data, bytes);
+    if (!is_planned(step)) continue;
+    if (step.scale_index >= 0) {
+      const size_t bytes = step.input_channels * sizeof(float);
+      std::memcpy(packed + step.scale, weights[step.scale_index].data, bytes);
+      std::memcpy(packed + step.shift, weights[step.shift_index].data, bytes);
+    }
+    if (step.kind == kDepthwise)
+      pack_depthwise(step, *program.at<Panel>(step.panels), weights, packed);
   }
   struct Context {
     const std::vector<Job>& jobs;

@@ -180,10 +180,7 @@ double best_rate(const std::vector<Log>& logs) {
 
 int64_t step_count(const Program& program) {
   int64_t count = 0;
-  for (int64_t i = 0; i < program.header().step_count; ++i) {
-    const int64_t kind = program.step(i).kind;
-    count += kind == kConvolution || kind == kPool;
-  }
+  for (int64_t i = 0; i < program.header().step_count; ++i) count += is_planned(program.step(i));
   return count;
 }
 

@@ -15,9 +15,15 @@
 namespace threshnet_fast::cpu {
 
 constexpr int64_t kProgramMagic = 0x4752504654544e;  // "NTTFPRG"
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
-enum StepKind : int64_t { kConvolution = 0, kPool = 1, kReduction = 2, kTransform = 3 };
+enum StepKind : int64_t {
+  kConvolution = 0,
+  kPool = 1,
+  kReduction = 2,
+  kTransform = 3,
+  kDepthwise = 4
+};
 
 // Whether a task of a Winograd convolution transforms its own inputs, or a step before did so for
 // all.
@@ -43,13 +49,13 @@ struct Step {
   int64_t input_channels;
   int64_t padded_channels;  // input channels rounded up to whole words
   int64_t kernel_height, kernel_width, stride, padding;
-  int64_t relu;                                                // convolution only
+  Activation activation;                                       // of convolutions only
   int64_t average;                                             // pool only
   int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
-  int64_t scale, shift;  // float offsets into the packed weights
-  int64_t panels, panel_count;
-  int64_t winograd;       // WinogradMode of F(m x m, 3x3)
-  int64_t winograd_size;  // m: tiles of m x m outputs take the place of pixels
+  int64_t scale, shift;         // float offsets into the packed weights
+  int64_t panels, panel_count;  // a depthwise convolution has one, [tap][pitch] floats
+  int64_t winograd;             // WinogradMode of F(m x m, 3x3)
+  int64_t winograd_size;        // m: tiles of m x m outputs take the place of pixels
   int64_t packs;  // gather the tile's inputs into a panel first: a prologue, or strided input
   // Output pixels in the order in which they are computed: byte offsets of int32 input pixel (the
   // top left tap's, possibly outside of the map), int32 output pixel and uint64 mask of valid taps.
@@ -62,6 +68,11 @@ struct Step {
   // tasks too: each adds up its own partial sums, and a reduction, the next step, adds those.
   int64_t chunks, chunk_count, split_count;
 };
+
+// Whether a step is one of the plan's, rather than what the compiler added for one.
+inline bool is_planned(const Step& step) {
+  return step.kind != kTransform && step.kind != kReduction;
+}
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }

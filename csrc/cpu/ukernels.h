@@ -31,6 +31,9 @@ inline Bfloat16 rounded(float value) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+// What follows a sum: nothing, max(x, 0), or min(max(x, 0), 6). A NaN stays a NaN.
+enum Activation : int64_t { kIdentity = 0, kRelu = 1, kRelu6 = 2 };
+
 // An element is what features and weights are stored in: float or Bfloat16. A word, 32 bits, is
 // what one lane multiplies at a time: one channel in float, two neighbouring ones in Bfloat16.
 template <typename Element>
@@ -64,8 +67,8 @@ struct ChannelRun {
 
 // One tile: MR output pixels by NR output channels.
 //   result[i] = initial[initial_rows[i]] + sum over runs, channels of input * weight
-//   output[output_rows[i]] = relu ? max(result[i], 0) : result[i]
-// An initial_pitch of 0 starts every pixel from the same row (the bias). A NaN stays a NaN.
+//   output[output_rows[i]] = activation(result[i])
+// An initial_pitch of 0 starts every pixel from the same row (the bias).
 template <typename Element>
 struct ConvTile {
   const ChannelRun<Element>* runs;
@@ -80,7 +83,7 @@ struct ConvTile {
   const int32_t* output_rows;
   int64_t output_pitch;
   int64_t channels;  // valid output channels, at most NR; no more than these are stored
-  bool relu;
+  Activation activation;
 };
 
 template <typename Element>
@@ -96,6 +99,34 @@ template <typename Element>
 using PoolFunction = void (*)(const Element* input, const int64_t* offsets, int64_t count,
                               int64_t channels, float factor, Element* output);
 
+// output[c] = factor * sum over i of max(input[offsets[i] + c] * scale[c] + shift[c], 0).
+template <typename Element>
+using BnReluPoolFunction = void (*)(const Element* input, const int64_t* offsets, int64_t count,
+                                    const float* scale, const float* shift, int64_t channels,
+                                    float factor, Element* output);
+
+// Pixels side by side in a row of a depthwise convolution's output:
+//   output[p * output_step + c] =
+//       activation(bias[c] + sum over t of input[p * input_step + input_offsets[t] + c] *
+//                                          weights[weight_offsets[t] + c])
+// Weights and bias are padded to whole vectors.
+template <typename Element>
+struct DepthwiseRow {
+  const Element* input;
+  const float* weights;
+  const int64_t* input_offsets;
+  const int64_t* weight_offsets;
+  int64_t taps;
+  const float* bias;
+  Element* output;
+  int64_t pixels, input_step, output_step;
+  int64_t channels;
+  Activation activation;
+};
+
+template <typename Element>
+using DepthwiseFunction = void (*)(const DepthwiseRow<Element>&);
+
 // The input transform of Winograd's F(m x m, 3x3): B^T d B for (m + 2) x (m + 2) pixels, channel by
 // channel. pixels[(m + 2) * row + column] points to a pixel's channels; element i of the result
 // goes to output[i * output_pitch + channel].
@@ -103,11 +134,11 @@ template <typename Element>
 using WinogradInputFunction = void (*)(const Element* const* pixels, int64_t channels,
                                        Element* output, int64_t output_pitch);
 
-// The output transform: A^T m A for as many products, plus the bias, ReLU, and the store of m x m
-// pixels, of which null pointers are left out.
+// The output transform: A^T m A for as many products, plus the bias, activation, and the store of
+// m x m pixels, of which null pointers are left out.
 template <typename Element>
 using WinogradOutputFunction = void (*)(const float* products, int64_t product_pitch,
-                                        const float* bias, int64_t channels, bool relu,
+                                        const float* bias, int64_t channels, Activation activation,
                                         Element* const* outputs);
 
 template <typename Element>
@@ -129,6 +160,8 @@ struct UkernelTable {
   BnReluFunction<Element> bn_relu;
   PoolFunction<Element> max_pool;
   PoolFunction<Element> average_pool;
+  BnReluPoolFunction<Element> bn_relu_average_pool;
+  DepthwiseFunction<Element> depthwise;
   WinogradFunctions<Element> winograd_2x2;
   WinogradFunctions<Element> winograd_4x4;
 };

@@ -85,7 +85,13 @@ class Compiler {
                    static_cast<int32_t>(planned.kernel_width),
                    static_cast<int32_t>(planned.stride),
                    static_cast<int32_t>(planned.padding)};
-    step.relu = planned.relu;
+    require_plan(planned.activation != PlanActivation::kRelu6,
+                 "an activation is ReLU6, which no kernel for a GPU has");
+    require_plan(planned.kind != PlanStepKind::kDepthwise,
+                 "a convolution is depthwise, for which no GPU has a kernel");
+    require_plan(planned.kind != PlanStepKind::kPool || planned.scale_index < 0,
+                 "a pool normalises its input, for which no GPU has a kernel");
+    step.relu = planned.activation == PlanActivation::kRelu;
     step.average = planned.average;
     step.stored_channels = static_cast<int32_t>(planned.output.channels);
     if (to.offset != kNetworkOutput) {
@@ -175,9 +181,10 @@ class Compiler {
            pooled.height == 1 && pooled.width == 1 && linear.inputs.size() == 1 &&
            input.buffer == pool.output.buffer && input.channel == pool.output.channel &&
            input.channels == pool.output.channels && readers_.at(input.buffer) == 1 &&
-           linear.scale_index < 0 && !linear.relu && linear.kernel_height == 1 &&
-           linear.kernel_width == 1 && linear.padding == 0 && to.offset == kNetworkOutput &&
-           linear.output.channel == 0 && to.pitch == linear.output.channels &&
+           linear.scale_index < 0 && linear.activation == PlanActivation::kNone &&
+           linear.kernel_height == 1 && linear.kernel_width == 1 && linear.padding == 0 &&
+           to.offset == kNetworkOutput && linear.output.channel == 0 &&
+           to.pitch == linear.output.channels &&
            round_up(input.channels, group()) <= kMaxHeadChannels;
   }
 

@@ -151,8 +151,7 @@ void run_file(char** arguments) {
     throw std::invalid_argument("wrong number of external inputs");
   for (int64_t i = 0; i < header.step_count; ++i) {
     const Step& step = program.step(i);
-    if (step.kind == kConvolution || step.kind == kPool)
-      std::printf("%lld\n", static_cast<long long>(algorithm_of(step)));
+    if (is_planned(step)) std::printf("%lld\n", static_cast<long long>(algorithm_of(step)));
   }
 
   std::vector<Weight> list;

@@ -61,7 +61,7 @@ def exact_step(step: Step, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
             size, weight.abs(), None if bias is None else bias.abs(), **window
         )
         length = weight[0].numel() + 1
-        return functional.relu(y) if step.relu else y, energy, magnitude, length
+        return functional.relu(y) if step.activation else y, energy, magnitude, length
     if isinstance(step, Head):
         pooled, size = x.mean((2, 3)), x.abs().mean((2, 3))
         weight = step.weight.double()

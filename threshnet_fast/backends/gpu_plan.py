@@ -57,9 +57,22 @@ def check(plan: Plan) -> None:
         plan: The plan, with or without the values of its weights.
 
     Raises:
-        UnsupportedModule: A map is too large, a segment begins within a group of channels, or the
-            input is read by anything but a plain convolution at the beginning.
+        UnsupportedModule: A map is too large, a segment begins within a group of channels, the
+            input is read by anything but a plain convolution at the beginning, or a step is of a
+            kind that only the CPU's engine has.
     """
+    for step in plan.steps:
+        if isinstance(step, FusedConv):
+            if step.groups > 1:
+                raise UnsupportedModule(f"{step.name} is depthwise, for which no GPU has a kernel")
+            if step.activation not in (None, "relu"):
+                raise UnsupportedModule(
+                    f"{step.name} has activation {step.activation!r}, which no GPU kernel has"
+                )
+        elif step.prologue is not None:
+            raise UnsupportedModule(
+                f"{step.name} normalises what it pools, for which no GPU has a kernel"
+            )
     pixels = plan.input_shape[0] * max(buffer.pixels for buffer in plan.buffers)
     if pixels > _MAX_PIXELS:
         raise UnsupportedModule(f"a feature map has {pixels} pixels, more than {_MAX_PIXELS}")

@@ -197,14 +197,14 @@ def _dense_layer(
     matches = (
         first.kernel == (1, 1)
         and first.prologue is not None
-        and first.relu
+        and first.activation is not None
         and len(first.inputs) == 1
         and second.kernel == (3, 3)
         and second.padding == 1
         and second.stride == 1
         and second.prologue is None
         and second.bias is None
-        and not second.relu
+        and second.activation is None
         and second.inputs == (first.output,)
         and readers[first.output.buffer] == 1
     )
@@ -337,7 +337,7 @@ class TritonWorkspace(Workspace):
                 "stride": step.stride,
                 "padding": step.padding,
                 "bias": weights.bias,
-                "relu": step.relu,
+                "relu": step.activation is not None,
                 "precision": self._target.precision,
                 "configuration": prepared.configuration,
             }

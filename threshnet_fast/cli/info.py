@@ -33,7 +33,8 @@ DESCRIPTION = """\
 Lists the fused steps of a network for one input. "unfused" are the bytes of features and weights
 that separate passes for concatenation, BatchNorm, ReLU and convolution would move, "fused" those
 that one pass moves, each read or written once. Parameters are those of the step with BatchNorm
-folded in; the total of the model itself follows below the table.
+folded in; the total of the model itself follows below the table. "needed" are the multiply-adds
+off the padding, after the average pooling of a transition rather than before it.
 
 With --device it predicts, by formulas, launches and times on a GPU that need not be there, fused
 against unfused; docs/prediction.md has the formulas. No number of it is a measurement."""
@@ -202,7 +203,7 @@ def _totals(plan: Plan, parameters: int) -> str:
         [
             f"parameters            {parameters:,} ({plan.parameters:,} with BatchNorm folded in)",
             f"multiply-adds         {plan.macs / 1e9:.3f} G {images}, "
-            f"{plan.valid_macs / 1e9:.3f} G of them not on padding",
+            f"{plan.valid_macs / 1e9:.3f} G of them needed",
             f"bytes moved, unfused  {unfused / 1e6:.1f} MB",
             f"bytes moved, fused    {fused / 1e6:.1f} MB, {unfused / fused:.2f} times fewer",
         ]

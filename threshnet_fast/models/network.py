@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, TypedDict, cast
 
 import torch
@@ -167,6 +166,10 @@ class Network(nn.Module):
         """What makes the last feature map: modules in the order in which they run, with names."""
         raise NotImplementedError
 
+    def _pooling(self) -> list[tuple[str, nn.Module]]:
+        """The modules that pool, if any do, with names."""
+        return []
+
     def _pool(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -243,9 +246,14 @@ class FlatNetwork(Network):
     def _stages(self) -> list[tuple[str, nn.Module]]:
         return [(f"base.{i}", module) for i, module in enumerate(list(self.base)[:-1])]
 
+    def _pooling(self) -> list[tuple[str, nn.Module]]:
+        head = list(cast(nn.Sequential, self.base[-1]).children())
+        return [(f"base.{len(self.base) - 1}.{i}", m) for i, m in enumerate(head[:-1])]
+
     def _pool(self, x: Tensor) -> Tensor:
-        pool, flatten, *_ = cast(Iterable[nn.Module], self.base[-1])
-        return cast(Tensor, flatten(pool(x)))
+        for _, module in self._pooling():
+            x = module(x)
+        return x
 
     def _finish_base(self, base: list[nn.Module], channels: int, reduction: int) -> None:
         """Takes the modules before the head, which give so many channels, and adds the head."""

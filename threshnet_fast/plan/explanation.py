@@ -128,6 +128,6 @@ def table(plan: Plan, algorithms: tuple[str | None, ...] = ()) -> str:
     shape = " x ".join(map(str, plan.input_shape))
     total = (
         f"{len(plan.steps)} steps for input {shape}: {plan.macs / _MEGA:.1f} MMAC, "
-        f"{plan.valid_macs / _MEGA:.1f} of them off the padding"
+        f"{plan.valid_macs / _MEGA:.1f} of them needed"
     )
     return "\n".join([*lines, total])

@@ -36,12 +36,17 @@ def save_plan(module: Network, input_shape: Sequence[int], path: str | os.PathLi
         path: Where to write; an existing file is replaced.
 
     Raises:
-        UnsupportedModule: ``module``, or a part of it, is none that can be lowered.
+        UnsupportedModule: ``module``, or a part of it, is none that can be lowered, or that a GPU
+            has kernels for.
         ValueError: ``input_shape`` is not one that the network takes.
         RuntimeError: ``module`` is in training mode, which a file has no use for.
         OSError: The file cannot be written.
     """
+    # Imported here because backends know the plans.
+    from ..backends.gpu_plan import check
+
     plan = lower(module, input_shape)
+    check(plan)
     if module.training:
         raise RuntimeError("module is in training mode: expected it after module.eval()")
     weights = [

@@ -63,20 +63,25 @@ class Prologue:
 class FusedConv:
     """Concatenate, normalise, convolve, activate: ``act(conv(prologue(cat(inputs))) + bias)``.
 
+    A depthwise convolution has one input, no prologue, and as many groups as channels.
+
     Attributes:
         name: The module it comes from.
         inputs: What the convolution reads, in the order of the weight's input channels.
         output: Where it writes.
-        weight: ``[Co, Ci, kh, kw]``, with any following BatchNorm folded in.
+        weight: ``[Co, Ci / groups, kh, kw]``, with any following BatchNorm folded in.
         bias: ``[Co]`` or None.
         prologue: BatchNorm and ReLU of the inputs, or None.
         stride: Step of the window.
         padding: Zeros around the (normalised) input.
-        relu: Whether ReLU follows.
+        activation: ``"relu"``, ``"relu6"`` or None.
         input_pixels: Pixels of the input of one image.
         output_pixels: Pixels of the output of one image.
         valid_taps: Sum over output pixels of the taps that do not fall on padding.
         batch: Images.
+        groups: 1, or the number of channels.
+        module_pixels: Output pixels of the module's convolution where they are more, because the
+            plan pools before it and the module behind it; else None.
     """
 
     name: str
@@ -87,11 +92,13 @@ class FusedConv:
     prologue: Prologue | None
     stride: int
     padding: int
-    relu: bool
+    activation: str | None
     input_pixels: int
     output_pixels: int
     valid_taps: int
     batch: int
+    groups: int = 1
+    module_pixels: int | None = None
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -105,14 +112,18 @@ class FusedConv:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds as usually counted, with those on padding."""
-        taps = self.kernel[0] * self.kernel[1]
-        return self.batch * self.output_pixels * taps * self.input_channels * self.output.channels
+        """Multiply-adds of the module as usually counted, with those on padding."""
+        pixels = self.output_pixels if self.module_pixels is None else self.module_pixels
+        return self.batch * pixels * self.kernel[0] * self.kernel[1] * self._channel_pairs
 
     @property
     def valid_macs(self) -> int:
-        """Multiply-adds that do not fall on padding."""
-        return self.batch * self.valid_taps * self.input_channels * self.output.channels
+        """Multiply-adds that are needed: off the padding, of pixels that are not pooled."""
+        return self.batch * self.valid_taps * self._channel_pairs
+
+    @property
+    def _channel_pairs(self) -> int:
+        return self.input_channels // self.groups * self.output.channels
 
     @property
     def parameters(self) -> int:
@@ -139,7 +150,7 @@ class FusedConv:
         passes = 2 * reads if len(self.inputs) > 1 else 0
         passes += 4 * reads if self.prologue is not None else 0
         passes += 2 * writes if self.bias is not None else 0
-        passes += 2 * writes if self.relu else 0
+        passes += 2 * writes if self.activation is not None else 0
         return self.bytes_fused + FLOAT_BYTES * self.batch * passes
 
     def describe(self) -> str:
@@ -147,17 +158,18 @@ class FusedConv:
         parts = ["bn-relu"] if self.prologue is not None else []
         if len(self.inputs) > 1:
             parts.insert(0, f"cat{len(self.inputs)}")
-        parts.append(f"conv{self.kernel[0]}x{self.kernel[1]}")
+        depthwise = "dw" if self.groups > 1 else ""
+        parts.append(f"{depthwise}conv{self.kernel[0]}x{self.kernel[1]}")
         if self.stride != 1:
             parts[-1] += f"/{self.stride}"
         parts += ["bias"] if self.bias is not None else []
-        parts += ["relu"] if self.relu else []
+        parts += [self.activation] if self.activation is not None else []
         return " ".join(parts)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Maximum or average over windows.
+    """Maximum or average over windows, of which an average may normalise its inputs first.
 
     Attributes:
         name: The module it comes from.
@@ -170,6 +182,7 @@ class Pool:
         input_pixels: Pixels of the input of one image.
         output_pixels: Pixels of the output of one image.
         batch: Images.
+        prologue: BatchNorm and ReLU of the inputs of an average, or None.
     """
 
     name: str
@@ -182,10 +195,15 @@ class Pool:
     input_pixels: int
     output_pixels: int
     batch: int
+    prologue: Prologue | None = None
 
     macs = 0
     valid_macs = 0
-    parameters = 0
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the prologue."""
+        return 0 if self.prologue is None else 2 * self.prologue.scale.numel()
 
     @property
     def inputs(self) -> tuple[Segment, ...]:
@@ -194,19 +212,23 @@ class Pool:
 
     @property
     def bytes_fused(self) -> int:
-        """Bytes of features read and written."""
+        """Bytes of features read and written, and of the prologue."""
         pixels = self.input_pixels + self.output_pixels
-        return FLOAT_BYTES * self.batch * pixels * self.input.channels
+        return FLOAT_BYTES * (self.batch * pixels * self.input.channels + self.parameters)
 
     @property
     def bytes_unfused(self) -> int:
-        """The same: nothing is fused into a pool."""
-        return self.bytes_fused
+        """The same where BatchNorm and ReLU are passes of their own."""
+        passes = 0 if self.prologue is None else 4 * self.input_pixels * self.input.channels
+        return self.bytes_fused + FLOAT_BYTES * self.batch * passes
 
     def describe(self) -> str:
-        """One line: the kind of pool and its window."""
+        """One line: the kind of pool, its window, and what is fused into it."""
         kind = "avgpool" if self.average else "maxpool"
-        return f"{kind}{self.kernel[0]}x{self.kernel[1]}/{self.stride}"
+        window = f"{kind}{self.kernel[0]}x{self.kernel[1]}/{self.stride}"
+        if self.prologue is None:
+            return window
+        return "bn-relu" if self.kernel == (1, 1) else f"bn-relu {window}"
 
 
 @dataclass(frozen=True)
@@ -221,6 +243,7 @@ class Head:
         bias: ``[classes]`` or None.
         input_pixels: Pixels of the input of one image.
         batch: Images.
+        prologue: BatchNorm and ReLU of the features, before pooling, or None.
     """
 
     name: str
@@ -230,6 +253,7 @@ class Head:
     bias: Tensor | None
     input_pixels: int
     batch: int
+    prologue: Prologue | None = None
 
     @property
     def inputs(self) -> tuple[Segment, ...]:
@@ -248,8 +272,9 @@ class Head:
 
     @property
     def parameters(self) -> int:
-        """Elements of the weight and bias."""
-        return sum(t.numel() for t in (self.weight, self.bias) if t is not None)
+        """Elements of the weight, bias and prologue."""
+        count = sum(t.numel() for t in (self.weight, self.bias) if t is not None)
+        return count + (0 if self.prologue is None else 2 * self.prologue.scale.numel())
 
     @property
     def bytes_fused(self) -> int:
@@ -259,13 +284,15 @@ class Head:
 
     @property
     def bytes_unfused(self) -> int:
-        """With the pooled features written and read again in between."""
+        """With the pooled features, and those normalised, written and read again in between."""
         between = 0 if self.weight is None else 2 * self.input.channels
+        between += 0 if self.prologue is None else 4 * self.input_pixels * self.input.channels
         return self.bytes_fused + FLOAT_BYTES * self.batch * between
 
     def describe(self) -> str:
         """One line."""
-        return "global avgpool" + ("" if self.weight is None else " linear")
+        normalised = "" if self.prologue is None else "bn-relu "
+        return f"{normalised}global avgpool" + ("" if self.weight is None else " linear")
 
 
 Step = FusedConv | Pool | Head
@@ -299,12 +326,12 @@ class Plan:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of all steps, with those on padding."""
+        """Multiply-adds of the network as usually counted, with those on padding."""
         return sum(step.macs for step in self.steps)
 
     @property
     def valid_macs(self) -> int:
-        """Multiply-adds of all steps that do not fall on padding."""
+        """Multiply-adds of all steps that are needed."""
         return sum(step.valid_macs for step in self.steps)
 
     @property
@@ -316,12 +343,13 @@ class Plan:
         """All weights in the order in which :func:`serialize` numbers them."""
         tensors: list[Tensor | None] = []
         for step in self.steps:
+            prologue = [] if step.prologue is None else [step.prologue.scale, step.prologue.shift]
             if isinstance(step, FusedConv):
-                tensors += [step.weight, step.bias]
-                if step.prologue is not None:
-                    tensors += [step.prologue.scale, step.prologue.shift]
-            elif isinstance(step, Head):
-                tensors += [step.weight, step.bias]
+                tensors += [step.weight, step.bias, *prologue]
+            elif isinstance(step, Pool):
+                tensors += prologue
+            else:
+                tensors += [*prologue, step.weight, step.bias]
         return [tensor for tensor in tensors if tensor is not None]
 
     def __str__(self) -> str:

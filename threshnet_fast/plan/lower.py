@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..models.threshnet import ThreshNet
-from ..nn import ConvBNReLU, DenseLayer, HarmonicBlock
+from ..models.network import Network
+from ..nn import (
+    ConvBNReLU,
+    DenseBlock,
+    DenseLayer,
+    DenseTransition,
+    DepthwiseConvBN,
+    HarmonicBlock,
+    PointwiseDepthwise,
+)
 from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
 
 __all__ = ["UnsupportedModule", "lower"]
+
+# Modules in the order in which they run, with their names.
+_Modules = Sequence[tuple[str, nn.Module]]
 
 # Slots of a block's buffer start at multiples of a cache line of fp32.
 _SLOT = 16
@@ -46,11 +56,13 @@ def lower(
     """Lowers a network in evaluation mode.
 
     BatchNorm after a convolution is folded into its weight and bias, in float64; BatchNorm and ReLU
-    before a convolution become its prologue. The weights are new tensors: the plan does not follow
-    later changes of the module.
+    before a convolution or an average become its prologue. The average pooling of a transition
+    comes before its 1x1 convolution rather than behind it, which is the same and multiplies a
+    quarter as often. The weights are new tensors: the plan does not follow later changes of the
+    module.
 
     Args:
-        module: A :class:`threshnet_fast.ThreshNet`.
+        module: A model of this package.
         input_shape: ``(N, C, H, W)`` of the input.
         head: Whether to end with the logits rather than with the last features.
         fold: Whether to calculate the weights; without, they are tensors on the meta device, which
@@ -63,8 +75,8 @@ def lower(
         UnsupportedModule: ``module``, or a part of it, is none that can be lowered.
         ValueError: ``input_shape`` is not one that the module takes.
     """
-    _require(module, ThreshNet, "module", "forward", "forward_features", "forward_head")
-    assert isinstance(module, ThreshNet)
+    _require(module, Network, "module", "forward", "forward_features", "forward_head")
+    assert isinstance(module, Network)
     shape = tuple(int(size) for size in input_shape)
     if len(shape) != 4 or min(shape) < 1 or shape[1] != module.in_chans:
         raise ValueError(
@@ -87,36 +99,46 @@ class _Lowering:
         self.buffers = [Buffer(height, width, channels, "input")]
         self.steps: list[Step] = []
         self.features = _Features((Segment(0, 0, channels),), height, width)
+        # BatchNorm and ReLU that no step has taken in yet.
+        self.prologue: Prologue | None = None
 
-    def network(self, model: ThreshNet, head: bool) -> Plan:
-        modules = list(model.base)
-        body, tail = modules[:-1], cast(nn.Sequential, modules[-1])
+    def network(self, model: Network, head: bool) -> Plan:
+        stages = model._stages()
         position = 0
-        while position < len(body):
-            position += self._entry(body, position)
-        pooled = isinstance(tail[0], nn.AdaptiveAvgPool2d)
-        if head and pooled:
-            self._head(tail, f"base.{len(body)}")
-        return self._finish(flat=head and pooled)
+        while position < len(stages):
+            position += self._entry(stages[position:])
+        pooled = head and model.global_pool == "avg"
+        if pooled:
+            self._head(model)
+        elif self.prologue is not None:
+            self._normalise()
+        return self._finish(flat=pooled)
 
-    def _entry(self, body: list[nn.Module], position: int) -> int:
-        """Lowers the entry at a position, and those fused with it; returns how many."""
-        module, name = body[position], f"base.{position}"
+    def _entry(self, stages: _Modules) -> int:
+        """Lowers the first module, and those that are fused with it; returns how many."""
+        name, module = stages[0]
+        if self.prologue is not None:
+            raise UnsupportedModule(f"{name} follows a BatchNorm and a ReLU that stand alone")
         if isinstance(module, DenseLayer):
-            layers = [module]
-            for other in body[position + 1 :]:
-                if not isinstance(other, DenseLayer):
-                    break
-                layers.append(other)
-            for index, layer in enumerate(layers, start=position):
-                _require(layer, DenseLayer, f"base.{index}", "forward")
-            self._dense_block(layers, position)
-            return len(layers)
-        if isinstance(module, HarmonicBlock):
+            return self._dense_layers(stages)
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            return self._conv_or_norm(stages)
+        if isinstance(module, nn.Dropout):
+            _require(module, nn.Dropout, name, "forward")
+        elif isinstance(module, DenseBlock):
+            _require(module, DenseBlock, name, "forward")
+            layers = [(f"{name}.{child}", layer) for child, layer in module.named_children()]
+            if not layers or self._dense_layers(layers) != len(layers):
+                raise UnsupportedModule(f"{name} has something else than dense layers")
+        elif isinstance(module, DenseTransition):
+            self._transition(module, name)
+        elif isinstance(module, HarmonicBlock):
             _require(module, HarmonicBlock, name, "forward")
             self._harmonic_block(module, name)
         elif isinstance(module, ConvBNReLU):
             self._conv_bn_relu(module, name, None)
+        elif isinstance(module, DepthwiseConvBN):
+            self._depthwise(module, name, None)
         elif isinstance(module, nn.MaxPool2d):
             _require(module, nn.MaxPool2d, name, "forward")
             self._max_pool(module, name)
@@ -124,21 +146,63 @@ class _Lowering:
             raise UnsupportedModule(f"{name} is a {type(module).__name__}, which has no lowering")
         return 1
 
+    def _dense_layers(self, stages: _Modules) -> int:
+        """Lowers the dense layers at the beginning as one block; returns how many."""
+        layers = []
+        for name, module in stages:
+            if not isinstance(module, DenseLayer):
+                break
+            _require(module, DenseLayer, name, "forward")
+            layers.append((name, module))
+        if layers:
+            self._dense_block(layers)
+        return len(layers)
+
+    def _conv_or_norm(self, stages: _Modules) -> int:
+        """Lowers a convolution with the BatchNorm and ReLU behind it, or those two alone."""
+        kinds = [type(module) for _, module in stages[:3]]
+        if kinds[:2] == [nn.BatchNorm2d, nn.ReLU]:
+            name, norm = stages[0]
+            if len(self.features.segments) != 1:
+                raise UnsupportedModule(f"{name} normalises a concatenation")
+            scale, shift = self._fold(norm, name)
+            if len(scale) != self.features.channels:
+                raise UnsupportedModule(
+                    f"{name} reads {len(scale)} channels, not {self.features.channels}"
+                )
+            self.prologue = Prologue(_single(scale), _single(shift))
+            _require(stages[1][1], nn.ReLU, stages[1][0], "forward")
+            return 2
+        name, conv = stages[0]
+        _require(conv, nn.Conv2d, name, "forward")
+        assert isinstance(conv, nn.Conv2d)
+        if kinds[1:2] != [nn.BatchNorm2d]:
+            self._convolution(conv, name, name, None, None, None)
+            return 1
+        norm_name, norm = stages[1]
+        affine = self._fold(norm, norm_name)
+        if kinds[2:3] != [nn.ReLU]:
+            self._convolution(conv, name, name, None, affine, None)
+            return 2
+        _require(stages[2][1], nn.ReLU, stages[2][0], "forward")
+        self._convolution(conv, name, name, None, affine, "relu")
+        return 3
+
     def _buffer(self, height: int, width: int, channels: int, name: str) -> int:
         self.buffers.append(Buffer(height, width, channels, name))
         return len(self.buffers) - 1
 
-    def _dense_block(self, layers: list[DenseLayer], position: int) -> None:
+    def _dense_block(self, layers: Sequence[tuple[str, DenseLayer]]) -> None:
         height, width = self.features.height, self.features.width
         start = self.features.channels
-        slot = self._move_into_block(layers[-1].out_channels, f"base.{position}", start)
-        if start != layers[0].conv1.in_channels:
+        block, first = layers[0]
+        slot = self._move_into_block(layers[-1][1].out_channels, block, start)
+        if start != first.conv1.in_channels:
             raise UnsupportedModule(
-                f"base.{position} reads {layers[0].conv1.in_channels} channels, not {start}"
+                f"{block} reads {first.conv1.in_channels} channels, not {start}"
             )
         written = start
-        for index, layer in enumerate(layers):
-            name = f"base.{position + index}"
+        for name, layer in layers:
             growth = layer.conv2.out_channels
             _require_plain(layer.conv1, f"{name}.conv1", 1)
             _require_plain(layer.conv2, f"{name}.conv2", 3)
@@ -153,7 +217,7 @@ class _Lowering:
                 self._scaled(layer.conv1.weight, middle_scale),
                 middle_shift,
                 prologue=(scale, shift),
-                relu=True,
+                activation="relu",
             )
             self._conv(
                 f"{name}.conv2",
@@ -186,9 +250,13 @@ class _Lowering:
             self.features = _Features(
                 tuple(segments[link] for link in block.links[index]), height, width
             )
-            self._conv_bn_relu(
-                cast(ConvBNReLU, layer), f"{name}.layers.{index - 1}", segments[index]
-            )
+            part = f"{name}.layers.{index - 1}"
+            if isinstance(layer, PointwiseDepthwise):
+                _require(layer, PointwiseDepthwise, part, "forward")
+                self._conv_bn_relu(layer.layer1, f"{part}.layer1", None)
+                self._depthwise(layer.layer2, f"{part}.layer2", segments[index])
+            else:
+                self._conv_bn_relu(layer, part, segments[index])
         self.features = _Features(
             tuple(segments[layer] for layer in block.out_layers), height, width
         )
@@ -203,16 +271,49 @@ class _Lowering:
         self.buffers[source.buffer] = Buffer(old.height, old.width, channels, name)
         return source.buffer
 
-    def _conv_bn_relu(self, module: ConvBNReLU, name: str, output: Segment | None) -> None:
+    def _conv_bn_relu(self, module: nn.Module, name: str, output: Segment | None) -> None:
         _require(module, ConvBNReLU, name, "forward")
-        if module.activation != "relu":
-            raise UnsupportedModule(f"{name} has activation {module.activation!r}, not 'relu'")
-        conv = module.conv
-        _require_plain(conv, f"{name}.conv", conv.kernel_size[0], stride=conv.stride[0])
-        scale, shift = self._fold(module.norm, f"{name}.norm")
-        padding, stride = cast("int", conv.padding[0]), conv.stride[0]
-        height = _out_size(self.features.height, conv.kernel_size[0], stride, padding)
-        width = _out_size(self.features.width, conv.kernel_size[1], stride, padding)
+        assert isinstance(module, ConvBNReLU)
+        affine = self._fold(module.norm, f"{name}.norm")
+        self._convolution(module.conv, f"{name}.conv", name, output, affine, module.activation)
+
+    def _depthwise(self, module: nn.Module, name: str, output: Segment | None) -> None:
+        _require(module, DepthwiseConvBN, name, "forward")
+        assert isinstance(module, DepthwiseConvBN)
+        if len(self.features.segments) != 1:
+            raise UnsupportedModule(f"{name} reads a concatenation")
+        affine = self._fold(module.norm, f"{name}.norm")
+        groups = self.features.channels
+        self._convolution(module.dwconv, f"{name}.dwconv", name, output, affine, None, groups)
+
+    def _convolution(
+        self,
+        conv: nn.Conv2d,
+        conv_name: str,
+        name: str,
+        output: Segment | None,
+        affine: tuple[Tensor, Tensor] | None,
+        activation: str | None,
+        groups: int = 1,
+    ) -> None:
+        """A convolution of the features, with the BatchNorm behind it folded in.
+
+        Args:
+            conv: The module.
+            conv_name: Its name.
+            name: That of the step.
+            output: Where to write; None for a new buffer.
+            affine: Scale and shift of the BatchNorm, or None.
+            activation: As in :class:`FusedConv`.
+            groups: That it must have.
+        """
+        if activation not in (None, "relu", "relu6"):
+            raise UnsupportedModule(f"{name} has activation {activation!r}")
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        _require_plain(conv, conv_name, kernel, stride, groups)
+        padding = kernel // 2
+        height = _out_size(self.features.height, kernel, stride, padding)
+        width = _out_size(self.features.width, kernel, stride, padding)
         if self.features.channels != conv.in_channels:
             raise UnsupportedModule(
                 f"{name} reads {conv.in_channels} channels, not {self.features.channels}"
@@ -220,17 +321,59 @@ class _Lowering:
         if output is None:
             buffer = self._buffer(height, width, conv.out_channels, name)
             output = Segment(buffer, 0, conv.out_channels)
+        weight, bias = self._double(conv.weight), None
+        if affine is not None:
+            weight, bias = self._scaled(conv.weight, affine[0]), affine[1]
         self._conv(
             name,
             self.features.segments,
             output,
-            self._scaled(conv.weight, scale),
-            shift,
+            weight,
+            bias,
             stride=stride,
             padding=padding,
-            relu=True,
+            activation=activation,
+            groups=groups,
         )
         self.features = _Features((output,), height, width)
+
+    def _transition(self, module: DenseTransition, name: str) -> None:
+        _require(module, DenseTransition, name, "forward")
+        pool = module.pool
+        _require(pool, nn.AvgPool2d, f"{name}.pool", "forward")
+        plain = (2, 2, 0, False, None)
+        options = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+        if (*options, pool.divisor_override) != plain:
+            raise UnsupportedModule(f"{name}.pool is not a plain 2x2 average pooling")
+        _require_plain(module.conv, f"{name}.conv", 1)
+        if len(self.features.segments) != 1:
+            raise UnsupportedModule(f"{name} reads a concatenation")
+        if self.features.channels != module.conv.in_channels:
+            raise UnsupportedModule(
+                f"{name} reads {module.conv.in_channels} channels, not {self.features.channels}"
+            )
+        module_pixels = self.features.height * self.features.width
+        prologue = Prologue(*map(_single, self._fold(module.norm, f"{name}.norm")))
+        self._pool(f"{name}.pool", 2, 2, 0, prologue)
+        output = Segment(
+            self._buffer(self.features.height, self.features.width, module.conv.out_channels, name),
+            0,
+            module.conv.out_channels,
+        )
+        self._conv(
+            f"{name}.conv",
+            self.features.segments,
+            output,
+            self._double(module.conv.weight),
+            None,
+            module_pixels=module_pixels,
+        )
+        self.features = _Features((output,), self.features.height, self.features.width)
+
+    def _normalise(self) -> None:
+        """Writes the features after the BatchNorm and ReLU behind them."""
+        self._pool("norm", 1, 1, 0, self.prologue)
+        self.prologue = None
 
     def _conv(
         self,
@@ -243,7 +386,9 @@ class _Lowering:
         prologue: tuple[Tensor, Tensor] | None = None,
         stride: int = 1,
         padding: int = 0,
-        relu: bool = False,
+        activation: str | None = None,
+        groups: int = 1,
+        module_pixels: int | None = None,
     ) -> None:
         source, target = self.buffers[inputs[0].buffer], self.buffers[output.buffer]
         valid = _valid(source.height, target.height, weight.shape[2], stride, padding) * _valid(
@@ -259,11 +404,13 @@ class _Lowering:
                 prologue=None if prologue is None else Prologue(*map(_single, prologue)),
                 stride=stride,
                 padding=padding,
-                relu=relu,
+                activation=activation,
                 input_pixels=source.pixels,
                 output_pixels=target.pixels,
                 valid_taps=valid,
                 batch=self.batch,
+                groups=groups,
+                module_pixels=module_pixels,
             )
         )
 
@@ -304,9 +451,15 @@ class _Lowering:
             or pool.return_indices
         ):
             raise UnsupportedModule(f"{name} is not a plain square max pooling")
-        source = self.features.segments[0]
         if len(self.features.segments) != 1:
             raise UnsupportedModule(f"{name} pools a concatenation")
+        self._pool(name, kernel, stride, padding, None)
+
+    def _pool(
+        self, name: str, kernel: int, stride: int, padding: int, prologue: Prologue | None
+    ) -> None:
+        """A pool of the features: an average where there is a prologue, else a maximum."""
+        source = self.features.segments[0]
         height = _out_size(self.features.height, kernel, stride, padding)
         width = _out_size(self.features.width, kernel, stride, padding)
         buffer = self._buffer(height, width, source.channels, name)
@@ -319,24 +472,28 @@ class _Lowering:
                 kernel=(kernel, kernel),
                 stride=stride,
                 padding=padding,
-                average=False,
+                average=prologue is not None,
                 input_pixels=self.features.height * self.features.width,
                 output_pixels=height * width,
                 batch=self.batch,
+                prologue=prologue,
             )
         )
         self.features = _Features((output,), height, width)
 
-    def _head(self, tail: nn.Sequential, name: str) -> None:
-        classifier = tail[2]
+    def _head(self, model: Network) -> None:
+        for part, module in model._pooling():
+            _require_pooling(module, part)
+        name, classifier = model.default_cfg["classifier"], model.get_classifier()
         source = self.features.segments[0]
-        _require(tail, nn.Sequential, name, "forward")
         linear = classifier if isinstance(classifier, nn.Linear) else None
-        _require(classifier, nn.Identity if linear is None else nn.Linear, f"{name}.2", "forward")
+        _require(classifier, nn.Identity if linear is None else nn.Linear, name, "forward")
         if linear is not None and linear.in_features != source.channels:
             raise UnsupportedModule(
-                f"{name}.2 reads {linear.in_features} features, not {source.channels}"
+                f"{name} reads {linear.in_features} features, not {source.channels}"
             )
+        # Of the module that pools too, where there is one.
+        name = name.rpartition(".")[0] or name
         channels = source.channels if linear is None else linear.out_features
         output = Segment(self._buffer(1, 1, channels, name), 0, channels)
         self.steps.append(
@@ -352,6 +509,7 @@ class _Lowering:
                 ),
                 input_pixels=self.features.height * self.features.width,
                 batch=self.batch,
+                prologue=self.prologue,
             )
         )
 
@@ -392,14 +550,30 @@ def _require(module: nn.Module, expected: type[nn.Module], name: str, *methods: 
             raise UnsupportedModule(f"{name} has a {method} of its own")
 
 
-def _require_plain(conv: nn.Module, name: str, kernel: int, stride: int = 1) -> None:
+def _require_pooling(module: nn.Module, name: str) -> None:
+    """Refuses what is no part of an average over whole maps."""
+    for kind, attributes in (
+        (nn.AdaptiveAvgPool2d, {"output_size": 1}),
+        (nn.Flatten, {"start_dim": 1, "end_dim": -1}),
+        (nn.Identity, {}),
+    ):
+        if isinstance(module, kind):
+            _require(module, kind, name, "forward")
+            if all(getattr(module, key) == value for key, value in attributes.items()):
+                return
+    raise UnsupportedModule(f"{name} is no part of a global average pooling")
+
+
+def _require_plain(
+    conv: nn.Module, name: str, kernel: int, stride: int = 1, groups: int = 1
+) -> None:
     _require(conv, nn.Conv2d, name, "forward")
     expected = {
         "kernel_size": (kernel, kernel),
         "stride": (stride, stride),
         "padding": (kernel // 2, kernel // 2),
         "dilation": (1, 1),
-        "groups": 1,
+        "groups": groups,
         "bias": None,
         "padding_mode": "zeros",
     }

@@ -513,8 +513,9 @@ class _Model:
 
     def fused(self, step: Step) -> Execution:
         reads, writes = self._features(step)
-        if isinstance(step, Pool):
-            return self._execution(self._stream(step.describe(), self._traffic(reads + writes, 0)))
+        if isinstance(step, Pool) or (isinstance(step, FusedConv) and step.groups > 1):
+            traffic = self._traffic(reads + writes, self.size * step.parameters)
+            return self._execution(self._stream(step.describe(), traffic))
         if isinstance(step, Head):
             weights = self.size * step.parameters
             traffic = self._traffic(reads + writes, weights)
@@ -545,9 +546,10 @@ class _Model:
         step = self.plan.steps[index]
         reads, writes = self._features(step)
         if isinstance(step, Pool):
-            return self.fused(step)
+            return self._execution(*self._normalised(step, reads), *self.fused(step).kernels)
         if isinstance(step, Head):
-            return self._unfused_head(step, reads, writes)
+            head = self._unfused_head(step, reads, writes)
+            return self._execution(*self._normalised(step, reads), *head.kernels)
         weights = self.size * step.parameters
         concatenated = len(step.inputs) > 1
         grown = 0
@@ -569,11 +571,14 @@ class _Model:
             before += [each("batchnorm", reads), each("relu", reads)]
         if step.bias is not None:
             after.append(each("batchnorm", writes))
-        if step.relu:
-            after.append(each("relu", writes))
+        if step.activation is not None:
+            after.append(each(step.activation, writes))
         if grown:
             after.append(each("cat", grown))
         taps = step.kernel[0] * step.kernel[1]
+        if step.groups > 1:
+            depthwise = self._stream("dwconv", _Traffic(reads + writes, weights, cached))
+            return self._execution(depthwise, *after)
         convolution = self._product(
             f"conv{step.kernel[0]}x{step.kernel[1]}",
             (step.batch * step.output_pixels, step.output.channels),
@@ -582,6 +587,13 @@ class _Model:
             _Traffic(reads + writes, weights, cached),
         )
         return self._execution(*before, *convolution, *after)
+
+    def _normalised(self, step: Pool | Head, features: int) -> list[Kernel]:
+        """BatchNorm and ReLU before a pool."""
+        if step.prologue is None:
+            return []
+        traffic = _Traffic(2 * features, 0, 2 * features <= self.device.cache_bytes)
+        return [self._stream("batchnorm", traffic), self._stream("relu", traffic)]
 
     def _unfused_head(self, step: Head, reads: int, writes: int) -> Execution:
         pooled = self.size * step.batch * step.input.channels

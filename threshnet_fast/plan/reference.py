@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .ir import FusedConv, Plan, Pool, Segment, Step
 
-__all__ = ["execute_reference"]
+__all__ = ["activate", "execute_reference"]
 
 
 def execute_reference(
@@ -57,13 +57,14 @@ def execute_reference(
 
 
 def _execute(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if step.prologue is not None:
+        scale, shift = step.prologue.scale.to(dtype), step.prologue.shift.to(dtype)
+        x = torch.relu(x * scale[:, None, None] + shift[:, None, None])
     if isinstance(step, FusedConv):
-        if step.prologue is not None:
-            scale, shift = step.prologue.scale.to(dtype), step.prologue.shift.to(dtype)
-            x = torch.relu(x * scale[:, None, None] + shift[:, None, None])
         bias = None if step.bias is None else step.bias.to(dtype)
-        x = F.conv2d(x, step.weight.to(dtype), bias, step.stride, step.padding)
-        return torch.relu(x) if step.relu else x
+        weight = step.weight.to(dtype)
+        x = F.conv2d(x, weight, bias, step.stride, step.padding, groups=step.groups)
+        return activate(x, step.activation)
     if isinstance(step, Pool):
         if step.average:
             return F.avg_pool2d(x, step.kernel, step.stride)
@@ -72,3 +73,10 @@ def _execute(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
     if step.weight is not None:
         x = F.linear(x, step.weight.to(dtype), None if step.bias is None else step.bias.to(dtype))
     return x[:, :, None, None]
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """Returns what a convolution's activation makes of its sums."""
+    if activation is None:
+        return x
+    return torch.relu(x) if activation == "relu" else F.relu6(x)

@@ -7,11 +7,15 @@ Layout, every entry one int64:
   steps;
 - for each buffer: height, width, pitch, offset in the arena (-1: the network's input, -2: its
   output);
-- for each step: kind (0 convolution, 1 pool), number of entries of the step, then
+- for each step: kind (0 convolution, 1 pool, 2 depthwise convolution), number of entries of the
+  step, then
   for a convolution: number of segments, (buffer, channel, channels) of each, output buffer,
-  channel, channels, kernel height, width, stride, padding, relu, indices of weight, bias, scale and
-  shift (-1: none); for a pool: buffer, channel, channels, output buffer, channel, channels, kernel
-  height, width, stride, padding, average.
+  channel, channels, kernel height, width, stride, padding, activation (0 none, 1 ReLU, 2 ReLU6),
+  indices of weight, bias, scale and shift (-1: none);
+  for a pool: buffer, channel, channels, output buffer, channel, channels, kernel height, width,
+  stride, padding, average, and, where it normalises its input, indices of scale and shift;
+  for a depthwise convolution: buffer, channel, channels, output buffer, channel, channels, kernel
+  height, width, stride, padding, activation, indices of weight and bias (-1: none).
 
 A head is written as an average pool over the whole map and a 1x1 convolution.
 """
@@ -21,14 +25,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ir import FusedConv, Head, Plan, Pool
+from .ir import FusedConv, Plan, Pool
 from .memory import Arena
 
 __all__ = ["serialize"]
 
 _MAGIC = 0x4E4C5046544E54
 _VERSION = 1
-_CONVOLUTION, _POOL = 0, 1
+_CONVOLUTION, _POOL, _DEPTHWISE = 0, 1, 2
+_ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 _INPUT, _OUTPUT = -1, -2
 
 
@@ -60,38 +65,40 @@ def serialize(plan: Plan, arena: Arena) -> Tensor:
         return weights - 1 if present else -1
 
     steps: list[list[int]] = []
+
+    def add(kind: int, *entries: int) -> None:
+        steps.append([kind, len(entries) + 2, *entries])
+
     for step in plan.steps:
+        sources = [entry for s in step.inputs for entry in (s.buffer, s.channel, s.channels)]
         output = [step.output.buffer, step.output.channel, step.output.channels]
+        prologue = step.prologue is not None
         if isinstance(step, FusedConv):
-            entries = [len(step.inputs)]
-            for segment in step.inputs:
-                entries += [segment.buffer, segment.channel, segment.channels]
-            entries += [*output, *step.kernel, step.stride, step.padding, step.relu]
-            prologue = step.prologue is not None
-            entries += [number(True), number(step.bias is not None)]
-            entries += [number(prologue), number(prologue)]
-            steps.append([_CONVOLUTION, len(entries) + 2, *entries])
-        elif isinstance(step, Pool):
-            source = [step.input.buffer, step.input.channel, step.input.channels]
-            entries = [*source, *output, *step.kernel, step.stride, step.padding, step.average]
-            steps.append([_POOL, len(entries) + 2, *entries])
-        elif isinstance(step, Head):
-            source = [step.input.buffer, step.input.channel, step.input.channels]
-            size = plan.buffers[step.input.buffer]
-            window = [size.height, size.width, 1, 0]
-            if step.weight is None:
-                entries = [*source, *output, *window, 1]
-                steps.append([_POOL, len(entries) + 2, *entries])
+            window = [*step.kernel, step.stride, step.padding, _ACTIVATIONS[step.activation]]
+            folded = [number(True), number(step.bias is not None)]
+            if step.groups > 1:
+                add(_DEPTHWISE, *sources, *output, *window, *folded)
                 continue
-            pooled = [len(buffers), 0, step.input.channels]
-            pitch = -(-step.input.channels // 16) * 16
-            buffers.append([1, 1, pitch, arena_size])
-            arena_size += batch * pitch
-            entries = [*source, *pooled, *window, 1]
-            steps.append([_POOL, len(entries) + 2, *entries])
-            entries = [1, *pooled, *output, 1, 1, 1, 0, 0]
-            entries += [number(True), number(step.bias is not None), -1, -1]
-            steps.append([_CONVOLUTION, len(entries) + 2, *entries])
+            affine = [number(prologue), number(prologue)]
+            add(_CONVOLUTION, len(step.inputs), *sources, *output, *window, *folded, *affine)
+            continue
+        affine = [number(True), number(True)] if prologue else []
+        if isinstance(step, Pool):
+            window = [*step.kernel, step.stride, step.padding, step.average]
+            add(_POOL, *sources, *output, *window, *affine)
+            continue
+        size = plan.buffers[step.input.buffer]
+        window = [size.height, size.width, 1, 0, 1]
+        if step.weight is None:
+            add(_POOL, *sources, *output, *window, *affine)
+            continue
+        pooled = [len(buffers), 0, step.input.channels]
+        pitch = -(-step.input.channels // 16) * 16
+        buffers.append([1, 1, pitch, arena_size])
+        arena_size += batch * pitch
+        add(_POOL, *sources, *pooled, *window, *affine)
+        folded = [number(True), number(step.bias is not None)]
+        add(_CONVOLUTION, 1, *pooled, *output, 1, 1, 1, 0, 0, *folded, -1, -1)
 
     out = plan.buffers[last]
     header = [

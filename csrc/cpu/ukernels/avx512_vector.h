@@ -22,8 +22,9 @@ struct Vector {
   inline void store(float* p) const { _mm512_storeu_ps(p, value); }
   inline void store(float* p, int64_t lanes) const { _mm512_mask_storeu_ps(p, mask(lanes), value); }
   inline void multiply_add(Vector a, Vector b) { value = _mm512_fmadd_ps(a.value, b.value, value); }
-  // maxps returns its second operand when either is NaN.
+  // maxps and minps return their second operand when either is NaN.
   inline void relu() { value = _mm512_max_ps(_mm512_setzero_ps(), value); }
+  inline void at_most(Vector most) { value = _mm512_min_ps(most.value, value); }
   inline void maximum(Vector other) {
     const __mmask16 take = _mm512_cmp_ps_mask(other.value, value, _CMP_GT_OQ) |
                            _mm512_cmp_ps_mask(other.value, other.value, _CMP_UNORD_Q);

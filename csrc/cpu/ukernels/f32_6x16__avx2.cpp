@@ -31,8 +31,9 @@ struct Vector {
   inline void store(float* p) const { _mm256_storeu_ps(p, value); }
   inline void store(float* p, int64_t lanes) const { _mm256_maskstore_ps(p, mask(lanes), value); }
   inline void multiply_add(Vector a, Vector b) { value = _mm256_fmadd_ps(a.value, b.value, value); }
-  // maxps returns its second operand when either is NaN.
+  // maxps and minps return their second operand when either is NaN.
   inline void relu() { value = _mm256_max_ps(_mm256_setzero_ps(), value); }
+  inline void at_most(Vector most) { value = _mm256_min_ps(most.value, value); }
   inline void maximum(Vector other) {
     const __m256 take = _mm256_or_ps(_mm256_cmp_ps(other.value, value, _CMP_GT_OQ),
                                      _mm256_cmp_ps(other.value, other.value, _CMP_UNORD_Q));

@@ -29,6 +29,7 @@ struct Vector {
   }
   inline void multiply_add(Vector a, Vector b) { value += a.value * b.value; }
   inline void relu() { value = value < 0.0f ? Lanes{} : value; }
+  inline void at_most(Vector most) { value = value > most.value ? most.value : value; }
   inline void maximum(Vector other) {
     value = ((other.value > value) | (other.value != other.value)) ? other.value : value;
   }

@@ -42,8 +42,9 @@ struct Vector {
   inline void multiply_add_lane(Vector a, Vector b) {
     value = vfmaq_laneq_f32(value, a.value, b.value, kLane);
   }
-  // fmax gives NaN when either is NaN.
+  // fmax and fmin give NaN when either is NaN.
   inline void relu() { value = vmaxq_f32(value, vdupq_n_f32(0.0f)); }
+  inline void at_most(Vector most) { value = vminq_f32(value, most.value); }
   inline void maximum(Vector other) { value = vmaxq_f32(value, other.value); }
   inline void add(Vector other) { value = vaddq_f32(value, other.value); }
   inline void subtract(Vector other) { value = vsubq_f32(value, other.value); }

@@ -21,6 +21,15 @@ inline void multiply_add_words(Vector& sum, Vector a, Vector b, const float*) {
   sum.multiply_add(a, b);
 }
 
+inline __attribute__((always_inline)) Vector splat(float value) {
+  return Vector::broadcast(&value);
+}
+
+inline __attribute__((always_inline)) void activate(Vector& value, Activation activation) {
+  if (activation != kIdentity) value.relu();
+  if (activation == kRelu6) value.at_most(splat(6.0f));
+}
+
 constexpr int32_t kOrder[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
 
 // How many words' products a chain of additions takes before it is added to the sum of the chains
@@ -251,11 +260,19 @@ void conv_tile(const ConvTile<Element>& tile) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) accumulator[i][j].add(Vector::load(row + j * kLanes));
   }
-  if (tile.relu) {
+  if (tile.activation != kIdentity) {
 #pragma GCC unroll 16
     for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) accumulator[i][j].relu();
+    }
+  }
+  if (tile.activation == kRelu6) {
+    const Vector six = splat(6.0f);
+#pragma GCC unroll 16
+    for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) accumulator[i][j].at_most(six);
     }
   }
   if (tile.sums != nullptr) {
@@ -306,6 +323,78 @@ void average_pool(const Element* input, const int64_t* offsets, int64_t count, i
   }
 }
 
+void bn_relu_average_pool(const Element* input, const int64_t* offsets, int64_t count,
+                          const float* scale, const float* shift, int64_t channels, float factor,
+                          Element* output) {
+  constexpr int64_t kLanes = Vector::kLanes;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t left = channels - c < kLanes ? channels - c : kLanes;
+    const Vector channel_scale = Vector::load(scale + c, left);
+    const Vector channel_shift = Vector::load(shift + c, left);
+    Vector sum = Vector::zero();
+    for (int64_t i = 0; i < count; ++i) {
+      Vector value = channel_shift;
+      value.multiply_add(load_elements(input + offsets[i] + c, left), channel_scale);
+      value.relu();
+      sum.add(value);
+    }
+    sum.scale(factor);
+    store_elements(sum, output + c, left);
+  }
+}
+
+// One vector of channels of a depthwise convolution; with kTaps of 0 there are row.taps.
+template <int kTaps>
+inline __attribute__((always_inline)) void depthwise_channels(const DepthwiseRow<Element>& row,
+                                                              int64_t channel, int64_t lanes) {
+  constexpr int kHeld = kTaps > 0 ? kTaps : 1;
+  const bool whole = lanes == Vector::kLanes;
+  const float* weights = row.weights + channel;
+  Vector held[kHeld];
+  if (kTaps > 0) {
+#pragma GCC unroll 9
+    for (int t = 0; t < kHeld; ++t) held[t] = Vector::load(weights + row.weight_offsets[t]);
+  }
+  const Vector bias = Vector::load(row.bias + channel);
+  const Element* input = row.input + channel;
+  Element* output = row.output + channel;
+  for (int64_t p = 0; p < row.pixels; ++p) {
+    Vector sum = bias;
+    if (kTaps > 0) {
+#pragma GCC unroll 9
+      for (int t = 0; t < kHeld; ++t) {
+        const Element* from = input + row.input_offsets[t];
+        sum.multiply_add(whole ? load_elements(from) : load_elements(from, lanes), held[t]);
+      }
+    } else {
+      for (int64_t t = 0; t < row.taps; ++t)
+        sum.multiply_add(load_elements(input + row.input_offsets[t], lanes),
+                         Vector::load(weights + row.weight_offsets[t]));
+    }
+    activate(sum, row.activation);
+    if (whole) {
+      store_elements(sum, output);
+    } else {
+      store_elements(sum, output, lanes);
+    }
+    input += row.input_step;
+    output += row.output_step;
+  }
+}
+
+void depthwise(const DepthwiseRow<Element>& row) {
+  constexpr int64_t kLanes = Vector::kLanes;
+  constexpr int kHeldTaps = 9;
+  for (int64_t c = 0; c < row.channels; c += kLanes) {
+    const int64_t left = row.channels - c < kLanes ? row.channels - c : kLanes;
+    if (row.taps == kHeldTaps) {
+      depthwise_channels<kHeldTaps>(row, c, left);
+    } else {
+      depthwise_channels<0>(row, c, left);
+    }
+  }
+}
+
 // One direction of the input transform, in place: rows of B^T.
 inline __attribute__((always_inline)) void winograd_input_line_2x2(Vector& a, Vector& b, Vector& c,
                                                                    Vector& d) {
@@ -353,7 +442,7 @@ void winograd_input_2x2(const Element* const* pixels, int64_t channels, Element*
 }
 
 void winograd_output_2x2(const float* products, int64_t product_pitch, const float* bias,
-                         int64_t channels, bool relu, Element* const* outputs) {
+                         int64_t channels, Activation activation, Element* const* outputs) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t left = channels - c < kLanes ? channels - c : kLanes;
@@ -384,7 +473,7 @@ void winograd_output_2x2(const float* products, int64_t product_pitch, const flo
       for (int x = 0; x < 2; ++x) {
         if (outputs[2 * y + x] == nullptr) continue;
         result[x].add(offset);
-        if (relu) result[x].relu();
+        activate(result[x], activation);
         if (left == kLanes) {
           store_elements(result[x], outputs[2 * y + x] + c);
         } else {
@@ -399,10 +488,6 @@ void winograd_output_2x2(const float* products, int64_t product_pitch, const flo
 // rounding error is less than half of that at 1 and 2.
 constexpr float kA = 0.70710678118654752f;
 constexpr float kB = 1.41421356237309505f;
-
-inline __attribute__((always_inline)) Vector splat(float value) {
-  return Vector::broadcast(&value);
-}
 
 // value = value + factor * other.
 inline __attribute__((always_inline)) void add_scaled(Vector& value, Vector factor, Vector other) {
@@ -494,7 +579,7 @@ inline __attribute__((always_inline)) void winograd_output_line_4x4(const Vector
 }
 
 void winograd_output_4x4(const float* products, int64_t product_pitch, const float* bias,
-                         int64_t channels, bool relu, Element* const* outputs) {
+                         int64_t channels, Activation activation, Element* const* outputs) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t left = channels - c < kLanes ? channels - c : kLanes;
@@ -520,7 +605,7 @@ void winograd_output_4x4(const float* products, int64_t product_pitch, const flo
       for (int x = 0; x < 4; ++x) {
         if (outputs[4 * y + x] == nullptr) continue;
         result[x].add(offset);
-        if (relu) result[x].relu();
+        activate(result[x], activation);
         if (left == kLanes) {
           store_elements(result[x], outputs[4 * y + x] + c);
         } else {
@@ -538,6 +623,8 @@ constexpr UkernelTable<Element> table_of(
           bn_relu,
           max_pool,
           average_pool,
+          bn_relu_average_pool,
+          depthwise,
           {winograd_input_2x2, winograd_output_2x2},
           {winograd_input_4x4, winograd_output_4x4}};
 }
