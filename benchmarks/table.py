@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import paper
 from bench_growth import ODD
 
 from threshnet_fast.cli.errors import CommandError
@@ -34,6 +35,7 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "gpu.md",
+    ROOT / "docs" / "paper.md",
     ROOT / "docs" / "models" / "threshnet79_cifar10.md",
 )
 
@@ -255,6 +257,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "columns": columns,
     "memory": memory,
     "growth": growth,
+    "paper": lambda rows: paper.render(),
     "training": training,
     "training_columns": training_columns,
     "threshnet79_cifar10": lambda rows: card("threshnet79", "cifar10"),

@@ -26,15 +26,19 @@ from .arguments import (
     positive_float,
     positive_integer,
 )
-from .comparison import common_columns, time_in_turns
+from .comparison import (
+    checked,
+    classifier_of,
+    common_columns,
+    output_scale,
+    time_in_turns,
+)
 from .errors import CommandError
 from .pictures import Picture
 from .precision import PRECISIONS, Precision
 from .providers import (
     Job,
-    Provider,
     Spec,
-    build,
     dtypes,
     random_model,
     reference_output,
@@ -328,7 +332,7 @@ def _bench_cell(
     with tqdm(total=len(names) + 1, desc=title, unit="engine", disable=None) as bar:
         bar.set_postfix_str("float64 reference")
         reference = reference_output(job.model, job.x)
-        limit = precision.error_limit * _scale(job.model, reference)
+        limit = precision.error_limit * output_scale(job.model, reference)
         bar.update()
         for provider in names:
             bar.set_postfix_str(f"check {provider}")
@@ -351,7 +355,7 @@ def _bench_cell(
                 "peak_bytes": "",
             }
             rows[provider] = row
-            built, error, status = _check(provider, job, reference, limit)
+            built, error, status = checked(provider, job, reference, limit)
             row["status"] = status
             if error is not None:
                 row["error"] = f"{error:.4g}"
@@ -395,41 +399,6 @@ def _job(model: nn.Module, x: Tensor, precision: Precision, setting: _Run) -> Jo
         torch.cuda.empty_cache()
     model = copy.deepcopy(model).to(setting.device, precision.dtype)
     return Job(model, x.to(setting.device, precision.dtype), setting.threads)
-
-
-def _scale(model: nn.Module, reference: Tensor) -> float:
-    """The largest output without the classifier's bias, which may cancel most of it.
-
-    Rounding errors grow with what is added up, not with what a bias leaves of it.
-    """
-    bias = getattr(_classifier(model), "bias", None)
-    output = reference if bias is None else reference - bias.detach().to(reference)
-    return float(output.abs().max())
-
-
-def _classifier(model: nn.Module) -> nn.Linear | None:
-    classifier = getattr(model, "get_classifier", nn.Identity)()
-    return classifier if isinstance(classifier, nn.Linear) else None
-
-
-def _check(
-    name: str, job: Job, reference: Tensor, limit: float
-) -> tuple[Provider | None, float | None, str]:
-    """Builds a provider and compares its output.
-
-    Returns:
-        The provider, None where it must not be timed; its error; ``"ok"`` or what is wrong.
-    """
-    try:
-        provider = build(name, job)
-        error = worst_error(provider.as_tensor(provider.run()), reference)
-    except Exception as problem:
-        # Whatever a peer raises is a result: it is reported, and the others are measured.
-        text = " ".join(str(problem).split()) or type(problem).__name__
-        return None, None, text[:300]
-    if not error <= limit:
-        return None, error, f"wrong result: error {error:.3g}, at most {limit:.3g} is allowed"
-    return provider, error, "ok"
 
 
 def _classify(model: nn.Module, name: str, shape: tuple[int, int, int], setting: _Run) -> None:
@@ -478,7 +447,7 @@ def _engine(job: Job) -> str:
 
 def _balance(model: nn.Module, x: Tensor, reference: Tensor) -> Tensor:
     """Moves the classifier's bias so that no class wins on all pictures; returns the new output."""
-    classifier = _classifier(model)
+    classifier = classifier_of(model)
     if classifier is None:
         return reference
     with torch.no_grad():

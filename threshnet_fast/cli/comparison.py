@@ -9,15 +9,16 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from . import machine
-from .providers import registry
+from .providers import Job, Provider, build, registry, worst_error
 from .timing import Sample, host_timer, interleave
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = ["common_columns", "time_in_turns"]
+__all__ = ["checked", "classifier_of", "common_columns", "output_scale", "time_in_turns"]
 
 
 def common_columns(source: str, place: torch.device, flush: bool = False) -> dict[str, object]:
@@ -49,6 +50,48 @@ def common_columns(source: str, place: torch.device, flush: bool = False) -> dic
         "platform": f"{platform.system()} {platform.release()}",
         **gpu,
     }
+
+
+def classifier_of(model: nn.Module) -> nn.Linear | None:
+    """The network's linear classifier, where it has one."""
+    classifier = getattr(model, "get_classifier", nn.Identity)()
+    return classifier if isinstance(classifier, nn.Linear) else None
+
+
+def output_scale(model: nn.Module, reference: Tensor) -> float:
+    """The largest output without the classifier's bias, which may cancel most of it.
+
+    Rounding errors grow with what is added up, not with what a bias leaves of it.
+    """
+    bias = getattr(classifier_of(model), "bias", None)
+    output = reference if bias is None else reference - bias.detach().to(reference)
+    return float(output.abs().max())
+
+
+def checked(
+    name: str, job: Job, reference: Tensor, limit: float
+) -> tuple[Provider | None, float | None, str]:
+    """Builds a provider and compares its output.
+
+    Args:
+        name: A key of :func:`~.providers.registry`.
+        job: What it is to run.
+        reference: The output in float64.
+        limit: The largest error that passes.
+
+    Returns:
+        The provider, None where it must not be timed; its error; ``"ok"`` or what is wrong.
+    """
+    try:
+        provider = build(name, job)
+        error = worst_error(provider.as_tensor(provider.run()), reference)
+    except Exception as problem:
+        # Whatever a peer raises is a result: it is reported, and the others are measured.
+        text = " ".join(str(problem).split()) or type(problem).__name__
+        return None, None, text[:300]
+    if not error <= limit:
+        return None, error, f"wrong result: error {error:.3g}, at most {limit:.3g} is allowed"
+    return provider, error, "ok"
 
 
 def time_in_turns(

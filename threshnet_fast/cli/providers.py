@@ -175,9 +175,12 @@ def plain_module(model: nn.Module) -> nn.Module:
 
     It shares the parameters with ``model``.
     """
-    base = getattr(model, "base", None)
+    base, features = getattr(model, "base", None), getattr(model, "features", None)
     if isinstance(base, nn.ModuleList):
         return nn.Sequential(*base).train(model.training)
+    if isinstance(features, nn.Sequential):
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.get_submodule("classifier"))
+        return nn.Sequential(*features, *head).train(model.training)
     return model
 
 

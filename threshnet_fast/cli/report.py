@@ -9,7 +9,15 @@ from .errors import CommandError
 from .providers import Spec, registry
 from .results import CELL
 
-__all__ = ["cells", "format_table", "markdown_table", "on_gpu", "plot", "text_table"]
+__all__ = [
+    "cells",
+    "format_table",
+    "markdown_table",
+    "milliseconds",
+    "on_gpu",
+    "plot",
+    "text_table",
+]
 
 Row = Mapping[str, str]
 
@@ -159,9 +167,9 @@ def markdown_table(rows: Sequence[Row], details: bool = False) -> str:
                 failed = any(r["provider"] == name for r in group)
                 line.append("failed" if failed else "")
                 continue
-            text = _milliseconds(row["min_ms"])
+            text = milliseconds(row["min_ms"])
             text = f"**{text}**" if row is best else text
-            line.append(f"{text} / {_milliseconds(row['p50_ms'])}" if details else text)
+            line.append(f"{text} / {milliseconds(row['p50_ms'])}" if details else text)
         fused = timed.get("fused")
         if fused is None or not fused["speedup_min"]:
             line.append("")
@@ -262,7 +270,7 @@ def _panel(axis: object, group: Sequence[Row]) -> None:
     axis.errorbar(medians, positions, xerr=[low, high], fmt="none", ecolor="#333333", capsize=2)
     for position, median, above in zip(positions, medians, high, strict=True):
         axis.text(
-            median + above, position, f"  {_milliseconds(str(median))}", va="center", fontsize=8
+            median + above, position, f"  {milliseconds(str(median))}", va="center", fontsize=8
         )
     titles = [_specs(row)[row["provider"]].title for row in group]
     axis.set_yticks(positions, titles, fontsize=8)
@@ -275,7 +283,7 @@ def _panel(axis: object, group: Sequence[Row]) -> None:
     axis.set_title(f"{what}\n{first['dtype']}, {_place(first)}", fontsize=9)
 
 
-def _milliseconds(text: str) -> str:
+def milliseconds(text: str) -> str:
     """Three digits, more for what takes over a second."""
     value = float(text)
     return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
