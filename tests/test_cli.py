@@ -23,6 +23,7 @@ from threshnet_fast.cli import (
     CommandError,
     arguments,
     build_parser,
+    comparison,
     cuda_providers,
     doctor,
     info,
@@ -492,7 +493,7 @@ def fake_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(command, "_job", job)
     monkeypatch.setattr(command, "torch", Torch())
-    monkeypatch.setattr(command, "build", lambda name, job: registry_of_gpu[name].build(job))
+    monkeypatch.setattr(comparison, "build", lambda name, job: registry_of_gpu[name].build(job))
     monkeypatch.setattr(command, "_engine", lambda job: "fused by triton on cuda:0")
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: "not for this GPU")
     registry_of_gpu = cuda_providers.CUDA_PROVIDERS
