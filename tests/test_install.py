@@ -164,12 +164,13 @@ class TestMetadata:
     def test_dependencies(self):
         requires = importlib.metadata.requires("threshnet_fast")
         base = {text for text in requires if "extra ==" not in text}
-        assert base == {"torch>=2.10", "numpy", "matplotlib", "pillow", "tqdm"}
+        assert base == {"torch>=2.10", "numpy", "matplotlib", "pillow", "safetensors", "tqdm"}
         assert set(self.metadata.get_all("Provides-Extra")) == {"bench", "test", "triton"}
 
     def test_every_import_is_declared(self):
         """What the package imports, anywhere in it, is a dependency or in an extra."""
         distributions = {"PIL": "pillow", "skimage": "scikit-image"}
+        distributions["typing_extensions"] = "typing-extensions"
         imported = set()
         for path in (ROOT / "threshnet_fast").rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
