@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import pytest
 import torch
 from torch import nn
 
 import threshnet_fast as tf
+
+
+def torchvision_models() -> ModuleType:
+    """torchvision's models; skips the test where it is missing, or made for another torch."""
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision: {error}")
+    return models
 
 
 def costs(model: tf.models.Network) -> tuple[int, int, float]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from architecture import check_feature_info, costs
+from architecture import check_feature_info, costs, torchvision_models
 from data import photographs
 from torch import nn
 from torch.nn import functional as F
@@ -289,9 +289,9 @@ def test_state_dict_keys_and_shapes(name, num_classes):
 
 @pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201"])
 def test_torchvision_checkpoints_load(name):
-    models = pytest.importorskip("torchvision.models")
+    published_model = getattr(torchvision_models(), name)
     with torch.device("meta"):
-        published = getattr(models, name)().state_dict()
+        published = published_model().state_dict()
         model = tf.create_model(name)
     assert list(model.state_dict()) == list(published)
     model.load_state_dict(published, strict=True, assign=True)

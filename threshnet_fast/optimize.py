@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import cpu, select, triton
+from .models.adoption import adopt
 from .models.network import Network
 from .models.validate import check_input
 from .plan.lower import UnsupportedModule, lower
@@ -93,7 +94,8 @@ def optimize(
     a stream, and replayed from then on.
 
     Args:
-        module: A model of this package.
+        module: A model of this package; or a DenseNet or HarDNet of another, say torchvision's,
+            that has the same parameters and computes the same.
         example_input: An input, ``[N, C, H, W]``; its size is compiled now.
         dtype: What to compute in, and the dtype of inputs: None keeps the module's. On the CPU
             float32 or bfloat16, on a GPU also float16. Where the processor cannot multiply
@@ -109,15 +111,16 @@ def optimize(
         its ``reason`` says why.
 
     Raises:
-        TypeError: ``module`` is no model of this package, or ``example_input`` is not a tensor that
-            it takes.
+        TypeError: ``module`` is no such model, or ``example_input`` is not a tensor that it takes.
         ValueError: ``dtype`` is not supported, or ``example_input`` has a wrong shape.
         RuntimeError: ``example_input`` requires a gradient or is on another device.
     """
-    if not isinstance(module, Network):
-        raise TypeError(f"module is a {type(module).__name__}: expected a model of threshnet_fast")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}: expected a torch.nn.Module")
     if not isinstance(exact, bool):
         raise TypeError(f"exact is {exact!r}: expected True or False")
+    if not isinstance(module, Network):
+        module = adopt(module)
     module._check_input(example_input)
     weight = module._first_weight
     backends = select.network_backends(weight)

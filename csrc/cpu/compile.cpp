@@ -175,7 +175,11 @@ class Compiler {
     require_plan(step.kernel_height * step.kernel_width <= kMaxTaps, "a kernel has over 64 taps");
     step.input_channels = planned.input_channels;
     step.padded_channels = round_up(step.input_channels, word_channels());
-    step.packs = planned.reads_network_input || step.scale_index >= 0 || splits_words(planned);
+    if (planned.reads_network_input) {
+      step.packs = kImageRows;
+    } else if (step.scale_index >= 0 || splits_words(planned)) {
+      step.packs = kWindows;
+    }
 
     std::vector<Panel> panels = split_panels(step.output_channels);
     choose_winograd(step, to);
@@ -199,6 +203,7 @@ class Compiler {
     reserve_prologue(step);
 
     if (step.winograd) return split_winograd(step, to, widest);
+    if (step.packs == kImageRows) return split_image(step, to);
     const PixelTables tables = pixel_tables(step, from, to);
     step.pixel_count = tables.count;
     step.input_pixels = tables.input_pixels;
@@ -413,6 +418,19 @@ class Compiler {
     return step;
   }
 
+  void split_image(Step& step, const Buffer& to) {
+    const int64_t rows = step.pixel_count = header_.batch * to.height;
+    const int64_t row_elements = image_row_elements(step, to);
+    const int64_t held = kPackBytes / (element_bytes_ * row_elements) - step.kernel_height;
+    const int64_t wanted = threads_ > 1 ? round_up(threads_ * kTasksPerThread, threads_) : 1;
+    step.block_count = std::min(
+        rows, std::max(wanted, divide_up(rows, std::max<int64_t>(held, 0) / step.stride + 1)));
+    step.split_count = step.chunk_count = 1;
+    step.group_count = 1;
+    step.group_panels = step.panel_count;
+    reserve(run_floats(step) + floats(image_rows(step, block_pixels(step)) * row_elements));
+  }
+
   // Small maps with many weights are split by output channels, so that each core streams its own
   // part of the weights; large maps by pixels, so that each core keeps its own part of the map.
   void split_tasks(Step& step, const Buffer& from, const std::vector<Panel>& panels) {
@@ -492,10 +510,7 @@ class Compiler {
   }
 
   void reserve_scratch(const Step& step, int64_t widest) {
-    // And the offsets of a strided input's taps and channels, two floats each.
-    const int64_t pack_floats =
-        step.packs ? floats(block_pixels(step) * gathered_pitch(step)) + 2 * gathered_pitch(step)
-                   : 0;
+    const int64_t pack_floats = step.packs ? floats(block_pixels(step) * gathered_pitch(step)) : 0;
     const int64_t rows = step.chunk_count > 1 ? block_pixels(step) : kMaxTilePixels;
     reserve(run_floats(step) + pack_floats + rows * widest);
   }

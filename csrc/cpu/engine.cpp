@@ -129,7 +129,9 @@ class Engine {
       for (int64_t p = first_panel; p < last_panel; ++p)
         multiply_transformed(step, panels[p], first_pixel, pixels, inputs.from_tile(first_pixel),
                              scratch, nullptr);
-    } else if (step.packs) {
+    } else if (step.packs == kImageRows) {
+      convolve_image(step, first_pixel, pixels, scratch);
+    } else if (step.packs == kWindows) {
       gather(step, first_pixel, pixels, elements_at(scratch));
       Fetching next = next_block(step, first_pixel + pixels, pixels);
       for (int64_t p = first_panel; p < last_panel; ++p)
@@ -335,10 +337,7 @@ class Engine {
     const int64_t pitch = gathered_pitch(step);
     const BufferSegment* segments = program_.at<BufferSegment>(step.segments);
     const int32_t* input_pixels = program_.at<int32_t>(step.input_pixels) + first_pixel;
-    const int32_t* output_pixels = program_.at<int32_t>(step.output_pixels) + first_pixel;
     const uint64_t* pixel_taps = program_.at<uint64_t>(step.pixel_taps) + first_pixel;
-    if (program_.buffer(segments[0].buffer).offset == kNetworkInput)
-      return gather_strided(step, output_pixels, pixel_taps, pixels, rows);
     for (int64_t i = 0; i < pixels; ++i) {
       Element* row = rows + i * pitch;
       for (int64_t tap = 0; tap < step.kernel_height * step.kernel_width; ++tap) {
@@ -365,44 +364,86 @@ class Engine {
     }
   }
 
-  void gather_strided(const Step& step, const int32_t* output_pixels, const uint64_t* pixel_taps,
-                      int64_t pixels, Element* rows) const {
+  // Some rows of the output, from the network's input in whatever strides it has.
+  void convolve_image(const Step& step, int64_t first_row, int64_t count, float* scratch) const {
     const Buffer& to = program_.buffer(step.output_buffer);
-    const StridedInput& input = binding_.input;
-    const int64_t taps = step.kernel_height * step.kernel_width;
-    const int64_t channels = step.padded_channels;
-    const uint64_t all = ~uint64_t{0} >> (64 - taps);
-    const int64_t pitch = gathered_pitch(step);
-    int64_t* const offsets = reinterpret_cast<int64_t*>(rows + pixels * pitch);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t c = 0; c < channels; ++c)
-        offsets[tap * channels + c] = tap / step.kernel_width * input.height_stride +
-                                      tap % step.kernel_width * input.width_stride +
-                                      c % step.input_channels * input.channel_stride;
+    Run* const runs = reinterpret_cast<Run*>(scratch);
+    Element* const image = elements_at(scratch + run_floats(step));
+    const int64_t last_row = first_row + count;
+    while (first_row < last_row) {
+      // As many as belong to one image.
+      const int64_t y = first_row % to.height;
+      const int64_t rows = std::min(last_row - first_row, to.height - y);
+      copy_image(step, first_row / to.height, y * step.stride - step.padding,
+                 image_rows(step, rows), image);
+      for (int64_t p = 0; p < step.panel_count; ++p)
+        convolve_image_rows(step, program_.at<Panel>(step.panels)[p], first_row, rows, image, runs);
+      first_row += rows;
     }
-    int64_t x = to.width;
-    const Element* image_row = nullptr;
-    for (int64_t i = 0; i < pixels; ++i) {
-      if (++x >= to.width || output_pixels[i] != output_pixels[i - 1] + 1) {
-        const int64_t line = output_pixels[i] / to.width;
-        x = output_pixels[i] - line * to.width;
-        image_row = static_cast<const Element*>(input.data) +
-                    line / to.height * input.batch_stride +
-                    (line % to.height * step.stride - step.padding) * input.height_stride;
+  }
+
+  // Some rows of one image of the network's input, from `top` on: [row][column][channel] with zeros
+  // in the place of the padding.
+  void copy_image(const Step& step, int64_t image, int64_t top, int64_t rows, Element* to) const {
+    const ProgramHeader& header = program_.header();
+    const StridedInput& input = binding_.input;
+    const int64_t pitch = step.padded_channels;
+    const int64_t row_elements = image_row_elements(step, program_.buffer(step.output_buffer));
+    const int64_t left = std::min(step.padding * pitch, row_elements);
+    const int64_t columns = std::min(header.input_width, (row_elements - left) / pitch);
+    const bool dense = input.channel_stride == 1 && input.width_stride == pitch;
+    for (int64_t y = top; y < top + rows; ++y, to += row_elements) {
+      if (y < 0 || y >= header.input_height) {
+        std::fill(to, to + row_elements, Element{});
+        continue;
       }
-      const Element* from = image_row + (x * step.stride - step.padding) * input.width_stride;
-      Element* row = rows + i * pitch;
-      if (pixel_taps[i] == all) {
-        for (int64_t k = 0; k < taps * channels; ++k) row[k] = from[offsets[k]];
-      } else {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const bool valid = pixel_taps[i] >> tap & 1;
-          for (int64_t k = tap * channels; k < (tap + 1) * channels; ++k)
-            row[k] = valid ? from[offsets[k]] : Element{};
-        }
+      const Element* from = static_cast<const Element*>(input.data) + image * input.batch_stride +
+                            y * input.height_stride;
+      std::fill(to, to + left, Element{});
+      Element* const first = to + left;
+      std::fill(first + columns * pitch, to + row_elements, Element{});
+      if (dense) {
+        std::memcpy(first, from, columns * pitch * sizeof(Element));
+        continue;
       }
-      for (int64_t c = step.input_channels; c < channels; ++c) {
-        for (int64_t tap = 0; tap < taps; ++tap) row[tap * channels + c] = Element{};
+      for (int64_t c = 0; c < step.input_channels; ++c) {
+        const Element* channel = from + c * input.channel_stride;
+        for (int64_t x = 0; x < columns; ++x)
+          first[x * pitch + c] = channel[x * input.width_stride];
+      }
+      for (int64_t c = step.input_channels; c < pitch; ++c) {
+        for (int64_t x = 0; x < columns; ++x) first[x * pitch + c] = Element{};
+      }
+    }
+  }
+
+  // One panel of some rows of the output; a row of the window is one run.
+  void convolve_image_rows(const Step& step, const Panel& panel, int64_t first_row, int64_t rows,
+                           const Element* image, Run* runs) const {
+    const Buffer& to = program_.buffer(step.output_buffer);
+    const int64_t row_elements = image_row_elements(step, to);
+    const int64_t window = step.kernel_width * step.padded_channels;
+    const int64_t pitch = step.stride * step.padded_channels;
+    const Tiles tiles(to.width, table_.tiling.tile_pixels[panel.vectors]);
+    Tile tile = output_tile(step, panel);
+    tile.runs = runs;
+    tile.run_count = step.kernel_height;
+    tile.input_pixels = kIota;
+    int32_t outputs[kMaxTilePixels];
+    tile.output_rows = outputs;
+    for (int64_t y = 0; y < rows; ++y) {
+      for (int64_t t = 0; t < tiles.tiles; ++t) {
+        const int64_t x = tiles.begin(t);
+        const int64_t pixels = tiles.begin(t + 1) - x;
+        for (int64_t ky = 0; ky < step.kernel_height; ++ky)
+          runs[ky] = {image + (y * step.stride + ky) * row_elements + x * pitch,
+                      weights_of(panel) + ky * window * panel.pitch,
+                      pitch,
+                      window,
+                      {}};
+        for (int64_t i = 0; i < pixels; ++i)
+          outputs[i] = static_cast<int32_t>((first_row + y) * to.width + x + i);
+        table_.conv_tile[panel.vectors][pixels](tile);
       }
     }
   }

@@ -29,6 +29,11 @@ enum StepKind : int64_t {
 // all.
 enum WinogradMode : int64_t { kNoWinograd = 0, kWinogradInTask = 1, kWinogradInSteps = 2 };
 
+// Whether a task copies its inputs first: the windows of its pixels, where there is a prologue or
+// channels do not fill whole words; or the rows that it reads of the network's input. In this mode
+// the rows of the output take the place of pixels.
+enum PackMode : int64_t { kInPlace = 0, kWindows = 1, kImageRows = 2 };
+
 // A panel: the output channels that one micro-kernel call computes, packed as words
 // [tap][input word][pitch], and NR biases. The pitch leaves out most of what a last, partly used
 // vector has no weights for: the kernel loads the next word's there and stores none of it. Offsets
@@ -56,7 +61,7 @@ struct Step {
   int64_t panels, panel_count;  // a depthwise convolution has one, [tap][pitch] floats
   int64_t winograd;             // WinogradMode of F(m x m, 3x3)
   int64_t winograd_size;        // m: tiles of m x m outputs take the place of pixels
-  int64_t packs;  // gather the tile's inputs into a panel first: a prologue, or strided input
+  PackMode packs;
   // Output pixels in the order in which they are computed: byte offsets of int32 input pixel (the
   // top left tap's, possibly outside of the map), int32 output pixel and uint64 mask of valid taps.
   int64_t pixel_count, input_pixels, output_pixels, pixel_taps;
@@ -91,6 +96,17 @@ inline int64_t positions_of(const Step& step) {
 // Elements between the gathered windows of neighbouring pixels.
 inline int64_t gathered_pitch(const Step& step) {
   return round_up(step.kernel_height * step.kernel_width * step.padded_channels, 32) + 16;
+}
+
+// Elements of a row of the network's input that has been copied with its padding: as many columns
+// as windows reach.
+inline int64_t image_row_elements(const Step& step, const Buffer& to) {
+  return ((to.width - 1) * step.stride + step.kernel_width) * step.padded_channels;
+}
+
+// Rows of the input that some rows of the output reach.
+inline int64_t image_rows(const Step& step, int64_t rows) {
+  return (rows - 1) * step.stride + step.kernel_height;
 }
 
 // Floats that the runs of a tile take at the beginning of the scratch memory.
