@@ -22,6 +22,7 @@ from test_engine import (
 
 import threshnet_fast as tf
 from threshnet_fast.backends import cpu, cuda_plan, gpu_plan
+from threshnet_fast.cli import main
 from threshnet_fast.plan import (
     Buffer,
     FusedConv,
@@ -37,6 +38,7 @@ from threshnet_fast.plan import (
     save_plan,
     serialize,
 )
+from threshnet_fast.plan.prediction import predict
 
 needs_engine = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -407,6 +409,34 @@ def test_explanation_tells_depthwise_from_other_convolutions(randomised):
         text = str(tf.explain(model, torch.randn(1, 3, 32, 32)))
     assert "dwconv3x3/2 bias" in text
     assert "conv1x1 bias relu6" in text
+
+
+# Command line
+
+
+@needs_engine
+def test_commands(capsys, one_thread):
+    assert main(["info", "densenet121"]) == 0
+    assert "2.833 G an image, 2.546 G of them needed" in capsys.readouterr().out
+    assert main(["info", "hardnet68ds", "--size", "64", "--device", "a100"]) == 0
+    assert "dwconv3x3/2 bias" in capsys.readouterr().out
+    arguments = ["--model", "hardnet39ds", "--cell", "32:1", "--random-input", "--no-files"]
+    arguments += ["--threads", "1", "--repeats", "1"]
+    assert main(["bench", *arguments, "--providers", "fused,eager"]) == 0
+    assert "hardnet39ds, 32x32, batch 1" in capsys.readouterr().out
+    assert main(["bench", *arguments, "--profile"]) == 0
+    assert "dwconv3x3/2 bias" in capsys.readouterr().out
+
+
+@needs_engine
+def test_predictions_count_what_is_fused_into_a_pool():
+    plan = lower(small_densenet().eval(), (1, 3, 64, 64), fold=False)
+    predicted = {p.step.name: p for p in predict(plan, "a100").steps}
+    pool = predicted["features.transition1.pool"]
+    assert [kernel.operation for kernel in pool.unfused.kernels][:2] == ["batchnorm", "relu"]
+    assert (pool.fused.launches, pool.unfused.launches) == (1, 3)
+    head = predicted["classifier"]
+    assert head.unfused.launches == head.fused.launches + 3
 
 
 # What refuses
