@@ -1,3 +1,4 @@
+#include "training_ukernels.h"
 #include "ukernels.h"
 
 namespace threshnet_fast::cpu {
@@ -42,6 +43,17 @@ const UkernelTable<Bfloat16>& ukernel_table(int64_t) {
 #else
   __builtin_unreachable();
 #endif
+}
+
+const TrainingTable& training_table(int64_t isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa == kAvx512) return kAvx512Training;
+  if (isa == kAvx2) return kAvx2Training;
+#elif defined(__aarch64__)
+  if (isa == kNeon) return kNeonTraining;
+#endif
+  (void)isa;
+  return kScalarTraining;
 }
 
 const Tiling* tiling_of(int64_t isa) {

@@ -32,6 +32,11 @@ struct Vector {
   }
   inline void add(Vector other) { value = _mm512_add_ps(value, other.value); }
   inline void subtract(Vector other) { value = _mm512_sub_ps(value, other.value); }
+  // A NaN is neither positive nor not.
+  inline void drop_where_not_positive(Vector other) {
+    value = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(other.value, _mm512_setzero_ps(), _CMP_NLE_UQ),
+                                value);
+  }
   inline void scale(float factor) { value = _mm512_mul_ps(value, _mm512_set1_ps(factor)); }
 };
 

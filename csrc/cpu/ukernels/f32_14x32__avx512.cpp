@@ -24,6 +24,7 @@ using Element = float;
 }  // namespace
 
 #include "templates.h"
+#include "training_templates.h"
 
 namespace threshnet_fast::cpu {
 
@@ -37,6 +38,14 @@ static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTi
 // 32 registers: 14 x 2 or 9 x 3 accumulators, the weights and a broadcast.
 const UkernelTable<Element> kAvx512Table =
     table_of({"avx512", Vector::kLanes, {0, 14, 14, 9}}, kConvTile);
+
+static constexpr WeightGradientFunction kWeightGradient[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
+    {},
+    {THRESHNET_FAST_GRADIENT_ROW_14(1)},
+    {THRESHNET_FAST_GRADIENT_ROW_14(2)},
+};
+
+const TrainingTable kAvx512Training = training_table_of(kWeightGradient);
 
 }  // namespace threshnet_fast::cpu
 

@@ -41,12 +41,17 @@ struct Vector {
   }
   inline void add(Vector other) { value = _mm256_add_ps(value, other.value); }
   inline void subtract(Vector other) { value = _mm256_sub_ps(value, other.value); }
+  // A NaN is neither positive nor not.
+  inline void drop_where_not_positive(Vector other) {
+    value = _mm256_and_ps(_mm256_cmp_ps(other.value, _mm256_setzero_ps(), _CMP_NLE_UQ), value);
+  }
   inline void scale(float factor) { value = _mm256_mul_ps(value, _mm256_set1_ps(factor)); }
 };
 
 }  // namespace
 
 #include "templates.h"
+#include "training_templates.h"
 
 namespace threshnet_fast::cpu {
 
@@ -60,6 +65,14 @@ static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTi
 // 16 registers: 9 x 1, 6 x 2 or 4 x 3 accumulators, the weights and a broadcast.
 const UkernelTable<Element> kAvx2Table =
     table_of({"avx2", Vector::kLanes, {0, 9, 6, 4}}, kConvTile);
+
+static constexpr WeightGradientFunction kWeightGradient[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
+    {},
+    {THRESHNET_FAST_GRADIENT_ROW_6(1)},
+    {THRESHNET_FAST_GRADIENT_ROW_6(2)},
+};
+
+const TrainingTable kAvx2Training = training_table_of(kWeightGradient);
 
 }  // namespace threshnet_fast::cpu
 

@@ -35,12 +35,17 @@ struct Vector {
   }
   inline void add(Vector other) { value += other.value; }
   inline void subtract(Vector other) { value -= other.value; }
+  // A NaN is neither positive nor not.
+  inline void drop_where_not_positive(Vector other) {
+    value = other.value <= 0.0f ? Lanes{} : value;
+  }
   inline void scale(float factor) { value *= factor; }
 };
 
 }  // namespace
 
 #include "templates.h"
+#include "training_templates.h"
 
 namespace threshnet_fast::cpu {
 
@@ -53,5 +58,13 @@ static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTi
 
 const UkernelTable<Element> kScalarTable =
     table_of({"scalar", Vector::kLanes, {0, 9, 6, 4}}, kConvTile);
+
+static constexpr WeightGradientFunction kWeightGradient[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
+    {},
+    {THRESHNET_FAST_GRADIENT_ROW_6(1)},
+    {THRESHNET_FAST_GRADIENT_ROW_6(2)},
+};
+
+const TrainingTable kScalarTraining = training_table_of(kWeightGradient);
 
 }  // namespace threshnet_fast::cpu

@@ -48,12 +48,17 @@ struct Vector {
   inline void maximum(Vector other) { value = vmaxq_f32(value, other.value); }
   inline void add(Vector other) { value = vaddq_f32(value, other.value); }
   inline void subtract(Vector other) { value = vsubq_f32(value, other.value); }
+  // A NaN is neither positive nor not.
+  inline void drop_where_not_positive(Vector other) {
+    value = vbslq_f32(vcleq_f32(other.value, vdupq_n_f32(0.0f)), vdupq_n_f32(0.0f), value);
+  }
   inline void scale(float factor) { value = vmulq_n_f32(value, factor); }
 };
 
 }  // namespace
 
 #include "templates.h"
+#include "training_templates.h"
 
 namespace threshnet_fast::cpu {
 
@@ -76,6 +81,14 @@ static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTi
 // weights pass by once for every tile, 32 bytes for 16 multiply-adds, which L2 can deliver.
 const UkernelTable<Element> kNeonTable =
     table_of({"neon", Vector::kLanes, {0, 14, 8, 6}}, kConvTile);
+
+static constexpr WeightGradientFunction kWeightGradient[kMaxTileVectors + 1][kMaxTilePixels + 1] = {
+    {},
+    {THRESHNET_FAST_GRADIENT_ROW_8(1)},
+    {THRESHNET_FAST_GRADIENT_ROW_8(2)},
+};
+
+const TrainingTable kNeonTraining = training_table_of(kWeightGradient);
 
 }  // namespace threshnet_fast::cpu
 

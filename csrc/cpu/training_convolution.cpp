@@ -1,0 +1,863 @@
+#include <algorithm>
+#include <cstring>
+
+#include "team.h"
+#include "training.h"
+
+namespace threshnet_fast::cpu {
+namespace {
+
+constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
+constexpr float kNoBias[kMaxTileVectors * 16] = {};
+constexpr int kPanelVectors = 2;
+constexpr int64_t kMostTaps = 64;
+
+// Floats that the parts of a band should fit in together, well inside a core's L2.
+constexpr int64_t kBandFloats = 96 * 1024;
+// Floats of one panel's weights that pass by while a band stays.
+constexpr int64_t kPanelFloats = 32 * 1024;
+// Floats of a weight's gradient that stay in L2 while pixels pass by.
+constexpr int64_t kGradientFloats = 80 * 1024;
+// Maps of no more pixels than this are worked on image by image in step, position by position, so
+// that taps on padding cost nothing and tiles are full.
+constexpr int64_t kFewPixels = 64;
+constexpr int64_t kManyImages = 8;
+
+// Splits [0, count) into as many parts as asked for, as equal as possible.
+int64_t part_begin(int64_t count, int64_t parts, int64_t part) { return count * part / parts; }
+
+// Floats between pixels in scratch memory, not a multiple of a page's fraction that would put many
+// of them into the same set of L1.
+int64_t scratch_pitch(int64_t channels) {
+  if (channels < 16) return channels;
+  const int64_t pitch = round_up(channels, 16);
+  return pitch % 64 == 0 ? pitch + 16 : pitch;
+}
+
+// How many images or rows a thread works on at a time.
+struct Bands {
+  Window window;
+  bool by_position;  // a band is some images, otherwise some rows of one
+  int64_t count;
+
+  // `floats` are those that a pixel of the input and of the output take together.
+  Bands(const Window& original, int64_t input_floats, int64_t output_floats, int64_t threads,
+        int64_t tile_pixels)
+      : window(original) {
+    const bool pointwise = original.taps() == 1 && original.stride == 1 && original.padding == 0;
+    if (pointwise) {
+      window.batch *= original.input_pixels();
+      window.height = window.width = 1;
+    }
+    by_position = pointwise || (window.input_pixels() <= kFewPixels && window.batch >= kManyImages);
+    if (by_position) {
+      const int64_t floats =
+          window.input_pixels() * input_floats + window.output_pixels() * output_floats;
+      int64_t images = std::max<int64_t>(kBandFloats / floats, 1);
+      images = std::max(images / tile_pixels * tile_pixels, tile_pixels);
+      count = std::max(divide_up(window.batch, images),
+                       std::min(divide_up(window.batch, tile_pixels), 2 * threads));
+      return;
+    }
+    const int64_t row =
+        window.width * (window.stride * input_floats) + window.output_width() * output_floats;
+    const int64_t rows = std::clamp<int64_t>(kBandFloats / row, 1, window.output_height());
+    const int64_t parts = divide_up(window.output_height(), rows);
+    count = window.batch * parts;
+  }
+
+  int64_t parts() const { return count / window.batch; }
+};
+
+// One band: images [first, last), or output rows [first, last) of an image.
+struct Band {
+  Window window;
+  bool by_position;
+  int64_t image, first, last;
+
+  Band(const Bands& bands, int64_t index)
+      : window(bands.window), by_position(bands.by_position), image(0) {
+    if (by_position) {
+      first = part_begin(window.batch, bands.count, index);
+      last = part_begin(window.batch, bands.count, index + 1);
+      return;
+    }
+    const int64_t parts = bands.parts();
+    image = index / parts;
+    first = part_begin(window.output_height(), parts, index % parts);
+    last = part_begin(window.output_height(), parts, index % parts + 1);
+  }
+
+  int64_t images() const { return last - first; }
+  int64_t pixels() const {
+    return by_position ? images() * window.output_pixels() : (last - first) * window.output_width();
+  }
+};
+
+// A group: output pixels of a band at equal distances, a row of them or a position of all images.
+struct Group {
+  int64_t row, column;  // of the output
+  int64_t count;
+  int64_t place;        // of its first pixel among those of the band
+  int64_t pixel, step;  // its first pixel among those of the whole map, and from one to the next
+};
+
+template <typename Body>
+void for_each_group(const Band& band, int64_t height, int64_t width, const Body& body) {
+  if (band.by_position) {
+    for (int64_t position = 0; position < height * width; ++position) {
+      body(Group{position / width, position % width, band.images(), position * band.images(),
+                 band.first * height * width + position, height * width});
+    }
+    return;
+  }
+  for (int64_t y = band.first; y < band.last; ++y) {
+    body(Group{y, 0, width, (y - band.first) * width, (band.image * height + y) * width, 1});
+  }
+}
+
+// A part of a map in scratch memory: all positions of some images, or rows of one image with a ring
+// of zeros.
+struct Patch {
+  bool by_position;
+  int64_t images;
+  int64_t height, width;  // of the map
+  int64_t first_row, last_row, ring;
+  int64_t pitch;
+  float* data;
+
+  int64_t row_floats() const { return (width + 2 * ring) * pitch; }
+  float* at(int64_t y, int64_t x) const {
+    if (by_position) return data + (y * width + x) * images * pitch;
+    return data + (y - first_row) * row_floats() + (x + ring) * pitch;
+  }
+};
+
+// The part of an input that a band's windows lie on.
+Patch input_patch(const Band& band, int64_t channels, float* data) {
+  const Window& window = band.window;
+  const int64_t first_row = band.first * window.stride - window.padding;
+  const int64_t last_row = (band.last - 1) * window.stride - window.padding + window.kernel_height;
+  return {band.by_position, band.images(),  window.height,           window.width, first_row,
+          last_row,         window.padding, scratch_pitch(channels), data};
+}
+
+int64_t patch_floats(const Bands& bands, int64_t channels) {
+  const Window& window = bands.window;
+  if (bands.by_position)
+    return divide_up(window.batch, bands.count) * window.input_pixels() * scratch_pitch(channels);
+  const int64_t rows =
+      (divide_up(window.output_height(), bands.parts()) - 1) * window.stride + window.kernel_height;
+  return rows * (window.width + 2 * window.padding) * scratch_pitch(channels);
+}
+
+int64_t most_pixels(const Bands& bands) {
+  const Window& window = bands.window;
+  return bands.by_position
+             ? divide_up(window.batch, bands.count) * window.output_pixels()
+             : divide_up(window.output_height(), bands.parts()) * window.output_width();
+}
+
+// Calls load(first pixel of the map, distance in pixels, count, where to) for the pixels of a patch
+// that lie on the map, and writes zeros around it.
+template <typename Load>
+void fill(const Patch& patch, const Band& band, int64_t channels, const Load& load) {
+  const int64_t pixels = patch.height * patch.width;
+  if (patch.by_position) {
+    for (int64_t position = 0; position < pixels; ++position)
+      load(band.first * pixels + position, pixels, patch.images,
+           patch.data + position * patch.images * patch.pitch);
+    return;
+  }
+  for (int64_t y = patch.first_row; y < patch.last_row; ++y) {
+    float* const row = patch.at(y, -patch.ring);
+    if (y < 0 || y >= patch.height) {
+      std::memset(row, 0, patch.row_floats() * sizeof(float));
+      continue;
+    }
+    for (int64_t x = 0; x < patch.ring; ++x) {
+      std::memset(row + x * patch.pitch, 0, channels * sizeof(float));
+      std::memset(row + (patch.ring + patch.width + x) * patch.pitch, 0, channels * sizeof(float));
+    }
+    load((band.image * patch.height + y) * patch.width, 1, patch.width, patch.at(y, 0));
+  }
+}
+
+// Panels of up to two vectors of output channels, packed as [tap][input channel][vectors].
+struct Panels {
+  int64_t inputs, outputs, taps, lanes;
+
+  int64_t count() const { return divide_up(outputs, kPanelVectors * lanes); }
+  int64_t first(int64_t panel) const { return panel * kPanelVectors * lanes; }
+  int64_t channels(int64_t panel) const {
+    return std::min(outputs - first(panel), kPanelVectors * lanes);
+  }
+  int64_t vectors(int64_t panel) const { return divide_up(channels(panel), lanes); }
+  int64_t pitch(int64_t panel) const { return vectors(panel) * lanes; }
+  int64_t offset(int64_t panel) const { return first(panel) * taps * inputs; }
+  // Of outputs in memory that is written in whole vectors.
+  int64_t padded_outputs() const { return round_up(outputs, lanes); }
+  int64_t floats() const { return round_up(outputs, lanes) * taps * inputs; }
+};
+
+// element(output, input, tap) is a weight.
+template <typename Element>
+void pack_panel(const Panels& panels, int64_t panel, const Element& element, float* packed) {
+  float* to = packed + panels.offset(panel);
+  const int64_t pitch = panels.pitch(panel);
+  const int64_t channels = panels.channels(panel);
+  // Some channels at a time, so that what is read of them stays in L1 while it is written by tap.
+  constexpr int64_t kTogether = 16;
+  for (int64_t first = 0; first < panels.inputs; first += kTogether) {
+    const int64_t last = std::min(first + kTogether, panels.inputs);
+    for (int64_t tap = 0; tap < panels.taps; ++tap) {
+      for (int64_t input = first; input < last; ++input) {
+        float* row = to + (tap * panels.inputs + input) * pitch;
+        for (int64_t lane = 0; lane < channels; ++lane)
+          row[lane] = element(panels.first(panel) + lane, input, tap);
+        for (int64_t lane = channels; lane < pitch; ++lane) row[lane] = 0.0f;
+      }
+    }
+  }
+}
+
+class Convolution {
+ public:
+  Convolution(const Panels& panels, const UkernelTable<float>& table)
+      : panels_(panels), table_(table) {
+    const int64_t most =
+        std::max<int64_t>(kPanelFloats / (panels.taps * kPanelVectors * panels.lanes), 16);
+    chunks_ = divide_up(panels.inputs, most);
+  }
+
+  // The products of a patch with some panels, in [place][pitch] from the first panel's channel on.
+  void multiply(const Band& band, const Patch& patch, const float* packed, int64_t first_panel,
+                int64_t last_panel, float* sums, int64_t pitch) const {
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        float* const to = sums + panels_.first(panel) - panels_.first(first_panel);
+        for_each_group(band, band.window.output_height(), band.window.output_width(),
+                       [&](const Group& group) {
+                         multiply_group(band.window, patch, packed, panel, chunk, group,
+                                        to + group.place * pitch, pitch);
+                       });
+      }
+    }
+  }
+
+ private:
+  void multiply_group(const Window& window, const Patch& patch, const float* packed, int64_t panel,
+                      int64_t chunk, const Group& group, float* to, int64_t pitch) const {
+    const int64_t first_channel = part_begin(panels_.inputs, chunks_, chunk);
+    const int64_t channels = part_begin(panels_.inputs, chunks_, chunk + 1) - first_channel;
+    const int64_t weight_pitch = panels_.pitch(panel);
+    const float* const weights = packed + panels_.offset(panel) + first_channel * weight_pitch;
+    const int64_t distance = patch.by_position ? patch.pitch : window.stride * patch.pitch;
+    ChannelRun<float> runs[kMostTaps];
+    int64_t run_count = 0;
+    for (int64_t ky = 0; ky < window.kernel_height; ++ky) {
+      for (int64_t kx = 0; kx < window.kernel_width; ++kx) {
+        const int64_t y = group.row * window.stride - window.padding + ky;
+        const int64_t x = group.column * window.stride - window.padding + kx;
+        if (patch.by_position && (y < 0 || y >= patch.height || x < 0 || x >= patch.width))
+          continue;
+        const float* const input = patch.at(y, x) + first_channel;
+        const float* const tap_weights =
+            weights + (ky * window.kernel_width + kx) * panels_.inputs * weight_pitch;
+        if (run_count > 0) {
+          // Taps side by side whose channels follow each other are one run.
+          ChannelRun<float>& last = runs[run_count - 1];
+          if (input == last.input + last.channels &&
+              tap_weights == last.weights + last.channels * weight_pitch) {
+            last.channels += channels;
+            continue;
+          }
+        }
+        runs[run_count++] = {input, tap_weights, distance, channels, {}};
+      }
+    }
+    const int64_t vectors = panels_.vectors(panel);
+    const int64_t tile_pixels = table_.tiling.tile_pixels[vectors];
+    const int64_t tiles = divide_up(group.count, tile_pixels);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = part_begin(group.count, tiles, t);
+      const int64_t count = part_begin(group.count, tiles, t + 1) - first;
+      ConvTile<float> tile;
+      tile.runs = runs;
+      tile.run_count = run_count;
+      tile.weight_pitch = weight_pitch;
+      tile.input_pixels = kIota;
+      tile.sums = to + first * pitch;
+      tile.output = nullptr;
+      tile.output_rows = kIota;
+      tile.output_pitch = pitch;
+      tile.channels = weight_pitch;
+      tile.relu = false;
+      tile.initial = chunk == 0 ? kNoBias : tile.sums;
+      tile.initial_rows = kIota;
+      tile.initial_pitch = chunk == 0 ? 0 : pitch;
+      table_.conv_tile[vectors][count](tile);
+      for (int64_t r = 0; r < run_count; ++r) runs[r].input += count * distance;
+    }
+  }
+
+  Panels panels_;
+  const UkernelTable<float>& table_;
+  int64_t chunks_;
+};
+
+// Calls body(segment, its first channel in the concatenation, from channel, to channel) for the
+// segments that some channels of a concatenation lie in.
+template <typename Segments, typename Body>
+void for_each_segment(const Segments& segments, int64_t first, int64_t last, const Body& body) {
+  int64_t start = 0;
+  for (size_t i = 0; i < segments.size() && start < last; ++i) {
+    const int64_t end = start + segments[i].channels;
+    if (end > first) body(i, start, std::max(first, start), std::min(last, end));
+    start = end;
+  }
+}
+
+// Normalises channels [first, last) of the inputs into a patch.
+void load_inputs(const TrainingTable& table, const std::vector<MapSegment>& inputs,
+                 const Prologue& prologue, int64_t first, int64_t last, const Band& band,
+                 const Patch& patch) {
+  fill(patch, band, last - first, [&](int64_t pixel, int64_t step, int64_t count, float* to) {
+    for_each_segment(inputs, first, last, [&](size_t i, int64_t start, int64_t from, int64_t end) {
+      const MapSegment& input = inputs[i];
+      table.normalize({input.data + pixel * input.pitch + from - start, step * input.pitch},
+                      {prologue.scale + from, prologue.shift + from, prologue.activation}, count,
+                      end - from, {to + from - first, patch.pitch});
+    });
+  });
+}
+
+int64_t channels_of(const std::vector<MapSegment>& segments) {
+  int64_t channels = 0;
+  for (const MapSegment& segment : segments) channels += segment.channels;
+  return channels;
+}
+
+template <typename Body>
+void run_team(const Workers& workers, const std::vector<int64_t>& tasks, const Body& body) {
+  Team team(workers.threads, tasks);
+  struct Context {
+    Team& team;
+    const Body& body;
+  } context{team, body};
+  workers.parallel_for(
+      workers.threads,
+      [](void* opaque, int64_t thread, int64_t) {
+        const Context& context = *static_cast<Context*>(opaque);
+        context.team.work(thread,
+                          [&](int64_t step, int64_t task) { context.body(step, task, thread); });
+      },
+      &context);
+}
+
+// How many groups the panels are divided into, so that all threads have work.
+int64_t panel_groups(int64_t tasks, int64_t panels, int64_t threads) {
+  return std::clamp<int64_t>(divide_up(3 * threads, tasks), 1, panels);
+}
+
+struct ForwardPlan {
+  const UkernelTable<float>& table;
+  int64_t input_channels;
+  Panels panels;
+  Bands bands;
+  int64_t groups;
+  int64_t output_pitch;
+  int64_t patch, scratch;
+
+  ForwardPlan(const ConvolutionForward& step, const Workers& workers)
+      : table(ukernel_table<float>(workers.isa)),
+        input_channels(channels_of(step.inputs)),
+        panels{input_channels, step.output_channels, step.window.taps(), table.tiling.lanes},
+        bands(step.window, scratch_pitch(input_channels), panels.padded_outputs(), workers.threads,
+              table.tiling.tile_pixels[kPanelVectors]),
+        groups(panel_groups(bands.count, panels.count(), workers.threads)),
+        output_pitch(scratch_pitch(panels.padded_outputs())),
+        patch(round_up(patch_floats(bands, input_channels), 16)),
+        scratch(patch + most_pixels(bands) * output_pitch) {}
+
+  int64_t packed_floats() const { return panels.floats(); }
+  // Of each band: where its sums start from, and those.
+  int64_t moment_floats() const { return round_up(bands.count * 3 * panels.outputs, 16); }
+};
+
+// Adds up what the bands found, by Chan, Golub and LeVeque's formula, in float64.
+void combine_moments(const ForwardPlan& plan, const float* moments, int64_t first, int64_t last,
+                     const Statistics& statistics) {
+  const int64_t channels = plan.panels.outputs;
+  for (int64_t c = first; c < last; ++c) {
+    double mean = 0, squares = 0, total = 0;
+    for (int64_t b = 0; b < plan.bands.count; ++b) {
+      const float* const band = moments + b * 3 * channels + c;
+      const double count = static_cast<double>(Band(plan.bands, b).pixels());
+      const double shifted = band[channels];
+      const double band_mean = band[0] + shifted / count;
+      const double difference = band_mean - mean;
+      const double sum = total + count;
+      mean += difference * count / sum;
+      squares += band[2 * channels] - shifted * shifted / count +
+                 difference * difference * total * count / sum;
+      total = sum;
+    }
+    statistics.mean[c] = static_cast<float>(mean);
+    statistics.variance[c] = static_cast<float>(std::max(squares, 0.0) / total);
+  }
+}
+
+}  // namespace
+
+int64_t workspace_floats(const ConvolutionForward& step, const Workers& workers) {
+  const ForwardPlan plan(step, workers);
+  return plan.packed_floats() + plan.moment_floats() + workers.threads * round_up(plan.scratch, 16);
+}
+
+void convolution_forward(const ConvolutionForward& step, float* workspace, const Workers& workers) {
+  const ForwardPlan plan(step, workers);
+  const TrainingTable& training = training_table(workers.isa);
+  const Panels& panels = plan.panels;
+  const Convolution convolution(panels, plan.table);
+  float* const packed = workspace;
+  float* const moments = packed + plan.packed_floats();
+  float* const scratch = moments + plan.moment_floats();
+  const int64_t scratch_floats = round_up(plan.scratch, 16);
+  constexpr int64_t kChannelsTogether = 32;
+
+  const auto convolve = [&](int64_t task, int64_t thread) {
+    const Band band(plan.bands, task / plan.groups);
+    const int64_t first_panel = part_begin(panels.count(), plan.groups, task % plan.groups);
+    const int64_t last_panel = part_begin(panels.count(), plan.groups, task % plan.groups + 1);
+    float* const memory = scratch + thread * scratch_floats;
+    const Patch patch = input_patch(band, plan.input_channels, memory);
+    load_inputs(training, step.inputs, step.prologue, 0, plan.input_channels, band, patch);
+    float* const result = memory + plan.patch;
+    convolution.multiply(band, patch, packed, first_panel, last_panel, result, plan.output_pitch);
+    const int64_t first = panels.first(first_panel);
+    const int64_t channels = std::min(panels.first(last_panel), panels.outputs) - first;
+    for_each_group(
+        band, band.window.output_height(), band.window.output_width(), [&](const Group& group) {
+          for (int64_t i = 0; i < group.count; ++i)
+            std::memcpy(step.output + (group.pixel + i * group.step) * step.output_pitch + first,
+                        result + (group.place + i) * plan.output_pitch, channels * sizeof(float));
+        });
+    if (step.statistics.mean == nullptr) return;
+    float* const origin = moments + task / plan.groups * 3 * panels.outputs + first;
+    std::memcpy(origin, result, channels * sizeof(float));
+    float* const sums = origin + panels.outputs;
+    std::memset(sums, 0, channels * sizeof(float));
+    std::memset(sums + panels.outputs, 0, channels * sizeof(float));
+    training.moments({result, plan.output_pitch}, origin, band.pixels(), channels, sums,
+                     panels.outputs);
+  };
+
+  const int64_t reductions =
+      step.statistics.mean == nullptr ? 0 : divide_up(panels.outputs, kChannelsTogether);
+  run_team(workers, {panels.count(), plan.bands.count * plan.groups, reductions},
+           [&](int64_t stage, int64_t task, int64_t thread) {
+             if (stage == 0) {
+               const WeightStrides& s = step.strides;
+               const int64_t columns = step.window.kernel_width;
+               pack_panel(
+                   panels, task,
+                   [&](int64_t output, int64_t input, int64_t tap) {
+                     return step.weight[output * s.output + input * s.input +
+                                        tap / columns * s.row + tap % columns * s.column];
+                   },
+                   packed);
+             } else if (stage == 1) {
+               convolve(task, thread);
+             } else {
+               combine_moments(plan, moments, task * kChannelsTogether,
+                               std::min((task + 1) * kChannelsTogether, panels.outputs),
+                               step.statistics);
+             }
+           });
+}
+
+namespace {
+
+// The convolution that leads back from the output's gradient to the input's.
+Window backward_window(const Window& window) {
+  return {window.batch,
+          window.output_height(),
+          window.output_width(),
+          window.kernel_height,
+          window.kernel_width,
+          1,
+          window.kernel_height - 1 - window.padding};
+}
+
+// Small weight gradients are added up for a part of the pixels at a time, in the same pass that
+// calculates the input's gradient; large ones for some input channels at a time, over all pixels.
+struct BackwardPlan {
+  const UkernelTable<float>& table;
+  int64_t input_channels;
+  bool wants_inputs, wants_weight;
+  Panels panels;           // of the way back: from output channels to input channels
+  int64_t gradient_pitch;  // floats between pixels of the output's gradient
+  int64_t weight_pitch;    // and between input channels of the weight's
+  Bands bands;
+  bool together;
+  int64_t splits, groups, blocks;
+  int64_t result_pitch;
+  Bands block_bands;
+  int64_t input_patch, output_patch, scratch;
+
+  BackwardPlan(const ConvolutionBackward& step, const Workers& workers)
+      : table(ukernel_table<float>(workers.isa)),
+        input_channels(channels_of(step.inputs)),
+        wants_inputs(!step.input_gradients.empty()),
+        wants_weight(step.weight_gradient != nullptr),
+        panels{step.output_channels, input_channels, step.window.taps(), table.tiling.lanes},
+        gradient_pitch(scratch_pitch(round_up(step.output_channels, table.tiling.lanes))),
+        weight_pitch(round_up(step.output_channels, table.tiling.lanes)),
+        bands(step.window, scratch_pitch(input_channels) + (wants_inputs ? input_channels : 0),
+              gradient_pitch, workers.threads, table.tiling.tile_pixels[kPanelVectors]),
+        result_pitch(scratch_pitch(panels.padded_outputs())),
+        block_bands(bands) {
+    const int64_t row = step.window.taps() * weight_pitch;
+    together = row * input_channels <= kGradientFloats;
+    splits = std::min(bands.count, 2 * workers.threads);
+    groups = panel_groups(bands.count, panels.count(), workers.threads);
+    const int64_t tile = table.tiling.tile_pixels[kPanelVectors];
+    const int64_t most = std::max(kGradientFloats / row / tile * tile, tile);
+    blocks = std::min(std::max(divide_up(input_channels, most), 2 * workers.threads),
+                      divide_up(input_channels, tile));
+    const int64_t block_channels = divide_up(input_channels, blocks);
+    if (!together)
+      block_bands =
+          Bands(step.window, scratch_pitch(block_channels), gradient_pitch, workers.threads, tile);
+    input_patch =
+        together ? patch_floats(bands, input_channels) : patch_floats(block_bands, block_channels);
+    output_patch = std::max(most_pixels(block_bands), most_pixels(bands)) * gradient_pitch;
+    if (wants_inputs) {
+      Bands back = bands;
+      back.window = backward_window(bands.window);
+      output_patch = std::max(output_patch, patch_floats(back, gradient_pitch));
+    }
+    input_patch = round_up(input_patch, 16);
+    output_patch = round_up(output_patch, 16);
+    // A block of the weight's gradient and a band of the input's are never there at once.
+    scratch = most_pixels(bands) * result_pitch;
+    if (!together) scratch = std::max(scratch, block_channels * row);
+    scratch = input_patch + output_patch + round_up(scratch, 16);
+  }
+
+  int64_t block_begin(int64_t block) const { return part_begin(input_channels, blocks, block); }
+  int64_t packed_floats() const { return wants_inputs ? panels.floats() : 0; }
+  // Of the weight's gradient, one for each split.
+  int64_t split_floats() const { return round_up(panels.taps * input_channels * weight_pitch, 16); }
+  int64_t partial_floats() const { return together && wants_weight ? splits * split_floats() : 0; }
+  // How many tasks add to sums of their own.
+  int64_t sum_count() const { return together ? splits : bands.count; }
+  int64_t sum_floats() const {
+    return wants_inputs ? round_up(sum_count() * 2 * input_channels, 16) : 0;
+  }
+};
+
+class Backward {
+ public:
+  Backward(const ConvolutionBackward& step, float* workspace, const Workers& workers)
+      : step_(step),
+        plan_(step, workers),
+        training_(training_table(workers.isa)),
+        convolution_(plan_.panels, plan_.table),
+        packed_(workspace),
+        partials_(packed_ + plan_.packed_floats()),
+        sums_(partials_ + plan_.partial_floats()),
+        scratch_(sums_ + plan_.sum_floats()) {}
+
+  void run(const Workers& workers) const {
+    const int64_t packing = plan_.wants_inputs ? plan_.panels.count() : 0;
+    const int64_t blocks = plan_.wants_weight ? plan_.blocks : 0;
+    const int64_t bands = plan_.wants_inputs ? plan_.bands.count * plan_.groups : 0;
+    const int64_t tasks = plan_.together ? plan_.splits : blocks + bands;
+    const int64_t unpacking =
+        plan_.together && plan_.wants_weight ? divide_up(plan_.input_channels, kTogether) : 0;
+    const int64_t reductions = plan_.wants_inputs ? divide_up(plan_.input_channels, kTogether) : 0;
+    run_team(workers, {packing, tasks, unpacking + reductions},
+             [&](int64_t stage, int64_t task, int64_t thread) {
+               float* const memory = scratch_ + thread * plan_.scratch;
+               if (stage == 0) {
+                 pack(task);
+               } else if (stage == 1) {
+                 if (plan_.together) {
+                   split(task, memory);
+                 } else if (task < blocks) {
+                   block(task, memory);
+                 } else {
+                   band((task - blocks) / plan_.groups, (task - blocks) % plan_.groups, memory);
+                 }
+               } else if (task < unpacking) {
+                 unpack_splits(task * kTogether);
+               } else {
+                 add_sums((task - unpacking) * kTogether);
+               }
+             });
+  }
+
+ private:
+  static constexpr int64_t kTogether = 32;
+
+  void pack(int64_t panel) const {
+    const WeightStrides& s = step_.strides;
+    const int64_t columns = step_.window.kernel_width;
+    const int64_t last = step_.window.taps() - 1;
+    pack_panel(
+        plan_.panels, panel,
+        [&](int64_t input, int64_t output, int64_t flipped) {
+          const int64_t tap = last - flipped;
+          return step_.weight[output * s.output + input * s.input + tap / columns * s.row +
+                              tap % columns * s.column];
+        },
+        packed_);
+  }
+
+  // The part of the output's gradient that a band needs: with a ring where the input's gradient is
+  // calculated from it too.
+  Patch gradient_patch(const Band& band, bool ring, float* data) const {
+    const Window& window = band.window;
+    const Window back = backward_window(window);
+    const int64_t margin = ring && !band.by_position ? back.padding : 0;
+    return {band.by_position,
+            band.images(),
+            window.output_height(),
+            window.output_width(),
+            band.first - margin,
+            band.last + margin,
+            margin,
+            plan_.gradient_pitch,
+            data};
+  }
+
+  void load_gradient(const Band& band, const Patch& patch) const {
+    const int64_t channels = step_.output_channels;
+    const int64_t padding = plan_.weight_pitch - channels;
+    fill(patch, band, plan_.weight_pitch,
+         [&](int64_t pixel, int64_t step, int64_t count, float* to) {
+           training_.map_gradient(
+               {step_.gradient.data + pixel * step_.gradient.pitch, step * step_.gradient.pitch},
+               {step_.output.data + pixel * step_.output.pitch, step * step_.output.pitch},
+               step_.slope, step_.offset, count, channels, {to, patch.pitch});
+           for (int64_t i = 0; i < count && padding > 0; ++i)
+             std::memset(to + i * patch.pitch + channels, 0, padding * sizeof(float));
+         });
+  }
+
+  // Adds the products of a band to the gradient of the weight of input channels [first, last), laid
+  // out as [tap][input channel][weight_pitch].
+  void add_weight_gradient(const Band& band, const Patch& inputs, const Patch& gradient,
+                           int64_t channels, PixelRun* runs, float* sums) const {
+    const Window& window = band.window;
+    const int64_t lanes = plan_.table.tiling.lanes;
+    const int64_t most = plan_.table.tiling.tile_pixels[kPanelVectors];
+    const int64_t tiles = divide_up(channels, most);
+    const int64_t distance = band.by_position ? inputs.pitch : window.stride * inputs.pitch;
+    for (int64_t tap = 0; tap < window.taps(); ++tap) {
+      const int64_t ky = tap / window.kernel_width;
+      const int64_t kx = tap % window.kernel_width;
+      int64_t run_count = 0;
+      for_each_group(band, window.output_height(), window.output_width(), [&](const Group& group) {
+        const int64_t y = group.row * window.stride - window.padding + ky;
+        const int64_t x = group.column * window.stride - window.padding + kx;
+        if (band.by_position && (y < 0 || y >= window.height || x < 0 || x >= window.width)) return;
+        runs[run_count++] = {inputs.at(y, x), gradient.at(group.row, group.column), group.count};
+      });
+      if (run_count == 0) continue;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t first = part_begin(channels, tiles, t);
+        const int64_t count = part_begin(channels, tiles, t + 1) - first;
+        float* const row = sums + (tap * channels + first) * plan_.weight_pitch;
+        shift(runs, run_count, first, 0);
+        for (int64_t c = 0; c < plan_.weight_pitch; c += kPanelVectors * lanes) {
+          const int64_t vectors =
+              std::min<int64_t>(kPanelVectors, (plan_.weight_pitch - c) / lanes);
+          training_.weight_gradient[vectors][count](
+              {runs, run_count, distance, plan_.gradient_pitch, row + c, plan_.weight_pitch});
+          shift(runs, run_count, 0, vectors * lanes);
+        }
+        shift(runs, run_count, -first, -plan_.weight_pitch);
+      }
+    }
+  }
+
+  static void shift(PixelRun* runs, int64_t count, int64_t inputs, int64_t gradient) {
+    for (int64_t r = 0; r < count; ++r) {
+      runs[r].input += inputs;
+      runs[r].gradient += gradient;
+    }
+  }
+
+  // The gradient of a band's input, of the channels of some panels.
+  void input_gradient(const Band& band, const Patch& gradient, int64_t first_panel,
+                      int64_t last_panel, float* result, float* sums) const {
+    Band back = band;
+    back.window = backward_window(band.window);
+    convolution_.multiply(back, gradient, packed_, first_panel, last_panel, result,
+                          plan_.result_pitch);
+    const int64_t first = plan_.panels.first(first_panel);
+    const int64_t last = std::min(plan_.panels.first(last_panel), plan_.input_channels);
+    for_each_group(band, band.window.height, band.window.width, [&](const Group& group) {
+      for_each_segment(
+          step_.inputs, first, last, [&](size_t i, int64_t start, int64_t from, int64_t end) {
+            const MapSegment& map = step_.inputs[i];
+            const GradientSegment& to = step_.input_gradients[i];
+            PrologueGradient part;
+            part.gradient = {result + group.place * plan_.result_pitch + from - first,
+                             plan_.result_pitch};
+            part.map = {map.data + group.pixel * map.pitch + from - start, group.step * map.pitch};
+            part.prologue = {step_.prologue.scale + from, step_.prologue.shift + from,
+                             step_.prologue.activation};
+            part.mean = step_.mean + from;
+            part.count = group.count;
+            part.channels = end - from;
+            part.output = {to.data + group.pixel * to.pitch + from - start, group.step * to.pitch};
+            part.accumulate = to.accumulate;
+            part.sums = sums + from;
+            part.sums_pitch = plan_.input_channels;
+            training_.prologue_gradient(part);
+          });
+    });
+  }
+
+  // The number of groups that a band has at most.
+  static int64_t most_groups(const Bands& bands) {
+    return bands.by_position ? bands.window.output_pixels() : bands.window.output_height();
+  }
+
+  float* sums_of(int64_t index) const {
+    float* const sums = sums_ + index * 2 * plan_.input_channels;
+    return plan_.wants_inputs ? sums : nullptr;
+  }
+
+  // A part of all bands, the whole way back.
+  void split(int64_t index, float* memory) const {
+    const Bands& bands = plan_.bands;
+    float* const partial = partials_ + index * plan_.split_floats();
+    if (plan_.wants_weight) std::memset(partial, 0, plan_.split_floats() * sizeof(float));
+    float* const sums = sums_of(index);
+    if (plan_.wants_inputs) std::memset(sums, 0, 2 * plan_.input_channels * sizeof(float));
+    std::vector<PixelRun> runs(most_groups(bands));
+    float* const gradient_memory = memory + plan_.input_patch;
+    float* const result = gradient_memory + plan_.output_patch;
+    for (int64_t b = part_begin(bands.count, plan_.splits, index);
+         b < part_begin(bands.count, plan_.splits, index + 1); ++b) {
+      const Band band(bands, b);
+      const Patch gradient = gradient_patch(band, plan_.wants_inputs, gradient_memory);
+      load_gradient(band, gradient);
+      if (plan_.wants_weight) {
+        const Patch inputs = input_patch(band, plan_.input_channels, memory);
+        load_inputs(training_, step_.inputs, step_.prologue, 0, plan_.input_channels, band, inputs);
+        add_weight_gradient(band, inputs, gradient, plan_.input_channels, runs.data(), partial);
+      }
+      if (plan_.wants_inputs) input_gradient(band, gradient, 0, plan_.panels.count(), result, sums);
+    }
+  }
+
+  // The gradient of the weight of some input channels, over all pixels.
+  void block(int64_t index, float* memory) const {
+    const Bands& bands = plan_.block_bands;
+    const int64_t first = plan_.block_begin(index);
+    const int64_t channels = plan_.block_begin(index + 1) - first;
+    float* const gradient_memory = memory + plan_.input_patch;
+    float* const sums = gradient_memory + plan_.output_patch;
+    std::memset(sums, 0, channels * plan_.panels.taps * plan_.weight_pitch * sizeof(float));
+    std::vector<PixelRun> runs(most_groups(bands));
+    for (int64_t b = 0; b < bands.count; ++b) {
+      const Band band(bands, b);
+      const Patch gradient = gradient_patch(band, false, gradient_memory);
+      load_gradient(band, gradient);
+      const Patch inputs = input_patch(band, channels, memory);
+      load_inputs(training_, step_.inputs, step_.prologue, first, first + channels, band, inputs);
+      add_weight_gradient(band, inputs, gradient, channels, runs.data(), sums);
+    }
+    unpack(sums, channels, first, 0, channels);
+  }
+
+  // The gradient of a band's input, of the channels of a group of panels.
+  void band(int64_t index, int64_t group, float* memory) const {
+    const Band band(plan_.bands, index);
+    const int64_t first_panel = part_begin(plan_.panels.count(), plan_.groups, group);
+    const int64_t last_panel = part_begin(plan_.panels.count(), plan_.groups, group + 1);
+    float* const sums = sums_of(index);
+    const int64_t first = plan_.panels.first(first_panel);
+    const int64_t last = std::min(plan_.panels.first(last_panel), plan_.input_channels);
+    std::memset(sums + first, 0, (last - first) * sizeof(float));
+    std::memset(sums + plan_.input_channels + first, 0, (last - first) * sizeof(float));
+    float* const gradient_memory = memory + plan_.input_patch;
+    const Patch gradient = gradient_patch(band, true, gradient_memory);
+    load_gradient(band, gradient);
+    input_gradient(band, gradient, first_panel, last_panel, gradient_memory + plan_.output_patch,
+                   sums);
+  }
+
+  // Writes the weight's gradient of input channels [begin, end) of a block that starts at `first`
+  // and has `channels`, from [tap][input channel][weight_pitch].
+  void unpack(const float* sums, int64_t channels, int64_t first, int64_t begin,
+              int64_t end) const {
+    const WeightStrides& s = step_.gradient_strides;
+    const int64_t columns = step_.window.kernel_width;
+    for (int64_t output = 0; output < step_.output_channels; ++output) {
+      for (int64_t input = begin; input < end; ++input) {
+        float* const to = step_.weight_gradient + output * s.output + (first + input) * s.input;
+        for (int64_t tap = 0; tap < plan_.panels.taps; ++tap)
+          to[tap / columns * s.row + tap % columns * s.column] =
+              sums[(tap * channels + input) * plan_.weight_pitch + output];
+      }
+    }
+  }
+
+  // Adds up the splits' gradients of the weight of some input channels.
+  void unpack_splits(int64_t first) const {
+    const int64_t channels = plan_.input_channels;
+    const int64_t last = std::min(first + kTogether, channels);
+    for (int64_t tap = 0; tap < plan_.panels.taps; ++tap) {
+      const int64_t begin = (tap * channels + first) * plan_.weight_pitch;
+      const int64_t count = (last - first) * plan_.weight_pitch;
+      for (int64_t i = 1; i < plan_.splits; ++i) {
+        const float* const from = partials_ + i * plan_.split_floats() + begin;
+        for (int64_t c = 0; c < count; ++c) partials_[begin + c] += from[c];
+      }
+    }
+    unpack(partials_, channels, 0, first, last);
+  }
+
+  void add_sums(int64_t first) const {
+    const int64_t last = std::min(first + kTogether, plan_.input_channels);
+    for (int64_t row = 0; row < 2; ++row) {
+      for (int64_t c = first; c < last; ++c) {
+        double sum = 0;
+        for (int64_t i = 0; i < plan_.sum_count(); ++i)
+          sum += sums_of(i)[row * plan_.input_channels + c];
+        step_.sums[row * plan_.input_channels + c] = static_cast<float>(sum);
+      }
+    }
+  }
+
+  const ConvolutionBackward& step_;
+  BackwardPlan plan_;
+  const TrainingTable& training_;
+  Convolution convolution_;
+  float* packed_;
+  float* partials_;
+  float* sums_;
+  float* scratch_;
+};
+
+}  // namespace
+
+int64_t workspace_floats(const ConvolutionBackward& step, const Workers& workers) {
+  const BackwardPlan plan(step, workers);
+  return plan.packed_floats() + plan.partial_floats() + plan.sum_floats() +
+         workers.threads * plan.scratch;
+}
+
+void convolution_backward(const ConvolutionBackward& step, float* workspace,
+                          const Workers& workers) {
+  Backward(step, workspace, workers).run(workers);
+}
+
+}  // namespace threshnet_fast::cpu
