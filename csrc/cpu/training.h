@@ -14,6 +14,9 @@
 
 namespace threshnet_fast::cpu {
 
+// The most taps of a window.
+constexpr int64_t kMostTaps = 64;
+
 // Some channels of a map of pixels that are `pitch` floats apart.
 struct MapSegment {
   const float* data;
@@ -96,5 +99,66 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
 // The gradient of the input asks for stride 1 and an output as large as the input.
 void convolution_backward(const ConvolutionBackward& step, float* workspace,
                           const Workers& workers);
+
+// output = maximum over windows of act(input * scale + shift).
+struct PoolForward {
+  Window window;
+  MapSegment input;
+  Prologue prologue;
+  float* output;
+  int64_t output_pitch;
+  Statistics statistics;
+};
+
+// As for a convolution.
+struct PoolBackward {
+  Window window;
+  MapSegment input;
+  Prologue prologue;
+  const float* mean;
+  MapSegment output, gradient;
+  const float* slope;
+  const float* offset;
+  GradientSegment input_gradient;
+  float* sums;
+};
+
+int64_t workspace_floats(const PoolForward& step);
+int64_t workspace_floats(const PoolBackward& step, const Workers& workers);
+void pool_forward(const PoolForward& step, float* workspace, const Workers& workers);
+void pool_backward(const PoolBackward& step, float* workspace, const Workers& workers);
+
+// The mean and variance of channels [first, last) of a map, from what was found in parts of it of
+// `counts` pixels: [part][3][channels], an origin and the sums of the differences from it and of
+// their squares. By Chan, Golub and LeVeque's formula, in float64.
+void combine_moments(const float* moments, const std::vector<int64_t>& counts, int64_t channels,
+                     int64_t first, int64_t last, const Statistics& statistics);
+
+// Batch normalisation of a map, of which these are the mean and the biased variance:
+// scale = gamma / sqrt(variance + eps), shift = beta - mean * scale. Null: gamma 1, beta 0.
+struct Normalization {
+  const float* mean;
+  const float* variance;
+  const float* gamma;
+  const float* beta;
+  double eps;
+};
+void normalization_prologue(const Normalization& norm, int64_t channels, float* scale,
+                            float* shift);
+
+// From the sums of a prologue's gradient, over `count` pixels, the gradients of gamma and beta
+// (where not null), and what the norm adds to the map's gradient through the map's own mean and
+// variance, where those are not fixed: slope[c] and offset[c], to which it is added.
+struct NormalizationBackward {
+  Normalization norm;
+  const float* sums;
+  int64_t sums_pitch;
+  int64_t count;
+  float* gamma_gradient;
+  float* beta_gradient;
+  float* slope;
+  float* offset;
+};
+void normalization_backward(const NormalizationBackward& step, int64_t channels);
 
 }  // namespace threshnet_fast::cpu

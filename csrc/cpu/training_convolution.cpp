@@ -10,7 +10,6 @@ namespace {
 constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
 constexpr float kNoBias[kMaxTileVectors * 16] = {};
 constexpr int kPanelVectors = 2;
-constexpr int64_t kMostTaps = 64;
 
 // Floats that the parts of a band should fit in together, well inside a core's L2.
 constexpr int64_t kBandFloats = 96 * 1024;
@@ -385,29 +384,6 @@ struct ForwardPlan {
   int64_t moment_floats() const { return round_up(bands.count * 3 * panels.outputs, 16); }
 };
 
-// Adds up what the bands found, by Chan, Golub and LeVeque's formula, in float64.
-void combine_moments(const ForwardPlan& plan, const float* moments, int64_t first, int64_t last,
-                     const Statistics& statistics) {
-  const int64_t channels = plan.panels.outputs;
-  for (int64_t c = first; c < last; ++c) {
-    double mean = 0, squares = 0, total = 0;
-    for (int64_t b = 0; b < plan.bands.count; ++b) {
-      const float* const band = moments + b * 3 * channels + c;
-      const double count = static_cast<double>(Band(plan.bands, b).pixels());
-      const double shifted = band[channels];
-      const double band_mean = band[0] + shifted / count;
-      const double difference = band_mean - mean;
-      const double sum = total + count;
-      mean += difference * count / sum;
-      squares += band[2 * channels] - shifted * shifted / count +
-                 difference * difference * total * count / sum;
-      total = sum;
-    }
-    statistics.mean[c] = static_cast<float>(mean);
-    statistics.variance[c] = static_cast<float>(std::max(squares, 0.0) / total);
-  }
-}
-
 }  // namespace
 
 int64_t workspace_floats(const ConvolutionForward& step, const Workers& workers) {
@@ -453,6 +429,8 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
                      panels.outputs);
   };
 
+  std::vector<int64_t> counts;
+  for (int64_t b = 0; b < plan.bands.count; ++b) counts.push_back(Band(plan.bands, b).pixels());
   const int64_t reductions =
       step.statistics.mean == nullptr ? 0 : divide_up(panels.outputs, kChannelsTogether);
   run_team(workers, {panels.count(), plan.bands.count * plan.groups, reductions},
@@ -470,7 +448,7 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
              } else if (stage == 1) {
                convolve(task, thread);
              } else {
-               combine_moments(plan, moments, task * kChannelsTogether,
+               combine_moments(moments, counts, panels.outputs, task * kChannelsTogether,
                                std::min((task + 1) * kChannelsTogether, panels.outputs),
                                step.statistics);
              }

@@ -1,0 +1,406 @@
+// The operators of training for torch, registered through the LibTorch stable ABI. Checks of
+// tensors and registration, nothing else.
+//
+// A map is a contiguous float32 tensor [pixels, channels] in NHWC order; `segments` holds a first
+// channel and a number of channels for each of `maps`. `window` is [N, H, W, kh, kw, stride,
+// padding], of the input. An empty tensor stands for none.
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../tensors.h"
+#include "training.h"
+
+namespace threshnet_fast {
+namespace {
+
+void parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+float* floats_of(const Tensor& tensor, const std::string& name) {
+  check_host(tensor, name, ScalarType::Float, "float32");
+  return static_cast<float*>(tensor.data_ptr());
+}
+
+// Floats of a tensor of a given shape, or null for none.
+float* floats_or_null(const Tensor& tensor, const std::string& name, int64_t rows,
+                      int64_t columns) {
+  if (tensor.numel() == 0) return nullptr;
+  check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
+        name + " has shape " + shape_of(tensor) + ", expected [" + std::to_string(rows) + ", " +
+            std::to_string(columns) + "]");
+  return floats_of(tensor, name);
+}
+
+float* floats_of(const Tensor& tensor, const std::string& name, int64_t rows, int64_t columns) {
+  float* const data = floats_or_null(tensor, name, rows, columns);
+  check(data != nullptr, name + " is empty");
+  return data;
+}
+
+cpu::Workers workers_of(int64_t isa) {
+  check(cpu::tiling_of(isa) != nullptr && cpu::element_bytes(isa) == sizeof(float),
+        "isa is " + std::to_string(isa) +
+            ", expected one that this processor has and that computes in float32");
+  return {isa, torch::stable::get_num_threads(), parallel_for};
+}
+
+cpu::Window window_of(const std::vector<int64_t>& numbers) {
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  check(numbers.size() == 7, "window has " + std::to_string(numbers.size()) +
+                                 " numbers, expected 7: N, H, W, kh, kw, stride, padding");
+  for (size_t i = 0; i < numbers.size(); ++i)
+    check(numbers[i] >= (i == 6 ? 0 : 1) && numbers[i] < kLimit,
+          "window[" + std::to_string(i) + "] is " + std::to_string(numbers[i]) +
+              ", which is out of range");
+  const cpu::Window window = {numbers[0], numbers[1], numbers[2], numbers[3],
+                              numbers[4], numbers[5], numbers[6]};
+  check(window.taps() <= cpu::kMostTaps, "window has " + std::to_string(window.taps()) +
+                                             " taps, expected at most " +
+                                             std::to_string(cpu::kMostTaps));
+  check(window.padding < window.kernel_height && window.padding < window.kernel_width &&
+            window.height + 2 * window.padding >= window.kernel_height &&
+            window.width + 2 * window.padding >= window.kernel_width,
+        "window does not fit the map that it slides over");
+  return window;
+}
+
+cpu::Activation activation_of(int64_t activation) {
+  check(activation >= cpu::kIdentity && activation <= cpu::kRelu6,
+        "activation is " + std::to_string(activation) + ", expected 0 to 2");
+  return static_cast<cpu::Activation>(activation);
+}
+
+// Channels of one map.
+cpu::MapSegment segment_of(const Tensor& map, const std::string& name, int64_t pixels,
+                           int64_t first, int64_t channels) {
+  check(map.dim() == 2 && map.size(0) == pixels, name + " has shape " + shape_of(map) +
+                                                     ", expected [" + std::to_string(pixels) +
+                                                     ", channels]");
+  check(first >= 0 && channels >= 1 && channels <= map.size(1) - first,
+        name + " has " + std::to_string(map.size(1)) + " channels, of which none are " +
+            std::to_string(first) + " to " + std::to_string(first + channels));
+  return {floats_of(map, name) + first, map.size(1), channels};
+}
+
+std::vector<cpu::MapSegment> segments_of(const std::vector<Tensor>& maps, const std::string& name,
+                                         const std::vector<int64_t>& segments, int64_t pixels) {
+  check(!maps.empty() && segments.size() == 2 * maps.size(),
+        name + " has " + std::to_string(maps.size()) + " tensors, segments " +
+            std::to_string(segments.size()) + " numbers, expected two for each of one or more");
+  std::vector<cpu::MapSegment> result;
+  for (size_t i = 0; i < maps.size(); ++i)
+    result.push_back(segment_of(maps[i], name + "[" + std::to_string(i) + "]", pixels,
+                                segments[2 * i], segments[2 * i + 1]));
+  return result;
+}
+
+int64_t channels_of(const std::vector<cpu::MapSegment>& segments) {
+  int64_t channels = 0;
+  for (const cpu::MapSegment& segment : segments) channels += segment.channels;
+  return channels;
+}
+
+cpu::Prologue prologue_of(const Tensor& prologue, int64_t channels, int64_t activation) {
+  const float* const rows = floats_of(prologue, "prologue", 2, channels);
+  return {rows, rows + channels, activation_of(activation)};
+}
+
+cpu::WeightStrides check_weight(const Tensor& weight, const std::string& name,
+                                const cpu::Window& window, int64_t channels) {
+  check(weight.is_cpu(), name + " is not on the CPU");
+  check(weight.scalar_type() == ScalarType::Float, name + " has the wrong dtype, expected float32");
+  check(weight.dim() == 4 && weight.size(0) >= 1 && weight.size(1) == channels &&
+            weight.size(2) == window.kernel_height && weight.size(3) == window.kernel_width,
+        name + " has shape " + shape_of(weight) + ", expected [Co, " + std::to_string(channels) +
+            ", " + std::to_string(window.kernel_height) + ", " +
+            std::to_string(window.kernel_width) + "]");
+  return {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+}
+
+cpu::Statistics statistics_of(const Tensor& statistics, const Tensor& map, int64_t first) {
+  float* const rows = floats_or_null(statistics, "statistics", 2, map.size(1));
+  if (rows == nullptr) return {nullptr, nullptr};
+  return {rows + first, rows + map.size(1) + first};
+}
+
+float* workspace_of(const Tensor& workspace, int64_t floats) {
+  float* const memory = floats_of(workspace, "workspace");
+  check(workspace.numel() >= floats, "workspace has " + std::to_string(workspace.numel()) +
+                                         " floats, expected " + std::to_string(floats));
+  check(reinterpret_cast<uintptr_t>(memory) % 64 == 0, "workspace is not aligned to 64 bytes");
+  return memory;
+}
+
+// Output and gradient of a step, and what its norms add to the gradient.
+template <typename Step>
+void bind_gradient(Step& step, const Tensor& output, const Tensor& gradient, int64_t first,
+                   int64_t channels, const Tensor& correction) {
+  const int64_t pixels = step.window.batch * step.window.output_pixels();
+  step.output = segment_of(output, "output", pixels, first, channels);
+  step.gradient = segment_of(gradient, "gradient", pixels, first, channels);
+  const float* const rows = floats_of(correction, "correction", 2, output.size(1));
+  step.slope = rows + first;
+  step.offset = rows + output.size(1) + first;
+}
+
+cpu::GradientSegment gradient_of(const Tensor& gradient, const std::string& name, int64_t pixels,
+                                 const cpu::MapSegment& segment, int64_t first,
+                                 int64_t accumulate) {
+  const cpu::MapSegment to = segment_of(gradient, name, pixels, first, segment.channels);
+  return {const_cast<float*>(to.data), to.pitch, accumulate != 0};
+}
+
+void training_convolution_forward(const std::vector<Tensor>& maps,
+                                  const std::vector<int64_t>& segments, const Tensor& prologue,
+                                  int64_t activation, const Tensor& weight,
+                                  const std::vector<int64_t>& window, Tensor output,
+                                  int64_t output_channel, Tensor statistics, Tensor workspace,
+                                  int64_t isa) {
+  const cpu::Workers workers = workers_of(isa);
+  cpu::ConvolutionForward step;
+  step.window = window_of(window);
+  step.inputs = segments_of(maps, "maps", segments, step.window.batch * step.window.input_pixels());
+  const int64_t channels = channels_of(step.inputs);
+  step.prologue = prologue_of(prologue, channels, activation);
+  step.strides = check_weight(weight, "weight", step.window, channels);
+  step.weight = static_cast<const float*>(weight.data_ptr());
+  step.output_channels = weight.size(0);
+  const cpu::MapSegment to =
+      segment_of(output, "output", step.window.batch * step.window.output_pixels(), output_channel,
+                 step.output_channels);
+  step.output = const_cast<float*>(to.data);
+  step.output_pitch = to.pitch;
+  step.statistics = statistics_of(statistics, output, output_channel);
+  cpu::convolution_forward(step, workspace_of(workspace, cpu::workspace_floats(step, workers)),
+                           workers);
+}
+
+void training_convolution_backward(const std::vector<Tensor>& maps,
+                                   const std::vector<int64_t>& segments, const Tensor& prologue,
+                                   const Tensor& mean, int64_t activation, const Tensor& weight,
+                                   const std::vector<int64_t>& window, const Tensor& output,
+                                   const Tensor& gradient, int64_t output_channel,
+                                   const Tensor& correction,
+                                   const std::vector<Tensor>& input_gradients,
+                                   const std::vector<int64_t>& accumulate, Tensor sums,
+                                   Tensor weight_gradient, Tensor workspace, int64_t isa) {
+  const cpu::Workers workers = workers_of(isa);
+  cpu::ConvolutionBackward step;
+  step.window = window_of(window);
+  const int64_t pixels = step.window.batch * step.window.input_pixels();
+  step.inputs = segments_of(maps, "maps", segments, pixels);
+  const int64_t channels = channels_of(step.inputs);
+  step.prologue = prologue_of(prologue, channels, activation);
+  step.strides = check_weight(weight, "weight", step.window, channels);
+  step.weight = static_cast<const float*>(weight.data_ptr());
+  step.output_channels = weight.size(0);
+  bind_gradient(step, output, gradient, output_channel, step.output_channels, correction);
+  step.weight_gradient = nullptr;
+  if (weight_gradient.numel() > 0) {
+    step.gradient_strides = check_weight(weight_gradient, "weight_gradient", step.window, channels);
+    check(weight_gradient.size(0) == weight.size(0),
+          "weight_gradient has shape " + shape_of(weight_gradient) + ", expected the weight's");
+    step.weight_gradient = static_cast<float*>(weight_gradient.data_ptr());
+  }
+  step.mean = nullptr;
+  step.sums = nullptr;
+  if (!input_gradients.empty()) {
+    check(input_gradients.size() == maps.size() && accumulate.size() == maps.size(),
+          "input_gradients has " + std::to_string(input_gradients.size()) +
+              " tensors, accumulate " + std::to_string(accumulate.size()) +
+              " numbers, expected one for each of maps or no gradients");
+    check(step.window.stride == 1 && step.window.output_height() == step.window.height &&
+              step.window.output_width() == step.window.width,
+          "input_gradients are wanted of a window that changes the size of the map");
+    for (size_t i = 0; i < maps.size(); ++i)
+      step.input_gradients.push_back(
+          gradient_of(input_gradients[i], "input_gradients[" + std::to_string(i) + "]", pixels,
+                      step.inputs[i], segments[2 * i], accumulate[i]));
+    step.mean = floats_of(mean, "mean", 1, channels);
+    step.sums = floats_of(sums, "sums", 2, channels);
+  }
+  cpu::convolution_backward(step, workspace_of(workspace, cpu::workspace_floats(step, workers)),
+                            workers);
+}
+
+// Floats of the workspace that a convolution needs, forward and back.
+int64_t training_convolution_workspace(const std::vector<int64_t>& window, int64_t input_channels,
+                                       int64_t output_channels, bool input_gradients, int64_t isa) {
+  const cpu::Workers workers = workers_of(isa);
+  check(input_channels >= 1 && output_channels >= 1, "the number of channels is not positive");
+  float placeholder = 0;
+  cpu::ConvolutionForward forward = {};
+  forward.window = window_of(window);
+  forward.inputs = {{nullptr, input_channels, input_channels}};
+  forward.output_channels = output_channels;
+  cpu::ConvolutionBackward backward = {};
+  backward.window = forward.window;
+  backward.inputs = forward.inputs;
+  backward.output_channels = output_channels;
+  backward.weight_gradient = &placeholder;
+  if (input_gradients) backward.input_gradients.resize(1);
+  return std::max(cpu::workspace_floats(forward, workers),
+                  cpu::workspace_floats(backward, workers));
+}
+
+void training_pool_forward(const Tensor& map, const std::vector<int64_t>& segment,
+                           const Tensor& prologue, int64_t activation,
+                           const std::vector<int64_t>& window, Tensor output,
+                           int64_t output_channel, Tensor statistics, Tensor workspace,
+                           int64_t isa) {
+  const cpu::Workers workers = workers_of(isa);
+  cpu::PoolForward step;
+  step.window = window_of(window);
+  step.input =
+      segments_of({map}, "map", segment, step.window.batch * step.window.input_pixels()).front();
+  step.prologue = prologue_of(prologue, step.input.channels, activation);
+  const cpu::MapSegment to =
+      segment_of(output, "output", step.window.batch * step.window.output_pixels(), output_channel,
+                 step.input.channels);
+  step.output = const_cast<float*>(to.data);
+  step.output_pitch = to.pitch;
+  step.statistics = statistics_of(statistics, output, output_channel);
+  cpu::pool_forward(step, workspace_of(workspace, cpu::workspace_floats(step)), workers);
+}
+
+void training_pool_backward(const Tensor& map, const std::vector<int64_t>& segment,
+                            const Tensor& prologue, const Tensor& mean, int64_t activation,
+                            const std::vector<int64_t>& window, const Tensor& output,
+                            const Tensor& gradient, int64_t output_channel,
+                            const Tensor& correction, Tensor input_gradient, int64_t accumulate,
+                            Tensor sums, Tensor workspace, int64_t isa) {
+  const cpu::Workers workers = workers_of(isa);
+  cpu::PoolBackward step;
+  step.window = window_of(window);
+  const int64_t pixels = step.window.batch * step.window.input_pixels();
+  step.input = segments_of({map}, "map", segment, pixels).front();
+  const int64_t channels = step.input.channels;
+  step.prologue = prologue_of(prologue, channels, activation);
+  step.mean = floats_of(mean, "mean", 1, channels);
+  bind_gradient(step, output, gradient, output_channel, channels, correction);
+  step.input_gradient =
+      gradient_of(input_gradient, "input_gradient", pixels, step.input, segment[0], accumulate);
+  step.sums = floats_of(sums, "sums", 2, channels);
+  cpu::pool_backward(step, workspace_of(workspace, cpu::workspace_floats(step, workers)), workers);
+}
+
+int64_t training_pool_workspace(const std::vector<int64_t>& window, int64_t channels, int64_t isa) {
+  const cpu::Workers workers = workers_of(isa);
+  check(channels >= 1, "channels is " + std::to_string(channels) + ", expected at least 1");
+  cpu::PoolForward forward = {};
+  forward.window = window_of(window);
+  forward.input.channels = channels;
+  cpu::PoolBackward backward = {};
+  backward.window = forward.window;
+  backward.input.channels = channels;
+  return std::max(cpu::workspace_floats(forward), cpu::workspace_floats(backward, workers));
+}
+
+// A vector of channels, or null for none.
+float* vector_or_null(const Tensor& tensor, const std::string& name, int64_t channels) {
+  if (tensor.numel() == 0) return nullptr;
+  check_length(tensor, name, channels);
+  return floats_of(tensor, name);
+}
+
+// The norm of channels [first, first + channels) of a map with these statistics.
+cpu::Normalization norm_of(const Tensor& statistics, int64_t first, int64_t channels,
+                           const Tensor& gamma, const Tensor& beta, double eps) {
+  check(statistics.dim() == 2 && statistics.size(0) == 2 && first >= 0 && channels >= 1 &&
+            channels <= statistics.size(1) - first,
+        "statistics has shape " + shape_of(statistics) + ", expected [2, " +
+            std::to_string(first + channels) + " or more]");
+  const float* const rows = floats_of(statistics, "statistics");
+  return {rows + first, rows + statistics.size(1) + first, vector_or_null(gamma, "gamma", channels),
+          vector_or_null(beta, "beta", channels), eps};
+}
+
+// Writes channels [to, to + channels) of a prologue.
+void normalization_prologue(const Tensor& statistics, int64_t first, int64_t channels,
+                            const Tensor& gamma, const Tensor& beta, double eps, Tensor prologue,
+                            int64_t to) {
+  const cpu::Normalization norm = norm_of(statistics, first, channels, gamma, beta, eps);
+  check(
+      prologue.dim() == 2 && prologue.size(0) == 2 && to >= 0 && channels <= prologue.size(1) - to,
+      "prologue has shape " + shape_of(prologue) + ", expected [2, " +
+          std::to_string(to + channels) + " or more]");
+  float* const rows = floats_of(prologue, "prologue") + to;
+  cpu::normalization_prologue(norm, channels, rows, rows + prologue.size(1));
+}
+
+// From channels [from, from + channels) of the sums.
+void normalization_backward(const Tensor& statistics, int64_t first, int64_t channels,
+                            const Tensor& gamma, double eps, const Tensor& sums, int64_t from,
+                            int64_t count, Tensor gamma_gradient, Tensor beta_gradient,
+                            Tensor correction) {
+  cpu::NormalizationBackward step;
+  step.norm = norm_of(statistics, first, channels, gamma, gamma, eps);
+  check(sums.dim() == 2 && sums.size(0) == 2 && from >= 0 && channels <= sums.size(1) - from,
+        "sums has shape " + shape_of(sums) + ", expected [2, " + std::to_string(from + channels) +
+            " or more]");
+  check(count >= 1, "count is " + std::to_string(count) + ", expected at least 1");
+  step.sums = floats_of(sums, "sums") + from;
+  step.sums_pitch = sums.size(1);
+  step.count = count;
+  step.gamma_gradient = vector_or_null(gamma_gradient, "gamma_gradient", channels);
+  step.beta_gradient = vector_or_null(beta_gradient, "beta_gradient", channels);
+  float* const rows = floats_or_null(correction, "correction", 2, statistics.size(1));
+  step.slope = rows == nullptr ? nullptr : rows + first;
+  step.offset = rows == nullptr ? nullptr : rows + statistics.size(1) + first;
+  cpu::normalization_backward(step, channels);
+}
+
+}  // namespace
+}  // namespace threshnet_fast
+
+using namespace threshnet_fast;
+
+STABLE_TORCH_LIBRARY_FRAGMENT(threshnet_fast_cpu, m) {
+  m.def(
+      "training_convolution_forward(Tensor[] maps, int[] segments, Tensor prologue, "
+      "int activation, Tensor weight, int[] window, Tensor(a!) output, int output_channel, "
+      "Tensor(b!) statistics, Tensor(c!) workspace, int isa) -> ()");
+  m.def(
+      "training_convolution_backward(Tensor[] maps, int[] segments, Tensor prologue, Tensor mean, "
+      "int activation, Tensor weight, int[] window, Tensor output, Tensor gradient, "
+      "int output_channel, Tensor correction, Tensor(a!)[] input_gradients, int[] accumulate, "
+      "Tensor(b!) sums, Tensor(c!) weight_gradient, Tensor(d!) workspace, int isa) -> ()");
+  m.def(
+      "training_convolution_workspace(int[] window, int input_channels, int output_channels, "
+      "bool input_gradients, int isa) -> int");
+  m.def(
+      "training_pool_forward(Tensor map, int[] segment, Tensor prologue, int activation, "
+      "int[] window, Tensor(a!) output, int output_channel, Tensor(b!) statistics, "
+      "Tensor(c!) workspace, int isa) -> ()");
+  m.def(
+      "training_pool_backward(Tensor map, int[] segment, Tensor prologue, Tensor mean, "
+      "int activation, int[] window, Tensor output, Tensor gradient, int output_channel, "
+      "Tensor correction, Tensor(a!) input_gradient, int accumulate, Tensor(b!) sums, "
+      "Tensor(c!) workspace, int isa) -> ()");
+  m.def("training_pool_workspace(int[] window, int channels, int isa) -> int");
+  m.def(
+      "normalization_prologue(Tensor statistics, int first, int channels, Tensor gamma, "
+      "Tensor beta, float eps, Tensor(a!) prologue, int to) -> ()");
+  m.def(
+      "normalization_backward(Tensor statistics, int first, int channels, Tensor gamma, "
+      "float eps, Tensor sums, int start, int count, Tensor(a!) gamma_gradient, "
+      "Tensor(b!) beta_gradient, Tensor(c!) correction) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("training_convolution_workspace", TORCH_BOX(&training_convolution_workspace));
+  m.impl("training_pool_workspace", TORCH_BOX(&training_pool_workspace));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
+  m.impl("training_convolution_forward", TORCH_BOX(&training_convolution_forward));
+  m.impl("training_convolution_backward", TORCH_BOX(&training_convolution_backward));
+  m.impl("training_pool_forward", TORCH_BOX(&training_pool_forward));
+  m.impl("training_pool_backward", TORCH_BOX(&training_pool_backward));
+  m.impl("normalization_prologue", TORCH_BOX(&normalization_prologue));
+  m.impl("normalization_backward", TORCH_BOX(&normalization_backward));
+}
