@@ -104,9 +104,15 @@ int64_t channels_of(const std::vector<cpu::MapSegment>& segments) {
   return channels;
 }
 
-cpu::Prologue prologue_of(const Tensor& prologue, int64_t channels, int64_t activation) {
-  const float* const rows = floats_of(prologue, "prologue", 2, channels);
-  return {rows, rows + channels, activation_of(activation)};
+// Rows of scale, shift and the mean that the norm subtracts.
+struct PrologueRows {
+  cpu::Prologue prologue;
+  const float* mean;
+};
+
+PrologueRows prologue_of(const Tensor& prologue, int64_t channels, int64_t activation) {
+  const float* const rows = floats_of(prologue, "prologue", 3, channels);
+  return {{rows, rows + channels, activation_of(activation)}, rows + 2 * channels};
 }
 
 cpu::WeightStrides check_weight(const Tensor& weight, const std::string& name,
@@ -165,7 +171,7 @@ void training_convolution_forward(const std::vector<Tensor>& maps,
   step.window = window_of(window);
   step.inputs = segments_of(maps, "maps", segments, step.window.batch * step.window.input_pixels());
   const int64_t channels = channels_of(step.inputs);
-  step.prologue = prologue_of(prologue, channels, activation);
+  step.prologue = prologue_of(prologue, channels, activation).prologue;
   step.strides = check_weight(weight, "weight", step.window, channels);
   step.weight = static_cast<const float*>(weight.data_ptr());
   step.output_channels = weight.size(0);
@@ -179,22 +185,21 @@ void training_convolution_forward(const std::vector<Tensor>& maps,
                            workers);
 }
 
-void training_convolution_backward(const std::vector<Tensor>& maps,
-                                   const std::vector<int64_t>& segments, const Tensor& prologue,
-                                   const Tensor& mean, int64_t activation, const Tensor& weight,
-                                   const std::vector<int64_t>& window, const Tensor& output,
-                                   const Tensor& gradient, int64_t output_channel,
-                                   const Tensor& correction,
-                                   const std::vector<Tensor>& input_gradients,
-                                   const std::vector<int64_t>& accumulate, Tensor sums,
-                                   Tensor weight_gradient, Tensor workspace, int64_t isa) {
+void training_convolution_backward(
+    const std::vector<Tensor>& maps, const std::vector<int64_t>& segments, const Tensor& prologue,
+    int64_t activation, const Tensor& weight, const std::vector<int64_t>& window,
+    const Tensor& output, const Tensor& gradient, int64_t output_channel, const Tensor& correction,
+    const std::vector<Tensor>& input_gradients, const std::vector<int64_t>& accumulate, Tensor sums,
+    Tensor weight_gradient, Tensor workspace, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   cpu::ConvolutionBackward step;
   step.window = window_of(window);
   const int64_t pixels = step.window.batch * step.window.input_pixels();
   step.inputs = segments_of(maps, "maps", segments, pixels);
   const int64_t channels = channels_of(step.inputs);
-  step.prologue = prologue_of(prologue, channels, activation);
+  const PrologueRows rows = prologue_of(prologue, channels, activation);
+  step.prologue = rows.prologue;
+  step.mean = rows.mean;
   step.strides = check_weight(weight, "weight", step.window, channels);
   step.weight = static_cast<const float*>(weight.data_ptr());
   step.output_channels = weight.size(0);
@@ -206,7 +211,6 @@ void training_convolution_backward(const std::vector<Tensor>& maps,
           "weight_gradient has shape " + shape_of(weight_gradient) + ", expected the weight's");
     step.weight_gradient = static_cast<float*>(weight_gradient.data_ptr());
   }
-  step.mean = nullptr;
   step.sums = nullptr;
   if (!input_gradients.empty()) {
     check(input_gradients.size() == maps.size() && accumulate.size() == maps.size(),
@@ -220,7 +224,6 @@ void training_convolution_backward(const std::vector<Tensor>& maps,
       step.input_gradients.push_back(
           gradient_of(input_gradients[i], "input_gradients[" + std::to_string(i) + "]", pixels,
                       step.inputs[i], segments[2 * i], accumulate[i]));
-    step.mean = floats_of(mean, "mean", 1, channels);
     step.sums = floats_of(sums, "sums", 2, channels);
   }
   cpu::convolution_backward(step, workspace_of(workspace, cpu::workspace_floats(step, workers)),
@@ -257,7 +260,7 @@ void training_pool_forward(const Tensor& map, const std::vector<int64_t>& segmen
   step.window = window_of(window);
   step.input =
       segments_of({map}, "map", segment, step.window.batch * step.window.input_pixels()).front();
-  step.prologue = prologue_of(prologue, step.input.channels, activation);
+  step.prologue = prologue_of(prologue, step.input.channels, activation).prologue;
   const cpu::MapSegment to =
       segment_of(output, "output", step.window.batch * step.window.output_pixels(), output_channel,
                  step.input.channels);
@@ -268,7 +271,7 @@ void training_pool_forward(const Tensor& map, const std::vector<int64_t>& segmen
 }
 
 void training_pool_backward(const Tensor& map, const std::vector<int64_t>& segment,
-                            const Tensor& prologue, const Tensor& mean, int64_t activation,
+                            const Tensor& prologue, int64_t activation,
                             const std::vector<int64_t>& window, const Tensor& output,
                             const Tensor& gradient, int64_t output_channel,
                             const Tensor& correction, Tensor input_gradient, int64_t accumulate,
@@ -279,8 +282,9 @@ void training_pool_backward(const Tensor& map, const std::vector<int64_t>& segme
   const int64_t pixels = step.window.batch * step.window.input_pixels();
   step.input = segments_of({map}, "map", segment, pixels).front();
   const int64_t channels = step.input.channels;
-  step.prologue = prologue_of(prologue, channels, activation);
-  step.mean = floats_of(mean, "mean", 1, channels);
+  const PrologueRows rows = prologue_of(prologue, channels, activation);
+  step.prologue = rows.prologue;
+  step.mean = rows.mean;
   bind_gradient(step, output, gradient, output_channel, channels, correction);
   step.input_gradient =
       gradient_of(input_gradient, "input_gradient", pixels, step.input, segment[0], accumulate);
@@ -329,7 +333,9 @@ void normalization_prologue(const Tensor& statistics, int64_t first, int64_t cha
       "prologue has shape " + shape_of(prologue) + ", expected [2, " +
           std::to_string(to + channels) + " or more]");
   float* const rows = floats_of(prologue, "prologue") + to;
-  cpu::normalization_prologue(norm, channels, rows, rows + prologue.size(1));
+  const int64_t pitch = prologue.size(1);
+  cpu::normalization_prologue(norm, channels, rows, rows + pitch);
+  std::copy_n(norm.mean, channels, rows + 2 * pitch);
 }
 
 // From channels [from, from + channels) of the sums.
@@ -365,7 +371,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(threshnet_fast_cpu, m) {
       "int activation, Tensor weight, int[] window, Tensor(a!) output, int output_channel, "
       "Tensor(b!) statistics, Tensor(c!) workspace, int isa) -> ()");
   m.def(
-      "training_convolution_backward(Tensor[] maps, int[] segments, Tensor prologue, Tensor mean, "
+      "training_convolution_backward(Tensor[] maps, int[] segments, Tensor prologue, "
       "int activation, Tensor weight, int[] window, Tensor output, Tensor gradient, "
       "int output_channel, Tensor correction, Tensor(a!)[] input_gradients, int[] accumulate, "
       "Tensor(b!) sums, Tensor(c!) weight_gradient, Tensor(d!) workspace, int isa) -> ()");
@@ -377,7 +383,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(threshnet_fast_cpu, m) {
       "int[] window, Tensor(a!) output, int output_channel, Tensor(b!) statistics, "
       "Tensor(c!) workspace, int isa) -> ()");
   m.def(
-      "training_pool_backward(Tensor map, int[] segment, Tensor prologue, Tensor mean, "
+      "training_pool_backward(Tensor map, int[] segment, Tensor prologue, "
       "int activation, int[] window, Tensor output, Tensor gradient, int output_channel, "
       "Tensor correction, Tensor(a!) input_gradient, int accumulate, Tensor(b!) sums, "
       "Tensor(c!) workspace, int isa) -> ()");

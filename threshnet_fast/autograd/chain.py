@@ -1,0 +1,505 @@
+"""A chain of modules as one differentiable function.
+
+Forward, every convolution normalises and activates what it reads, and finds the mean and variance
+of what it writes: once for each map, however many read it. Kept for the backward pass are the raw
+maps alone.
+
+Backward, what reads a map adds ``scale * d`` to the map's gradient, in place, d being the gradient
+before the norm's scale. With m pixels, the norms of the map's readers l together give
+
+    dx = sum_l scale_l * d_l - sum_l scale_l * sum(d_l) / m
+         - (x - mean) * sum_l scale_l / (variance + eps_l) * sum(d_l * (x - mean)) / m
+
+("Memory-Efficient Implementation of DenseNets", merged over the readers), whose last two terms are
+linear in x: they are applied while the gradient is read, once for each map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..backends import cpu
+from .graph import Convolution, Graph, Node, Read, trace
+from .kernels import CppKernels, Gradients, Kernels, ReferenceKernels, Shape
+
+__all__ = ["CHECKPOINTS", "Chain"]
+
+CHECKPOINTS = (None, "features")
+_MAX_SHAPES = 8
+
+
+class Chain:
+    """Modules that run one after the other, as one function of their input and parameters.
+
+    Args:
+        stages: Their names and themselves, see :func:`threshnet_fast.autograd.graph.trace`.
+        in_channels: Channels of the first one's input.
+
+    Raises:
+        Unsupported: One of them cannot be part of a chain.
+    """
+
+    def __init__(self, stages: Sequence[tuple[str, nn.Module]], in_channels: int) -> None:
+        self.graph: Graph = trace(stages, in_channels)
+        self._norm_readers = [0] * len(self.graph.norms)
+        for node in self.graph.nodes:
+            for read in node.reads:
+                if read.norm is not None:
+                    self._norm_readers[read.norm] += 1
+        # Workspaces that no call uses, by input shape and number of threads. Calls may come from
+        # several threads at once; popping from a list and appending to it are atomic.
+        self._workspaces: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    @property
+    def differentiable_input(self) -> bool:
+        """Whether there is a gradient of the input: not through a stride or a smaller output."""
+        return all(
+            node.stride == 1 and 2 * node.padding == node.kernel - 1
+            for node in self.graph.nodes
+            if isinstance(node, Convolution) and any(read.buffer == 0 for read in node.reads)
+        )
+
+    def __call__(self, x: Tensor, checkpoint: str | None = None, reference: bool = False) -> Tensor:
+        """Runs the modules.
+
+        Args:
+            x: ``[N, C, H, W]`` in any strides.
+            checkpoint: ``"features"`` to keep no bottleneck for the backward pass, which then
+                calculates them again; None to keep all.
+            reference: Whether to run in plain PyTorch, in any dtype and on any device, rather than
+                in float32 on the CPU by the C++ kernels.
+
+        Returns:
+            ``[N, channels, h, w]`` in channels_last format.
+
+        Raises:
+            ValueError: A norm in training mode has only one value for each channel.
+        """
+        return cast(
+            Tensor,
+            _ChainFunction.apply(self, x, checkpoint, reference, *self._parameters()),
+        )
+
+    def _parameters(self) -> list[Tensor | None]:
+        """Weights of the convolutions, then gamma and beta of the norms, None where they lack."""
+        parameters: list[Tensor | None] = [
+            node.module.weight for node in self.graph.nodes if isinstance(node, Convolution)
+        ]
+        for norm in self.graph.norms:
+            parameters += [norm.module.weight, norm.module.bias]
+        return parameters
+
+    def shapes(self, batch: int, height: int, width: int) -> list[Shape]:
+        """The shape of every buffer.
+
+        Args:
+            batch: Images.
+            height: Rows of the chain's input.
+            width: Columns of it.
+        """
+        shapes: list[Shape] = [Shape(batch, height, width)] * len(self.graph.buffers)
+        for node in self.graph.nodes:
+            shapes[node.buffer] = shapes[node.reads[0].buffer].after(node)
+        return shapes
+
+    @contextmanager
+    def kernels(self, shapes: list[Shape], reference: bool) -> Iterator[Kernels]:
+        """What executes the nodes on maps of some shapes."""
+        if reference:
+            yield ReferenceKernels()
+            return
+        isa = cpu.isa_code(torch.float32)
+        key = (shapes[0], isa, torch.get_num_threads())
+        free = self._workspaces.setdefault(key, [])
+        try:
+            workspace = free.pop()
+        except IndexError:
+            nodes = [(node, shapes[node.reads[0].buffer]) for node in self.graph.nodes]
+            workspace = CppKernels.create_workspace(isa, nodes)
+        yield CppKernels(isa, workspace)
+        free.append(workspace)
+        while len(self._workspaces) > _MAX_SHAPES:
+            self._workspaces.pop(next(iter(self._workspaces)), None)
+
+    def norm_readers(self) -> list[int]:
+        """How many nodes read through each norm."""
+        return list(self._norm_readers)
+
+
+def _uses_batch(norm: nn.BatchNorm2d) -> bool:
+    """Whether a norm takes the batch's mean and variance rather than the running ones."""
+    return norm.training or norm.running_mean is None or norm.running_var is None
+
+
+class _Pass:
+    """The tensors of one pass forward, and what the pass backward needs of them."""
+
+    def __init__(
+        self, chain: Chain, x: Tensor, parameters: Sequence[Tensor | None], reference: bool
+    ) -> None:
+        graph = chain.graph
+        self.chain = chain
+        self.reference = reference
+        self.shapes = chain.shapes(x.shape[0], x.shape[2], x.shape[3])
+        weights = iter(parameters)
+        self.weights = [
+            next(weights) if isinstance(node, Convolution) else None for node in graph.nodes
+        ]
+        self.gammas: list[Tensor | None] = []
+        self.betas: list[Tensor | None] = []
+        for _ in graph.norms:
+            self.gammas.append(next(weights))
+            self.betas.append(next(weights))
+        self.options: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
+        self.from_batch = [_uses_batch(norm.module) for norm in graph.norms]
+        self.eps = [norm.module.eps for norm in graph.norms]
+        self.maps: list[Tensor | None] = [None] * len(graph.buffers)
+        self.maps[0] = x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+        self.statistics: list[Tensor | None] = [None] * len(graph.buffers)
+        self.fixed: list[Tensor | None] = [None] * len(graph.norms)
+        self.prologues: list[Tensor | None] = [None] * len(graph.nodes)
+        self._find_statistics()
+
+    def _find_statistics(self) -> None:
+        """Makes room for the batch's statistics, and takes the running ones of norms that use them.
+
+        Raises:
+            ValueError: A norm in training mode has only one value for each channel.
+        """
+        graph = self.chain.graph
+        for index, norm in enumerate(graph.norms):
+            module, shape = norm.module, self.shapes[norm.buffer]
+            if not self.from_batch[index]:
+                running = [cast(Tensor, module.running_mean), cast(Tensor, module.running_var)]
+                self.fixed[index] = torch.stack(running).to(**self.options)
+                continue
+            if shape.pixels == 1:
+                size = torch.Size([shape.batch, norm.channels, shape.height, shape.width])
+                raise ValueError(
+                    f"{norm.name} is in training mode and got input of size {size}: "
+                    "expected more than 1 value per channel"
+                )
+            if self.statistics[norm.buffer] is None:
+                channels = graph.buffers[norm.buffer].channels
+                self.statistics[norm.buffer] = torch.empty(2, channels, **self.options)
+        if self.statistics[0] is not None:
+            assert self.maps[0] is not None
+            variance, mean = torch.var_mean(self.maps[0], 0, correction=0)
+            self.statistics[0] = torch.stack([mean, variance])
+
+    def norm_statistics(self, index: int) -> tuple[Tensor, int]:
+        """The statistics that a norm takes, and where its channels begin in them."""
+        fixed = self.fixed[index]
+        if fixed is not None:
+            return fixed, 0
+        norm = self.chain.graph.norms[index]
+        return cast(Tensor, self.statistics[norm.buffer]), norm.channel
+
+    def map_of(self, index: int) -> Tensor:
+        """The map of a buffer, which a node before wrote."""
+        return cast(Tensor, self.maps[index])
+
+    def prepare_prologue(self, index: int, kernels: Kernels) -> None:
+        """Makes the prologue of a node, once the statistics of what it reads are known."""
+        node = self.chain.graph.nodes[index]
+        prologue = torch.empty(3, sum(read.channels for read in node.reads), **self.options)
+        start = 0
+        for read in node.reads:
+            if read.norm is None:
+                part = prologue[:, start : start + read.channels]
+                part.zero_()
+                part[0] = 1
+            else:
+                statistics, channel = self.norm_statistics(read.norm)
+                kernels.prologue(
+                    statistics,
+                    channel,
+                    read.channels,
+                    self.gammas[read.norm],
+                    self.betas[read.norm],
+                    self.eps[read.norm],
+                    prologue,
+                    start,
+                )
+            start += read.channels
+        self.prologues[index] = prologue
+
+    def run(self, index: int, kernels: Kernels, *, again: bool = False) -> None:
+        """Runs a node forward; ``again`` where the statistics of what it writes are known."""
+        graph = self.chain.graph
+        node = graph.nodes[index]
+        if self.maps[node.buffer] is None:
+            self.maps[node.buffer] = torch.empty(
+                self.shapes[node.buffer].pixels, graph.buffers[node.buffer].channels, **self.options
+            )
+        kernels.forward(
+            node,
+            self.shapes[node.reads[0].buffer],
+            [self.map_of(read.buffer) for read in node.reads],
+            cast(Tensor, self.prologues[index]),
+            self.weights[index],
+            self.map_of(node.buffer),
+            None if again else self.statistics[node.buffer],
+        )
+
+    def update_running_statistics(self) -> None:
+        """Takes the batch's statistics into the running ones, as BatchNorm does."""
+        means: dict[float, list[list[Tensor]]] = {}
+        for index, norm in enumerate(self.chain.graph.norms):
+            module = norm.module
+            if not module.training or module.running_mean is None or module.running_var is None:
+                continue
+            momentum = module.momentum
+            if module.num_batches_tracked is not None:
+                module.num_batches_tracked.add_(1)
+                if momentum is None:
+                    momentum = 1.0 / float(module.num_batches_tracked)
+            statistics, channel = self.norm_statistics(index)
+            mean, variance = statistics[:, channel : channel + norm.channels]
+            count = self.shapes[norm.buffer].pixels
+            lists = means.setdefault(0.0 if momentum is None else momentum, [[], [], []])
+            lists[0] += [module.running_mean, module.running_var]
+            lists[1] += [mean, variance]
+            lists[2] += [count / (count - 1)]  # type: ignore[list-item]
+        for momentum, (running, batch, unbiased) in means.items():
+            scaled = torch._foreach_mul(batch[1::2], cast("list[float]", unbiased))
+            batch[1::2] = list(scaled)
+            torch._foreach_lerp_(running, batch, momentum)
+
+    def forget(self, checkpoint: str | None) -> None:
+        """Lets go of what the backward pass can do without."""
+        graph = self.chain.graph
+        for index, buffer in enumerate(graph.buffers):
+            if checkpoint == "features" and buffer.temporary:
+                self.maps[index] = None
+
+    def tensors(self) -> list[Tensor | None]:
+        """All tensors, to be kept by autograd."""
+        return [
+            *self.weights,
+            *self.gammas,
+            *self.betas,
+            *self.maps,
+            *self.statistics,
+            *self.fixed,
+            *self.prologues,
+        ]
+
+    def release(self) -> None:
+        """Forgets all tensors."""
+        self.restore([None] * len(self.tensors()))
+
+    def restore(self, tensors: Sequence[Tensor | None]) -> None:
+        """Takes all tensors back from autograd."""
+        remaining = iter(tensors)
+        for name in ("weights", "gammas", "betas", "maps", "statistics", "fixed", "prologues"):
+            setattr(self, name, [next(remaining) for _ in getattr(self, name)])
+
+
+class _ChainFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chain: Chain,
+        x: Tensor,
+        checkpoint: str | None,
+        reference: bool,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        graph = chain.graph
+        run = _Pass(chain, x, parameters, reference)
+        wanted = any(ctx.needs_input_grad)
+        last_reader = {
+            read.buffer: index for index, node in enumerate(graph.nodes) for read in node.reads
+        }
+        dropped = {
+            last_reader[index]: index
+            for index, buffer in enumerate(graph.buffers)
+            if buffer.temporary and (checkpoint == "features" or not wanted)
+        }
+        with chain.kernels(run.shapes, reference) as kernels:
+            for index in range(len(graph.nodes)):
+                run.prepare_prologue(index, kernels)
+                run.run(index, kernels)
+                if index in dropped:
+                    run.maps[dropped[index]] = None
+        run.update_running_statistics()
+        output = run.map_of(graph.output)
+        if wanted:
+            # Autograd notices where one of them is changed before the backward pass.
+            ctx.save_for_backward(*run.tensors())
+            run.release()
+            ctx.run = run
+        shape = run.shapes[graph.output]
+        return output.view(shape.batch, shape.height, shape.width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        return _Backward(ctx.run, ctx.saved_tensors, needs[1], needs[4:]).run(gradient)
+
+
+class _Backward:
+    """One pass backward."""
+
+    def __init__(
+        self,
+        forward: _Pass,
+        tensors: Sequence[Tensor | None],
+        needs_input: bool,
+        needs: Sequence[bool],
+    ) -> None:
+        # A copy, as a second pass backward over a retained graph starts from the same.
+        run = self.forward = object.__new__(_Pass)
+        run.__dict__.update(forward.__dict__)
+        run.restore(tensors)
+        self.graph = run.chain.graph
+        self.needs_input = needs_input
+        needed = iter(needs)
+        self.needs_weight = [
+            next(needed) if isinstance(node, Convolution) else False for node in self.graph.nodes
+        ]
+        self.needs_norm = [(next(needed), next(needed)) for _ in self.graph.norms]
+        self.gradients: list[Tensor | None] = [None] * len(self.graph.buffers)
+        # Channels of each map whose gradient has been written.
+        self.written = [bytearray(buffer.channels) for buffer in self.graph.buffers]
+        self.corrections = [
+            torch.zeros(2, buffer.channels, **run.options) for buffer in self.graph.buffers
+        ]
+        self.norm_sums: list[Tensor | None] = [None] * len(self.graph.norms)
+        self.readers = run.chain.norm_readers()
+        self.weight_gradients: list[Tensor | None] = [None] * len(self.graph.nodes)
+        self.norm_gradients: list[Tensor | None] = [None] * (2 * len(self.graph.norms))
+
+    def run(self, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of what the chain's function was called with."""
+        graph, run = self.graph, self.forward
+        rows = gradient.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+        if any(read.buffer == graph.output for node in graph.nodes for read in node.reads):
+            # It is going to be added to.
+            rows = rows.clone()
+        self.gradients[graph.output] = rows
+        self.written[graph.output][:] = b"\1" * len(self.written[graph.output])
+        with run.chain.kernels(run.shapes, run.reference) as kernels:
+            for index in reversed(range(len(graph.nodes))):
+                self._node(index, kernels)
+        x_gradient = None
+        if self.needs_input:
+            x_gradient = self._input_gradient()
+        weights = [
+            gradient
+            for node, gradient in zip(graph.nodes, self.weight_gradients, strict=True)
+            if isinstance(node, Convolution)
+        ]
+        return None, x_gradient, None, None, *weights, *self.norm_gradients
+
+    def _input_gradient(self) -> Tensor:
+        """The gradient of the chain's input, after what its norms add to it."""
+        run, shape = self.forward, self.forward.shapes[0]
+        slope, offset = self.corrections[0]
+        rows = cast(Tensor, self.gradients[0])
+        rows = rows.sub_(run.map_of(0) * slope).add_(offset)
+        return rows.view(shape.batch, shape.height, shape.width, -1).permute(0, 3, 1, 2)
+
+    def _node(self, index: int, kernels: Kernels) -> None:
+        graph, run = self.graph, self.forward
+        node = graph.nodes[index]
+        for read in node.reads:
+            if run.maps[read.buffer] is None:
+                for writer in graph.buffers[read.buffer].writers:
+                    run.run(writer, kernels, again=True)
+        weight = run.weights[index]
+        weight_gradient = None
+        if self.needs_weight[index]:
+            weight_gradient = self.weight_gradients[index] = torch.empty_like(cast(Tensor, weight))
+        inputs = None
+        if self.needs_input or any(read.buffer != 0 for read in node.reads):
+            inputs = Gradients(
+                [self._gradient(read.buffer) for read in node.reads],
+                [self._claim(read) for read in node.reads],
+                torch.empty(2, sum(read.channels for read in node.reads), **run.options),
+            )
+        kernels.backward(
+            node,
+            run.shapes[node.reads[0].buffer],
+            [run.map_of(read.buffer) for read in node.reads],
+            cast(Tensor, run.prologues[index]),
+            weight,
+            run.map_of(node.buffer),
+            cast(Tensor, self.gradients[node.buffer]),
+            self.corrections[node.buffer],
+            inputs,
+            weight_gradient,
+        )
+        if inputs is not None:
+            self._add_to_norms(node, inputs.sums, kernels)
+        if index == graph.buffers[node.buffer].writers[0]:
+            self.gradients[node.buffer] = None
+            if graph.buffers[node.buffer].temporary:
+                run.maps[node.buffer] = None
+
+    def _gradient(self, buffer: int) -> Tensor:
+        gradient = self.gradients[buffer]
+        if gradient is None:
+            shape = (self.forward.shapes[buffer].pixels, self.graph.buffers[buffer].channels)
+            gradient = self.gradients[buffer] = torch.empty(shape, **self.forward.options)
+        return gradient
+
+    def _claim(self, read: Read) -> bool:
+        """Says whether to add to the gradient of what is read, and notes that it is written."""
+        written = self.written[read.buffer]
+        channels = slice(read.channel, read.channel + read.channels)
+        before = written[channels]
+        written[channels] = b"\1" * read.channels
+        if not any(before):
+            return False
+        if not all(before):
+            gradient = cast(Tensor, self.gradients[read.buffer])[:, channels]
+            missing = [channel for channel, flag in enumerate(before) if not flag]
+            gradient[:, missing] = 0
+        return True
+
+    def _add_to_norms(self, node: Node, sums: Tensor, kernels: Kernels) -> None:
+        start = 0
+        for read in node.reads:
+            part = sums[:, start : start + read.channels]
+            start += read.channels
+            if read.norm is None:
+                continue
+            total = self.norm_sums[read.norm]
+            if total is None:
+                total = self.norm_sums[read.norm] = part.contiguous()
+            else:
+                total += part
+            self.readers[read.norm] -= 1
+            if self.readers[read.norm] == 0:
+                self._finish_norm(read.norm, total, kernels)
+
+    def _finish_norm(self, index: int, sums: Tensor, kernels: Kernels) -> None:
+        """Turns what all readers of a norm found into its gradients and the map's correction."""
+        run, norm = self.forward, self.graph.norms[index]
+        statistics, channel = run.norm_statistics(index)
+        needs_gamma, needs_beta = self.needs_norm[index]
+        gamma, beta = run.gammas[index], run.betas[index]
+        gamma_gradient = torch.empty_like(cast(Tensor, gamma)) if needs_gamma else None
+        beta_gradient = torch.empty_like(cast(Tensor, beta)) if needs_beta else None
+        self.norm_gradients[2 * index : 2 * index + 2] = [gamma_gradient, beta_gradient]
+        kernels.norm_backward(
+            statistics,
+            channel,
+            norm.channels,
+            gamma,
+            run.eps[index],
+            sums,
+            run.shapes[norm.buffer].pixels,
+            gamma_gradient,
+            beta_gradient,
+            self.corrections[norm.buffer] if run.from_batch[index] else None,
+        )
