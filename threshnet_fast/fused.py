@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
+from .autograd.training import CannotTrain, FusedTraining
 from .backends import cpu, cuda_graphs, samples, select, triton
 from .nn import (
     ConvBNReLU,
@@ -90,6 +91,7 @@ class FusedForward:
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
         self._captured: dict[int, Any] = {}
+        self._training = FusedTraining()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         return FusedForward()
@@ -118,6 +120,15 @@ class FusedForward:
                     # The caller's graph reads these weights whenever it is replayed.
                     self._captured[id(packed)] = packed
                 return plan(x, packed)
+            except WantsGradients as objection:
+                try:
+                    return self._train(model, x, requested, head=head)
+                except CannotTrain as error:
+                    if requested != "auto":
+                        raise RuntimeError(
+                            f"backend {requested!r} cannot run this call: {objection}; {error}"
+                        ) from None
+                    return None
             except (Objection, triton.CompilationFailed) as objection:
                 if requested != "auto":
                     raise RuntimeError(
@@ -128,6 +139,17 @@ class FusedForward:
                     return None
                 # Another round takes the next backend.
                 snapshot.unsupported["triton"] = str(objection)
+
+    def _train(self, model: Network, x: Tensor, requested: str, *, head: bool) -> Tensor:
+        """Runs the model with a history for autograd.
+
+        Raises:
+            CannotTrain: The plain path must run.
+        """
+        if requested not in ("auto", "cpu"):
+            raise CannotTrain(f"backend {requested!r} trains single operations only")
+        features = self._training.features(model, x, model.checkpoint)
+        return model.forward_head(features) if head else features
 
     def prepare(self, model: Network, x: Tensor, *, head: bool) -> tuple[PreparedPlan, Any]:
         """Returns the prepared plan for an input and the packed weights, both up to date.
@@ -175,9 +197,9 @@ class FusedForward:
         """
         # Before any snapshot, which every step of a training would make anew.
         if model.training:
-            raise Objection(_TRAINING)
+            raise WantsGradients(_TRAINING)
         if torch.is_grad_enabled() and (x.requires_grad or model._first_weight.requires_grad):
-            raise Objection(_GRADIENTS)
+            raise WantsGradients(_GRADIENTS)
         snapshot = self._current(model)
         snapshot.check(dtype)
         return snapshot
@@ -194,6 +216,10 @@ class FusedForward:
 
 class Objection(Exception):
     """Why a call cannot run fused, in one line."""
+
+
+class WantsGradients(Objection):
+    """Why a call cannot run as a plan: it is one of a training."""
 
 
 def _objection(backend: str, x: Tensor, dtype: torch.dtype, autocast: bool) -> str | None:
@@ -274,9 +300,9 @@ class _Snapshot:
         """
         # Lists, as generators take twice the time.
         if any([module.training for module in self._with_modes]):  # noqa: C419
-            raise Objection(_TRAINING)
+            raise WantsGradients(_TRAINING)
         if torch.is_grad_enabled() and any([p.requires_grad for p in self._parameters]):  # noqa: C419
-            raise Objection(_GRADIENTS)
+            raise WantsGradients(_GRADIENTS)
         if any(self._hooks):
             raise Objection("a part of the model has forward hooks")
         if self._dtypes != {dtype}:

@@ -329,8 +329,8 @@ void normalization_prologue(const Tensor& statistics, int64_t first, int64_t cha
                             int64_t to) {
   const cpu::Normalization norm = norm_of(statistics, first, channels, gamma, beta, eps);
   check(
-      prologue.dim() == 2 && prologue.size(0) == 2 && to >= 0 && channels <= prologue.size(1) - to,
-      "prologue has shape " + shape_of(prologue) + ", expected [2, " +
+      prologue.dim() == 2 && prologue.size(0) == 3 && to >= 0 && channels <= prologue.size(1) - to,
+      "prologue has shape " + shape_of(prologue) + ", expected [3, " +
           std::to_string(to + channels) + " or more]");
   float* const rows = floats_of(prologue, "prologue") + to;
   const int64_t pitch = prologue.size(1);

@@ -49,6 +49,9 @@ class Network(nn.Module):
             whose output it is).
         default_cfg: Input size, normalisation, and the names of the first convolution and of the
             classifier.
+        checkpoint: What a training on the CPU keeps for the backward pass: None for all feature
+            maps, ``"features"`` for those without the dense layers' bottlenecks, which are then
+            calculated twice. See :meth:`set_grad_checkpointing`.
 
     Shape:
         ``(N, in_chans, H, W)`` with ``H`` and ``W`` at least ``min_size``, of the parameters'
@@ -62,6 +65,7 @@ class Network(nn.Module):
 
     num_features: int
     min_size: int
+    checkpoint: str | None = None
 
     def __init__(self, num_classes: int, in_chans: int, drop_rate: float, global_pool: str) -> None:
         super().__init__()
@@ -133,6 +137,14 @@ class Network(nn.Module):
             # Functional, so that no module shifts the position of the classifier.
             x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.get_classifier()(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time of a training for memory: sets ``checkpoint``.
+
+        Args:
+            enable: Whether to keep no bottleneck of a dense layer for the backward pass.
+        """
+        self.checkpoint = "features" if enable else None
 
     def get_classifier(self) -> nn.Module:
         """The linear classifier, or an identity where ``num_classes`` is 0."""

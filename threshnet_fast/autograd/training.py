@@ -1,0 +1,191 @@
+"""Runs the part of a model that makes its features through chains, where gradients are wanted."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..backends import cpu
+from ..nn import ConvBNReLU, DenseBlock, DenseLayer, HarmonicBlock
+from .chain import Chain
+from .graph import Convolution, Unsupported, split
+
+if TYPE_CHECKING:
+    from ..models.network import Network
+
+__all__ = ["CannotTrain", "FusedTraining"]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class CannotTrain(Exception):
+    """Why a model's features cannot be calculated by chains, in one line."""
+
+
+class FusedTraining:
+    """The chains of one model; an attribute of it.
+
+    They are made again when the model's modules have changed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._parts: _Parts | None = None
+
+    def features(self, model: Network, x: Tensor, checkpoint: str | None) -> Tensor:
+        """The last feature map of a model, with a history for autograd.
+
+        Args:
+            model: The model that this belongs to.
+            x: Its input, already checked.
+            checkpoint: As :meth:`Chain.__call__` takes it.
+
+        Raises:
+            CannotTrain: Plain PyTorch must run.
+            ValueError: A norm in training mode has only one value for each channel.
+        """
+        if x.device.type != "cpu" or x.dtype is not torch.float32:
+            raise CannotTrain(
+                f"gradients are calculated fused in float32 on the CPU, and x is {x.dtype} on "
+                f"{x.device}"
+            )
+        if torch.is_autocast_enabled("cpu"):
+            raise CannotTrain("gradients are wanted and autocast is enabled")
+        reason = cpu.unavailable_reason()
+        if reason is not None:
+            raise CannotTrain(reason)
+        parts = self._parts
+        if parts is None or not parts.match():
+            with self._lock:
+                parts = self._parts = _Parts(model)
+        parts.check()
+        return parts.run(x, checkpoint)
+
+
+class _Parts:
+    """A model's stages, as chains and as the modules between them."""
+
+    def __init__(self, model: Network) -> None:
+        modules = [module for _, stage in model._stages() for module in stage.modules()]
+        self._model = model
+        self._stages = [module for _, module in model._stages()]
+        self._children = [module._modules for module in modules if module._modules]
+        self._child_modules = [tuple(children.values()) for children in self._children]
+        self._attributes = [module.__dict__ for module in modules]
+        self._counts = list(map(len, self._attributes))
+        self._hooks: list[dict[int, Any]] = [
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_pre_hooks,
+            torch_module._global_backward_hooks,
+            torch_module._global_backward_pre_hooks,
+        ]
+        self._hooks += [getattr(module, name) for module in modules for name in _HOOKS]
+        self._slots = [
+            (tensors, name)
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None and name != "num_batches_tracked"
+        ]
+        self._parts = _divide(split(model._stages()))
+        if not any(isinstance(part, Chain) for part in self._parts):
+            raise CannotTrain("no part of the model can be trained fused")
+
+    def match(self) -> bool:
+        """Whether the model is still made of the same modules."""
+        return (
+            [module for _, module in self._model._stages()] == self._stages
+            and [tuple(children.values()) for children in self._children] == self._child_modules
+            and list(map(len, self._attributes)) == self._counts
+        )
+
+    def check(self) -> None:
+        """Refuses what may differ from call to call.
+
+        Raises:
+            CannotTrain: Plain PyTorch must run.
+        """
+        if any(self._hooks):
+            raise CannotTrain("a part of the model has hooks")
+        for tensors, name in self._slots:
+            tensor = tensors.get(name)
+            if tensor is None:
+                continue
+            if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+                raise CannotTrain(
+                    f"the model has a {name} of dtype {tensor.dtype} on {tensor.device}, expected "
+                    "float32 on the CPU"
+                )
+            if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+                raise CannotTrain(f"the model has a {name} of type {type(tensor).__name__}")
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise CannotTrain("the model has inference tensors")
+
+    def run(self, x: Tensor, checkpoint: str | None) -> Tensor:
+        first = self._parts[0]
+        if isinstance(first, Chain) and not first.differentiable_input:
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise CannotTrain("the gradient of the images is wanted, through a stride")
+        for part in self._parts:
+            x = part(x, checkpoint) if isinstance(part, Chain) else part(x)
+        return x
+
+
+def _divide(stages: list[tuple[str, nn.Module]]) -> list[Chain | nn.Module]:
+    """Makes chains that are as long as possible of modules that run one after the other."""
+    parts: list[Chain | nn.Module] = []
+    position = 0
+    while position < len(stages):
+        chain, end = _longest_chain(stages, position, differentiable=position > 0)
+        if chain is None:
+            parts.append(stages[position][1])
+            position += 1
+        else:
+            parts.append(chain)
+            position = end
+    return parts
+
+
+def _longest_chain(
+    stages: list[tuple[str, nn.Module]], begin: int, *, differentiable: bool
+) -> tuple[Chain | None, int]:
+    """The longest chain from a stage on, and where the stages begin that are not part of it."""
+    best: Chain | None = None
+    end = begin
+    in_channels = _in_channels(stages[begin][1])
+    if in_channels is None:
+        return None, begin
+    for last in range(begin + 1, len(stages) + 1):
+        try:
+            chain = Chain(stages[begin:last], in_channels)
+        except Unsupported:
+            # A stage that cannot end a chain may be part of one: a BatchNorm before its ReLU can
+            # do both, so none that fails is passed over.
+            break
+        useful = any(isinstance(node, Convolution) for node in chain.graph.nodes)
+        if useful and (chain.differentiable_input or not differentiable):
+            best, end = chain, last
+    return best, end
+
+
+def _in_channels(module: nn.Module) -> int | None:
+    if isinstance(module, ConvBNReLU):
+        return module.conv.in_channels
+    if isinstance(module, DenseBlock):
+        return _in_channels(next(iter(module.children())))
+    if isinstance(module, DenseLayer):
+        return module.norm1.num_features
+    if isinstance(module, HarmonicBlock):
+        return module.channels[0]
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels
+    return module.num_features if isinstance(module, nn.BatchNorm2d) else None
