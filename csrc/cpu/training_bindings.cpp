@@ -235,19 +235,26 @@ int64_t training_convolution_workspace(const std::vector<int64_t>& window, int64
                                        int64_t output_channels, bool input_gradients, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   check(input_channels >= 1 && output_channels >= 1, "the number of channels is not positive");
-  float placeholder = 0;
   cpu::ConvolutionForward forward = {};
   forward.window = window_of(window);
   forward.inputs = {{nullptr, input_channels, input_channels}};
   forward.output_channels = output_channels;
+  int64_t floats = cpu::workspace_floats(forward, workers);
+  float placeholder = 0;
   cpu::ConvolutionBackward backward = {};
   backward.window = forward.window;
   backward.inputs = forward.inputs;
   backward.output_channels = output_channels;
-  backward.weight_gradient = &placeholder;
-  if (input_gradients) backward.input_gradients.resize(1);
-  return std::max(cpu::workspace_floats(forward, workers),
-                  cpu::workspace_floats(backward, workers));
+  // Each of the gradients may be left out of a call.
+  for (float* const weight_gradient : {&placeholder, static_cast<float*>(nullptr)}) {
+    backward.weight_gradient = weight_gradient;
+    backward.input_gradients.clear();
+    floats = std::max(floats, cpu::workspace_floats(backward, workers));
+    if (!input_gradients) continue;
+    backward.input_gradients.resize(1);
+    floats = std::max(floats, cpu::workspace_floats(backward, workers));
+  }
+  return floats;
 }
 
 void training_pool_forward(const Tensor& map, const std::vector<int64_t>& segment,
