@@ -88,6 +88,11 @@ struct Band {
   }
 
   int64_t images() const { return last - first; }
+  // A band is made of pixels that follow each other, in the output as in an input of its size.
+  int64_t first_pixel() const {
+    return by_position ? first * window.output_pixels()
+                       : (image * window.output_height() + first) * window.output_width();
+  }
   int64_t pixels() const {
     return by_position ? images() * window.output_pixels() : (last - first) * window.output_width();
   }
@@ -229,16 +234,27 @@ class Convolution {
     chunks_ = divide_up(panels.inputs, most);
   }
 
-  // The products of a patch with some panels, in [place][pitch] from the first panel's channel on.
+  // Where the products of a band go: by place, [place][pitch], or where there is a map, there.
+  // Chunks of input channels but the last add up by place.
+  struct Result {
+    float* places;
+    int64_t pitch;
+    float* map;
+    int64_t map_pitch;
+  };
+
+  // The products of a patch with some panels; the result begins with the first panel's channels.
   void multiply(const Band& band, const Patch& patch, const float* packed, int64_t first_panel,
-                int64_t last_panel, float* sums, int64_t pitch) const {
+                int64_t last_panel, const Result& result) const {
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        float* const to = sums + panels_.first(panel) - panels_.first(first_panel);
+        const int64_t channel = panels_.first(panel) - panels_.first(first_panel);
         for_each_group(band, band.window.output_height(), band.window.output_width(),
                        [&](const Group& group) {
-                         multiply_group(band.window, patch, packed, panel, chunk, group,
-                                        to + group.place * pitch, pitch);
+                         Result to = result;
+                         to.places += group.place * result.pitch + channel;
+                         if (to.map != nullptr) to.map += group.pixel * result.map_pitch + channel;
+                         multiply_group(band.window, patch, packed, panel, chunk, group, to);
                        });
       }
     }
@@ -246,7 +262,7 @@ class Convolution {
 
  private:
   void multiply_group(const Window& window, const Patch& patch, const float* packed, int64_t panel,
-                      int64_t chunk, const Group& group, float* to, int64_t pitch) const {
+                      int64_t chunk, const Group& group, const Result& to) const {
     const int64_t first_channel = part_begin(panels_.inputs, chunks_, chunk);
     const int64_t channels = part_begin(panels_.inputs, chunks_, chunk + 1) - first_channel;
     const int64_t weight_pitch = panels_.pitch(panel);
@@ -286,15 +302,23 @@ class Convolution {
       tile.run_count = run_count;
       tile.weight_pitch = weight_pitch;
       tile.input_pixels = kIota;
-      tile.sums = to + first * pitch;
-      tile.output = nullptr;
       tile.output_rows = kIota;
-      tile.output_pitch = pitch;
-      tile.channels = weight_pitch;
       tile.relu = false;
-      tile.initial = chunk == 0 ? kNoBias : tile.sums;
+      float* const places = to.places + first * to.pitch;
+      if (chunk + 1 == chunks_ && to.map != nullptr) {
+        tile.sums = nullptr;
+        tile.output = to.map + first * group.step * to.map_pitch;
+        tile.output_pitch = group.step * to.map_pitch;
+        tile.channels = panels_.channels(panel);
+      } else {
+        tile.sums = places;
+        tile.output = nullptr;
+        tile.output_pitch = to.pitch;
+        tile.channels = weight_pitch;
+      }
+      tile.initial = chunk == 0 ? kNoBias : places;
       tile.initial_rows = kIota;
-      tile.initial_pitch = chunk == 0 ? 0 : pitch;
+      tile.initial_pitch = chunk == 0 ? 0 : to.pitch;
       table_.conv_tile[vectors][count](tile);
       for (int64_t r = 0; r < run_count; ++r) runs[r].input += count * distance;
     }
@@ -409,24 +433,20 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
     float* const memory = scratch + thread * scratch_floats;
     const Patch patch = input_patch(band, plan.input_channels, memory);
     load_inputs(training, step.inputs, step.prologue, 0, plan.input_channels, band, patch);
-    float* const result = memory + plan.patch;
-    convolution.multiply(band, patch, packed, first_panel, last_panel, result, plan.output_pitch);
     const int64_t first = panels.first(first_panel);
     const int64_t channels = std::min(panels.first(last_panel), panels.outputs) - first;
-    for_each_group(
-        band, band.window.output_height(), band.window.output_width(), [&](const Group& group) {
-          for (int64_t i = 0; i < group.count; ++i)
-            std::memcpy(step.output + (group.pixel + i * group.step) * step.output_pitch + first,
-                        result + (group.place + i) * plan.output_pitch, channels * sizeof(float));
-        });
+    convolution.multiply(
+        band, patch, packed, first_panel, last_panel,
+        {memory + plan.patch, plan.output_pitch, step.output + first, step.output_pitch});
+    const Rows rows = {step.output + band.first_pixel() * step.output_pitch + first,
+                       step.output_pitch};
     if (step.statistics.mean == nullptr) return;
     float* const origin = moments + task / plan.groups * 3 * panels.outputs + first;
-    std::memcpy(origin, result, channels * sizeof(float));
+    std::memcpy(origin, rows.data, channels * sizeof(float));
     float* const sums = origin + panels.outputs;
     std::memset(sums, 0, channels * sizeof(float));
     std::memset(sums + panels.outputs, 0, channels * sizeof(float));
-    training.moments({result, plan.output_pitch}, origin, band.pixels(), channels, sums,
-                     panels.outputs);
+    training.moments(rows, origin, band.pixels(), channels, sums, panels.outputs);
   };
 
   std::vector<int64_t> counts;
@@ -674,8 +694,8 @@ class Backward {
                       int64_t last_panel, float* result, float* sums) const {
     Band back = band;
     back.window = backward_window(band.window);
-    convolution_.multiply(back, gradient, packed_, first_panel, last_panel, result,
-                          plan_.result_pitch);
+    convolution_.multiply(back, gradient, packed_, first_panel, last_panel,
+                          {result, plan_.result_pitch, nullptr, 0});
     const int64_t first = plan_.panels.first(first_panel);
     const int64_t last = std::min(plan_.panels.first(last_panel), plan_.input_channels);
     for_each_group(band, band.window.height, band.window.width, [&](const Group& group) {
