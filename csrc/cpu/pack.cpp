@@ -3,6 +3,7 @@
 #include <string>
 
 #include "program.h"
+#include "winograd.h"
 
 namespace threshnet_fast::cpu {
 namespace {
@@ -14,25 +15,6 @@ void require_count(const Weight& weight, int64_t expected, const char* what, int
   throw std::invalid_argument("threshnet_fast: " + std::string(what) + " of step " +
                               std::to_string(step) + " has " + std::to_string(weight.count) +
                               " elements, expected " + std::to_string(expected));
-}
-
-// G g G^T of F(2x2, 3x3), in float64.
-void transform_kernel_2x2(const float* kernel, float* transformed) {
-  double half[4][3];
-  for (int x = 0; x < 3; ++x) {
-    const double top = kernel[x], middle = kernel[3 + x], bottom = kernel[6 + x];
-    half[0][x] = top;
-    half[1][x] = (top + middle + bottom) / 2;
-    half[2][x] = (top - middle + bottom) / 2;
-    half[3][x] = bottom;
-  }
-  for (int y = 0; y < 4; ++y) {
-    const double left = half[y][0], middle = half[y][1], right = half[y][2];
-    transformed[4 * y] = static_cast<float>(left);
-    transformed[4 * y + 1] = static_cast<float>((left + middle + right) / 2);
-    transformed[4 * y + 2] = static_cast<float>((left - middle + right) / 2);
-    transformed[4 * y + 3] = static_cast<float>(right);
-  }
 }
 
 // G g G^T of F(4x4, 3x3), in float64; see f32_ukernels.h for the points.
@@ -87,7 +69,7 @@ void pack_panel(const Step& step, const Panel& panel, const float* weight, const
         float transformed[kMaxWinogradPositions];
         const float* kernel = rows + (lane * channels + channel) * taps;
         if (step.winograd_size == 2) {
-          transform_kernel_2x2(kernel, transformed);
+          winograd_kernel_2x2(kernel, transformed);
         } else {
           transform_kernel_4x4(kernel, transformed);
         }

@@ -3,6 +3,7 @@
 
 #include "team.h"
 #include "training.h"
+#include "winograd.h"
 
 namespace threshnet_fast::cpu {
 namespace {
@@ -13,6 +14,10 @@ constexpr int kPanelVectors = 2;
 
 // Floats that the parts of a band should fit in together, well inside a core's L2.
 constexpr int64_t kBandFloats = 96 * 1024;
+// Floats of the normalised inputs from which Winograd's tiles are taken.
+constexpr int64_t kPatchFloats = 64 * 1024;
+// Channels from which on the products of tiles cost more than their transforms.
+constexpr int64_t kWinogradChannels = 12;
 // Floats of one panel's weights that pass by while a band stays.
 constexpr int64_t kPanelFloats = 32 * 1024;
 // Floats of a weight's gradient that stay in L2 while pixels pass by.
@@ -33,16 +38,33 @@ int64_t scratch_pitch(int64_t channels) {
   return pitch % 64 == 0 ? pitch + 16 : pitch;
 }
 
+// Winograd's F(2x2, 3x3) takes 2 x 2 outputs from 4 x 4 inputs and as many products. More outputs
+// at a time need fewer products, and lose more digits than a training should.
+constexpr int64_t kTile = 2;
+constexpr int64_t kTileInputs = kTile + 2;
+constexpr int64_t kPositions = kTileInputs * kTileInputs;
+// Tiles of a band, and the pixels of a map from which on there are enough of them.
+constexpr int64_t kBandTiles = 56;
+constexpr int64_t kWinogradPixels = 100;
+
+// Whether Winograd's tiles take less time than the window's taps.
+bool suits_winograd(const Window& window, int64_t inputs, int64_t outputs) {
+  return window.kernel_height == 3 && window.kernel_width == 3 && window.stride == 1 &&
+         window.padding == 1 && window.input_pixels() >= kWinogradPixels &&
+         std::min(inputs, outputs) >= kWinogradChannels;
+}
+
 // How many images or rows a thread works on at a time.
 struct Bands {
   Window window;
   bool by_position;  // a band is some images, otherwise some rows of one
+  bool winograd;
   int64_t count;
 
   // `floats` are those that a pixel of the input and of the output take together.
   Bands(const Window& original, int64_t input_floats, int64_t output_floats, int64_t threads,
-        int64_t tile_pixels)
-      : window(original) {
+        int64_t tile_pixels, bool winograd)
+      : window(original), winograd(winograd) {
     const bool pointwise = original.taps() == 1 && original.stride == 1 && original.padding == 0;
     if (pointwise) {
       window.batch *= original.input_pixels();
@@ -60,12 +82,25 @@ struct Bands {
     }
     const int64_t row =
         window.width * (window.stride * input_floats) + window.output_width() * output_floats;
-    const int64_t rows = std::clamp<int64_t>(kBandFloats / row, 1, window.output_height());
+    int64_t rows = std::clamp<int64_t>(kBandFloats / row, 1, window.output_height());
+    if (winograd) {
+      const int64_t columns = divide_up(window.output_width(), kTile);
+      rows = std::max<int64_t>(kBandTiles / columns, 1) * kTile;
+      const int64_t most = std::max<int64_t>(kPatchFloats / (window.width * input_floats), kTile);
+      rows = std::min(rows, most / kTile * kTile);
+    }
     const int64_t parts = divide_up(window.output_height(), rows);
     count = window.batch * parts;
   }
 
   int64_t parts() const { return count / window.batch; }
+  int64_t most_rows() const {
+    const int64_t step = winograd ? kTile : 1;
+    return divide_up(divide_up(window.output_height(), step), parts()) * step;
+  }
+  int64_t most_tiles() const {
+    return most_rows() / kTile * divide_up(window.output_width(), kTile);
+  }
 };
 
 // One band: images [first, last), or output rows [first, last) of an image.
@@ -83,8 +118,10 @@ struct Band {
     }
     const int64_t parts = bands.parts();
     image = index / parts;
-    first = part_begin(window.output_height(), parts, index % parts);
-    last = part_begin(window.output_height(), parts, index % parts + 1);
+    const int64_t step = bands.winograd ? kTile : 1;
+    const int64_t steps = divide_up(window.output_height(), step);
+    first = part_begin(steps, parts, index % parts) * step;
+    last = std::min(part_begin(steps, parts, index % parts + 1) * step, window.output_height());
   }
 
   int64_t images() const { return last - first; }
@@ -150,16 +187,14 @@ int64_t patch_floats(const Bands& bands, int64_t channels) {
   const Window& window = bands.window;
   if (bands.by_position)
     return divide_up(window.batch, bands.count) * window.input_pixels() * scratch_pitch(channels);
-  const int64_t rows =
-      (divide_up(window.output_height(), bands.parts()) - 1) * window.stride + window.kernel_height;
+  const int64_t rows = (bands.most_rows() - 1) * window.stride + window.kernel_height;
   return rows * (window.width + 2 * window.padding) * scratch_pitch(channels);
 }
 
 int64_t most_pixels(const Bands& bands) {
   const Window& window = bands.window;
-  return bands.by_position
-             ? divide_up(window.batch, bands.count) * window.output_pixels()
-             : divide_up(window.output_height(), bands.parts()) * window.output_width();
+  return bands.by_position ? divide_up(window.batch, bands.count) * window.output_pixels()
+                           : bands.most_rows() * window.output_width();
 }
 
 // Calls load(first pixel of the map, distance in pixels, count, where to) for the pixels of a patch
@@ -204,34 +239,97 @@ struct Panels {
   int64_t floats() const { return round_up(outputs, lanes) * taps * inputs; }
 };
 
-// element(output, input, tap) is a weight.
-template <typename Element>
-void pack_panel(const Panels& panels, int64_t panel, const Element& element, float* packed) {
+// The weights of one window, from memory in any order.
+struct WeightTaps {
+  const float* weight;
+  WeightStrides strides;
+  int64_t rows, columns;
+  bool flipped;  // from output to input, turned by half
+
+  float at(int64_t output, int64_t input, int64_t tap) const {
+    const int64_t from = flipped ? rows * columns - 1 - tap : tap;
+    const int64_t offset = flipped ? input * strides.output + output * strides.input
+                                   : output * strides.output + input * strides.input;
+    return weight[offset + from / columns * strides.row + from % columns * strides.column];
+  }
+};
+
+// Packs the weights of a panel, for Winograd's tiles transformed to one weight for each position.
+void pack_panel(const Panels& panels, int64_t panel, const WeightTaps& weights, bool winograd,
+                float* packed) {
   float* to = packed + panels.offset(panel);
   const int64_t pitch = panels.pitch(panel);
   const int64_t channels = panels.channels(panel);
+  const int64_t tap_floats = panels.inputs * pitch;
   // Some channels at a time, so that what is read of them stays in L1 while it is written by tap.
   constexpr int64_t kTogether = 16;
   for (int64_t first = 0; first < panels.inputs; first += kTogether) {
     const int64_t last = std::min(first + kTogether, panels.inputs);
-    for (int64_t tap = 0; tap < panels.taps; ++tap) {
+    for (int64_t input = first; input < last && winograd; ++input) {
+      float* const row = to + input * pitch;
+      for (int64_t lane = 0; lane < pitch; ++lane) {
+        float kernel[9] = {}, transformed[kPositions];
+        for (int64_t tap = 0; tap < 9 && lane < channels; ++tap)
+          kernel[tap] = weights.at(panels.first(panel) + lane, input, tap);
+        winograd_kernel_2x2(kernel, transformed);
+        for (int64_t i = 0; i < kPositions; ++i) row[i * tap_floats + lane] = transformed[i];
+      }
+    }
+    for (int64_t tap = 0; tap < panels.taps && !winograd; ++tap) {
       for (int64_t input = first; input < last; ++input) {
-        float* row = to + (tap * panels.inputs + input) * pitch;
+        float* const row = to + tap * tap_floats + input * pitch;
         for (int64_t lane = 0; lane < channels; ++lane)
-          row[lane] = element(panels.first(panel) + lane, input, tap);
+          row[lane] = weights.at(panels.first(panel) + lane, input, tap);
         for (int64_t lane = channels; lane < pitch; ++lane) row[lane] = 0.0f;
       }
     }
   }
 }
 
+// Calls body(tile, its first row, its first column) for Winograd's tiles of a band.
+template <typename Body>
+void for_each_tile(const Band& band, const Body& body) {
+  int64_t tile = 0;
+  for (int64_t y = band.first; y < band.last; y += kTile) {
+    for (int64_t x = 0; x < band.window.output_width(); x += kTile) body(tile++, y, x);
+  }
+}
+
+int64_t tiles_of(const Band& band) {
+  return divide_up(band.last - band.first, kTile) * divide_up(band.window.output_width(), kTile);
+}
+
+// As long as the channels that are transformed at a time: those of a chunk, or of a small gradient.
+constexpr float kZeros[kGradientFloats / (kPositions * kWinogradChannels) + 64] = {};
+
+// The pixels of a patch that a tile is taken from; what lies beyond the patch is zero.
+struct TilePixels {
+  const float* data[kPositions];
+
+  TilePixels(const Patch& patch, int64_t y, int64_t x, int64_t padding, int64_t channel) {
+    for (int64_t row = 0; row < kTileInputs; ++row) {
+      for (int64_t column = 0; column < kTileInputs; ++column) {
+        const int64_t from_y = y - padding + row, from_x = x - padding + column;
+        const bool inside = from_y < patch.last_row && from_x < patch.width + patch.ring;
+        data[row * kTileInputs + column] = inside ? patch.at(from_y, from_x) + channel : kZeros;
+      }
+    }
+  }
+};
+
 class Convolution {
  public:
-  Convolution(const Panels& panels, const UkernelTable<float>& table)
-      : panels_(panels), table_(table) {
+  Convolution(const Panels& panels, const UkernelTable<float>& table, bool winograd)
+      : panels_(panels), table_(table), winograd_(winograd), bias_(panels.padded_outputs()) {
     const int64_t most =
         std::max<int64_t>(kPanelFloats / (panels.taps * kPanelVectors * panels.lanes), 16);
     chunks_ = divide_up(panels.inputs, most);
+  }
+
+  // Floats of the memory that a band of so many tiles needs for so many output channels.
+  int64_t tile_floats(int64_t tiles, int64_t outputs) const {
+    if (!winograd_) return 0;
+    return round_up(kPositions * tiles * (input_pitch() + scratch_pitch(outputs)), 16);
   }
 
   // Where the products of a band go: by place, [place][pitch], or where there is a map, there.
@@ -241,11 +339,13 @@ class Convolution {
     int64_t pitch;
     float* map;
     int64_t map_pitch;
+    float* tiles;  // memory for Winograd's tiles
   };
 
   // The products of a patch with some panels; the result begins with the first panel's channels.
   void multiply(const Band& band, const Patch& patch, const float* packed, int64_t first_panel,
                 int64_t last_panel, const Result& result) const {
+    if (winograd_) return multiply_tiles(band, patch, packed, first_panel, last_panel, result);
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t channel = panels_.first(panel) - panels_.first(first_panel);
@@ -261,10 +361,61 @@ class Convolution {
   }
 
  private:
+  int64_t chunk_begin(int64_t chunk) const { return part_begin(panels_.inputs, chunks_, chunk); }
+  int64_t input_pitch() const { return scratch_pitch(divide_up(panels_.inputs, chunks_)); }
+
+  void multiply_tiles(const Band& band, const Patch& patch, const float* packed,
+                      int64_t first_panel, int64_t last_panel, const Result& result) const {
+    const int64_t tiles = tiles_of(band);
+    const int64_t first = panels_.first(first_panel);
+    const int64_t channels = std::min(panels_.first(last_panel), panels_.outputs) - first;
+    const int64_t pitch = scratch_pitch(round_up(channels, panels_.lanes));
+    const int64_t input_floats = tiles * input_pitch(), product_floats = tiles * pitch;
+    float* const inputs = result.tiles;
+    float* const products = inputs + kPositions * input_floats;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      const int64_t from = chunk_begin(chunk), count = chunk_begin(chunk + 1) - from;
+      for_each_tile(band, [&](int64_t tile, int64_t y, int64_t x) {
+        const TilePixels pixels(patch, y, x, band.window.padding, from);
+        table_.winograd_2x2.input(pixels.data, count, inputs + tile * input_pitch(), input_floats);
+      });
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t weight_pitch = panels_.pitch(panel);
+        const float* const weights = packed + panels_.offset(panel) + from * weight_pitch;
+        for (int64_t position = 0; position < kPositions; ++position) {
+          ChannelRun<float> run = {inputs + position * input_floats,
+                                   weights + position * panels_.inputs * weight_pitch,
+                                   input_pitch(),
+                                   count,
+                                   {}};
+          Result to = result;
+          to.map = nullptr;
+          to.places = products + position * product_floats + panels_.first(panel) - first;
+          to.pitch = pitch;
+          multiply_pixels(&run, 1, panel, chunk, tiles, 1, to);
+        }
+      }
+    }
+    for_each_tile(band, [&](int64_t tile, int64_t y, int64_t x) {
+      float* outputs[kTile * kTile];
+      for (int64_t i = 0; i < kTile * kTile; ++i) {
+        const int64_t row = y + i / kTile, column = x + i % kTile;
+        outputs[i] = nullptr;
+        if (row >= band.last || column >= band.window.output_width()) continue;
+        const int64_t place = (row - band.first) * band.window.output_width() + column;
+        outputs[i] = result.map != nullptr
+                         ? result.map + (band.first_pixel() + place) * result.map_pitch
+                         : result.places + place * result.pitch;
+      }
+      table_.winograd_2x2.output(products + tile * pitch, product_floats, bias_.data(), channels,
+                                 false, outputs);
+    });
+  }
+
   void multiply_group(const Window& window, const Patch& patch, const float* packed, int64_t panel,
                       int64_t chunk, const Group& group, const Result& to) const {
-    const int64_t first_channel = part_begin(panels_.inputs, chunks_, chunk);
-    const int64_t channels = part_begin(panels_.inputs, chunks_, chunk + 1) - first_channel;
+    const int64_t first_channel = chunk_begin(chunk);
+    const int64_t channels = chunk_begin(chunk + 1) - first_channel;
     const int64_t weight_pitch = panels_.pitch(panel);
     const float* const weights = packed + panels_.offset(panel) + first_channel * weight_pitch;
     const int64_t distance = patch.by_position ? patch.pitch : window.stride * patch.pitch;
@@ -291,41 +442,49 @@ class Convolution {
         runs[run_count++] = {input, tap_weights, distance, channels, {}};
       }
     }
+    multiply_pixels(runs, run_count, panel, chunk, group.count, group.step, to);
+  }
+
+  // Multiplies pixels at equal distances, the runs being the first one's.
+  void multiply_pixels(ChannelRun<float>* runs, int64_t run_count, int64_t panel, int64_t chunk,
+                       int64_t pixels, int64_t step, const Result& to) const {
     const int64_t vectors = panels_.vectors(panel);
     const int64_t tile_pixels = table_.tiling.tile_pixels[vectors];
-    const int64_t tiles = divide_up(group.count, tile_pixels);
+    const int64_t tiles = divide_up(pixels, tile_pixels);
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = part_begin(group.count, tiles, t);
-      const int64_t count = part_begin(group.count, tiles, t + 1) - first;
+      const int64_t first = part_begin(pixels, tiles, t);
+      const int64_t count = part_begin(pixels, tiles, t + 1) - first;
       ConvTile<float> tile;
       tile.runs = runs;
       tile.run_count = run_count;
-      tile.weight_pitch = weight_pitch;
+      tile.weight_pitch = panels_.pitch(panel);
       tile.input_pixels = kIota;
       tile.output_rows = kIota;
       tile.relu = false;
       float* const places = to.places + first * to.pitch;
       if (chunk + 1 == chunks_ && to.map != nullptr) {
         tile.sums = nullptr;
-        tile.output = to.map + first * group.step * to.map_pitch;
-        tile.output_pitch = group.step * to.map_pitch;
+        tile.output = to.map + first * step * to.map_pitch;
+        tile.output_pitch = step * to.map_pitch;
         tile.channels = panels_.channels(panel);
       } else {
         tile.sums = places;
         tile.output = nullptr;
         tile.output_pitch = to.pitch;
-        tile.channels = weight_pitch;
+        tile.channels = panels_.pitch(panel);
       }
       tile.initial = chunk == 0 ? kNoBias : places;
       tile.initial_rows = kIota;
       tile.initial_pitch = chunk == 0 ? 0 : to.pitch;
       table_.conv_tile[vectors][count](tile);
-      for (int64_t r = 0; r < run_count; ++r) runs[r].input += count * distance;
+      for (int64_t r = 0; r < run_count; ++r) runs[r].input += count * runs[r].pitch;
     }
   }
 
   Panels panels_;
   const UkernelTable<float>& table_;
+  bool winograd_;
+  std::vector<float> bias_;  // zeros
   int64_t chunks_;
 };
 
@@ -378,30 +537,46 @@ void run_team(const Workers& workers, const std::vector<int64_t>& tasks, const B
       &context);
 }
 
-// How many groups the panels are divided into, so that all threads have work.
-int64_t panel_groups(int64_t tasks, int64_t panels, int64_t threads) {
-  return std::clamp<int64_t>(divide_up(3 * threads, tasks), 1, panels);
+// How many groups the panels are divided into, so that all threads have work, and Winograd's
+// products of one stay in L2.
+int64_t panel_groups(const Bands& bands, const Panels& panels, int64_t threads) {
+  constexpr int64_t kTogether = 4;
+  const int64_t least = bands.winograd ? divide_up(panels.count(), kTogether) : 1;
+  return std::clamp<int64_t>(divide_up(3 * threads, bands.count), least, panels.count());
+}
+
+// Weights of an output channel for each input channel, as they are packed.
+int64_t packed_taps(const Bands& bands) {
+  return bands.winograd ? kPositions : bands.window.taps();
 }
 
 struct ForwardPlan {
   const UkernelTable<float>& table;
   int64_t input_channels;
-  Panels panels;
   Bands bands;
+  Panels panels;
+  Convolution convolution;
   int64_t groups;
   int64_t output_pitch;
-  int64_t patch, scratch;
+  int64_t patch, places, scratch;
 
   ForwardPlan(const ConvolutionForward& step, const Workers& workers)
       : table(ukernel_table<float>(workers.isa)),
         input_channels(channels_of(step.inputs)),
-        panels{input_channels, step.output_channels, step.window.taps(), table.tiling.lanes},
-        bands(step.window, scratch_pitch(input_channels), panels.padded_outputs(), workers.threads,
-              table.tiling.tile_pixels[kPanelVectors]),
-        groups(panel_groups(bands.count, panels.count(), workers.threads)),
+        bands(step.window, scratch_pitch(input_channels),
+              round_up(step.output_channels, table.tiling.lanes), workers.threads,
+              table.tiling.tile_pixels[kPanelVectors],
+              !step.exact && suits_winograd(step.window, input_channels, step.output_channels)),
+        panels{input_channels, step.output_channels, packed_taps(bands), table.tiling.lanes},
+        convolution(panels, table, bands.winograd),
+        groups(panel_groups(bands, panels, workers.threads)),
         output_pitch(scratch_pitch(panels.padded_outputs())),
-        patch(round_up(patch_floats(bands, input_channels), 16)),
-        scratch(patch + most_pixels(bands) * output_pitch) {}
+        patch(round_up(patch_floats(bands, input_channels), 16)) {
+    const int64_t outputs = divide_up(panels.count(), groups) * panels.first(1);
+    places = bands.winograd ? convolution.tile_floats(bands.most_tiles(), outputs)
+                            : round_up(most_pixels(bands) * output_pitch, 16);
+    scratch = patch + places;
+  }
 
   int64_t packed_floats() const { return panels.floats(); }
   // Of each band: where its sums start from, and those.
@@ -412,35 +587,36 @@ struct ForwardPlan {
 
 int64_t workspace_floats(const ConvolutionForward& step, const Workers& workers) {
   const ForwardPlan plan(step, workers);
-  return plan.packed_floats() + plan.moment_floats() + workers.threads * round_up(plan.scratch, 16);
+  return plan.packed_floats() + plan.moment_floats() + workers.threads * plan.scratch;
 }
 
 void convolution_forward(const ConvolutionForward& step, float* workspace, const Workers& workers) {
   const ForwardPlan plan(step, workers);
   const TrainingTable& training = training_table(workers.isa);
   const Panels& panels = plan.panels;
-  const Convolution convolution(panels, plan.table);
   float* const packed = workspace;
   float* const moments = packed + plan.packed_floats();
   float* const scratch = moments + plan.moment_floats();
-  const int64_t scratch_floats = round_up(plan.scratch, 16);
+  const WeightTaps weights = {step.weight, step.strides, step.window.kernel_height,
+                              step.window.kernel_width, false};
   constexpr int64_t kChannelsTogether = 32;
 
   const auto convolve = [&](int64_t task, int64_t thread) {
     const Band band(plan.bands, task / plan.groups);
     const int64_t first_panel = part_begin(panels.count(), plan.groups, task % plan.groups);
     const int64_t last_panel = part_begin(panels.count(), plan.groups, task % plan.groups + 1);
-    float* const memory = scratch + thread * scratch_floats;
+    float* const memory = scratch + thread * plan.scratch;
     const Patch patch = input_patch(band, plan.input_channels, memory);
     load_inputs(training, step.inputs, step.prologue, 0, plan.input_channels, band, patch);
     const int64_t first = panels.first(first_panel);
     const int64_t channels = std::min(panels.first(last_panel), panels.outputs) - first;
-    convolution.multiply(
+    float* const places = memory + plan.patch;
+    plan.convolution.multiply(
         band, patch, packed, first_panel, last_panel,
-        {memory + plan.patch, plan.output_pitch, step.output + first, step.output_pitch});
+        {places, plan.output_pitch, step.output + first, step.output_pitch, places});
+    if (step.statistics.mean == nullptr) return;
     const Rows rows = {step.output + band.first_pixel() * step.output_pitch + first,
                        step.output_pitch};
-    if (step.statistics.mean == nullptr) return;
     float* const origin = moments + task / plan.groups * 3 * panels.outputs + first;
     std::memcpy(origin, rows.data, channels * sizeof(float));
     float* const sums = origin + panels.outputs;
@@ -456,15 +632,7 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
   run_team(workers, {panels.count(), plan.bands.count * plan.groups, reductions},
            [&](int64_t stage, int64_t task, int64_t thread) {
              if (stage == 0) {
-               const WeightStrides& s = step.strides;
-               const int64_t columns = step.window.kernel_width;
-               pack_panel(
-                   panels, task,
-                   [&](int64_t output, int64_t input, int64_t tap) {
-                     return step.weight[output * s.output + input * s.input +
-                                        tap / columns * s.row + tap % columns * s.column];
-                   },
-                   packed);
+               pack_panel(panels, task, weights, plan.bands.winograd, packed);
              } else if (stage == 1) {
                convolve(task, thread);
              } else {
@@ -488,48 +656,56 @@ Window backward_window(const Window& window) {
           window.kernel_height - 1 - window.padding};
 }
 
+// A part of a weight's gradient, laid out as [tap][input channel][pitch], or as
+// [position][input channel][pitch] where it is added up of Winograd's tiles.
+struct GradientBlock {
+  int64_t first_input, inputs, first_output, outputs;
+  int64_t pitch;
+};
+
 // Small weight gradients are added up for a part of the pixels at a time, in the same pass that
-// calculates the input's gradient; large ones for some input channels at a time, over all pixels.
+// calculates the input's gradient; large ones for some channels at a time, over all pixels.
 struct BackwardPlan {
   const UkernelTable<float>& table;
-  int64_t input_channels;
+  int64_t input_channels, output_channels;
   bool wants_inputs, wants_weight;
-  Panels panels;           // of the way back: from output channels to input channels
   int64_t gradient_pitch;  // floats between pixels of the output's gradient
-  int64_t weight_pitch;    // and between input channels of the weight's
   Bands bands;
+  Panels panels;  // of the way back: from output channels to input channels
+  Convolution convolution;
   bool together;
-  int64_t splits, groups, blocks;
+  int64_t splits, groups;
+  int64_t input_blocks, output_blocks;
   int64_t result_pitch;
   Bands block_bands;
-  int64_t input_patch, output_patch, scratch;
+  int64_t input_patch, output_patch, tiles, scratch;
 
   BackwardPlan(const ConvolutionBackward& step, const Workers& workers)
       : table(ukernel_table<float>(workers.isa)),
         input_channels(channels_of(step.inputs)),
+        output_channels(step.output_channels),
         wants_inputs(!step.input_gradients.empty()),
         wants_weight(step.weight_gradient != nullptr),
-        panels{step.output_channels, input_channels, step.window.taps(), table.tiling.lanes},
-        gradient_pitch(scratch_pitch(round_up(step.output_channels, table.tiling.lanes))),
-        weight_pitch(round_up(step.output_channels, table.tiling.lanes)),
-        bands(step.window, scratch_pitch(input_channels) + (wants_inputs ? input_channels : 0),
-              gradient_pitch, workers.threads, table.tiling.tile_pixels[kPanelVectors]),
+        gradient_pitch(scratch_pitch(padded(output_channels))),
+        bands(bands_of(step, workers, input_channels)),
+        panels{output_channels, input_channels, packed_taps(bands), table.tiling.lanes},
+        convolution(panels, table, bands.winograd),
+        groups(panel_groups(bands, panels, workers.threads)),
         result_pitch(scratch_pitch(panels.padded_outputs())),
         block_bands(bands) {
-    const int64_t row = step.window.taps() * weight_pitch;
-    together = row * input_channels <= kGradientFloats;
+    together = block_floats(input_channels, output_channels) <= kGradientFloats;
     splits = std::min(bands.count, 2 * workers.threads);
-    groups = panel_groups(bands.count, panels.count(), workers.threads);
+    if (together) groups = 1;
+    output_blocks = bands.winograd && !together ? divide_up(output_channels, kBlockOutputs) : 1;
     const int64_t tile = table.tiling.tile_pixels[kPanelVectors];
+    const int64_t row = block_floats(1, block_outputs());
     const int64_t most = std::max(kGradientFloats / row / tile * tile, tile);
-    blocks = std::min(std::max(divide_up(input_channels, most), 2 * workers.threads),
-                      divide_up(input_channels, tile));
-    const int64_t block_channels = divide_up(input_channels, blocks);
-    if (!together)
-      block_bands =
-          Bands(step.window, scratch_pitch(block_channels), gradient_pitch, workers.threads, tile);
-    input_patch =
-        together ? patch_floats(bands, input_channels) : patch_floats(block_bands, block_channels);
+    input_blocks = std::min(
+        std::max(divide_up(input_channels, most), divide_up(2 * workers.threads, output_blocks)),
+        divide_up(input_channels, tile));
+    if (!together) block_bands = bands_of(step, workers, block_inputs());
+    const int64_t inputs = together ? input_channels : block_inputs();
+    input_patch = patch_floats(block_bands, inputs);
     output_patch = std::max(most_pixels(block_bands), most_pixels(bands)) * gradient_pitch;
     if (wants_inputs) {
       Bands back = bands;
@@ -538,21 +714,62 @@ struct BackwardPlan {
     }
     input_patch = round_up(input_patch, 16);
     output_patch = round_up(output_patch, 16);
-    // A block of the weight's gradient and a band of the input's are never there at once.
-    scratch = most_pixels(bands) * result_pitch;
-    if (!together) scratch = std::max(scratch, block_channels * row);
-    scratch = input_patch + output_patch + round_up(scratch, 16);
+    // A part of the weight's gradient and a band of the input's are never there at once.
+    const int64_t outputs = divide_up(panels.count(), groups) * panels.first(1);
+    const int64_t band = round_up(most_pixels(bands) * result_pitch, 16) +
+                         convolution.tile_floats(bands.most_tiles(), outputs);
+    const int64_t block = (together ? 0 : round_up(block_floats(inputs, block_outputs()), 16)) +
+                          weight_tile_floats(inputs);
+    scratch = input_patch + output_patch + std::max(band, block);
   }
 
-  int64_t block_begin(int64_t block) const { return part_begin(input_channels, blocks, block); }
+  int64_t padded(int64_t outputs) const { return round_up(outputs, table.tiling.lanes); }
+  int64_t block_floats(int64_t inputs, int64_t outputs) const {
+    return panels.taps * inputs * padded(outputs);
+  }
+  int64_t block_inputs() const { return divide_up(input_channels, input_blocks); }
+  int64_t block_outputs() const {
+    return std::min(padded(divide_up(output_channels, output_blocks)), padded(output_channels));
+  }
+  GradientBlock whole() const {
+    return {0, input_channels, 0, output_channels, padded(output_channels)};
+  }
+  GradientBlock block(int64_t index) const {
+    const int64_t input = index / output_blocks;
+    const int64_t first = part_begin(input_channels, input_blocks, input);
+    const int64_t first_output = index % output_blocks * block_outputs();
+    const int64_t outputs = std::min(block_outputs(), output_channels - first_output);
+    return {first, part_begin(input_channels, input_blocks, input + 1) - first, first_output,
+            outputs, padded(outputs)};
+  }
+  // Input channels whose tiles are there at once, for the weight's gradient.
+  static constexpr int64_t kTileChannels = 64;
+  int64_t weight_tile_floats(int64_t inputs) const {
+    if (!bands.winograd) return 0;
+    const int64_t pitches =
+        scratch_pitch(std::min(inputs, kTileChannels)) + scratch_pitch(block_outputs());
+    return round_up(kPositions * block_bands.most_tiles() * pitches, 16);
+  }
+
   int64_t packed_floats() const { return wants_inputs ? panels.floats() : 0; }
   // Of the weight's gradient, one for each split.
-  int64_t split_floats() const { return round_up(panels.taps * input_channels * weight_pitch, 16); }
+  int64_t split_floats() const {
+    return round_up(block_floats(input_channels, output_channels), 16);
+  }
   int64_t partial_floats() const { return together && wants_weight ? splits * split_floats() : 0; }
   // How many tasks add to sums of their own.
   int64_t sum_count() const { return together ? splits : bands.count; }
   int64_t sum_floats() const {
     return wants_inputs ? round_up(sum_count() * 2 * input_channels, 16) : 0;
+  }
+
+ private:
+  static constexpr int64_t kBlockOutputs = 128;
+
+  Bands bands_of(const ConvolutionBackward& step, const Workers& workers, int64_t inputs) const {
+    return Bands(step.window, scratch_pitch(inputs) + (wants_inputs ? inputs : 0), gradient_pitch,
+                 workers.threads, table.tiling.tile_pixels[kPanelVectors],
+                 !step.exact && suits_winograd(step.window, input_channels, output_channels));
   }
 };
 
@@ -562,15 +779,16 @@ class Backward {
       : step_(step),
         plan_(step, workers),
         training_(training_table(workers.isa)),
-        convolution_(plan_.panels, plan_.table),
         packed_(workspace),
         partials_(packed_ + plan_.packed_floats()),
         sums_(partials_ + plan_.partial_floats()),
         scratch_(sums_ + plan_.sum_floats()) {}
 
   void run(const Workers& workers) const {
+    const WeightTaps weights = {step_.weight, step_.strides, step_.window.kernel_height,
+                                step_.window.kernel_width, true};
     const int64_t packing = plan_.wants_inputs ? plan_.panels.count() : 0;
-    const int64_t blocks = plan_.wants_weight ? plan_.blocks : 0;
+    const int64_t blocks = plan_.wants_weight ? plan_.input_blocks * plan_.output_blocks : 0;
     const int64_t bands = plan_.wants_inputs ? plan_.bands.count * plan_.groups : 0;
     const int64_t tasks = plan_.together ? plan_.splits : blocks + bands;
     const int64_t unpacking =
@@ -580,7 +798,7 @@ class Backward {
              [&](int64_t stage, int64_t task, int64_t thread) {
                float* const memory = scratch_ + thread * plan_.scratch;
                if (stage == 0) {
-                 pack(task);
+                 pack_panel(plan_.panels, task, weights, plan_.bands.winograd, packed_);
                } else if (stage == 1) {
                  if (plan_.together) {
                    split(task, memory);
@@ -600,26 +818,11 @@ class Backward {
  private:
   static constexpr int64_t kTogether = 32;
 
-  void pack(int64_t panel) const {
-    const WeightStrides& s = step_.strides;
-    const int64_t columns = step_.window.kernel_width;
-    const int64_t last = step_.window.taps() - 1;
-    pack_panel(
-        plan_.panels, panel,
-        [&](int64_t input, int64_t output, int64_t flipped) {
-          const int64_t tap = last - flipped;
-          return step_.weight[output * s.output + input * s.input + tap / columns * s.row +
-                              tap % columns * s.column];
-        },
-        packed_);
-  }
-
   // The part of the output's gradient that a band needs: with a ring where the input's gradient is
   // calculated from it too.
   Patch gradient_patch(const Band& band, bool ring, float* data) const {
     const Window& window = band.window;
-    const Window back = backward_window(window);
-    const int64_t margin = ring && !band.by_position ? back.padding : 0;
+    const int64_t margin = ring && !band.by_position ? backward_window(window).padding : 0;
     return {band.by_position,
             band.images(),
             window.output_height(),
@@ -631,61 +834,102 @@ class Backward {
             data};
   }
 
-  void load_gradient(const Band& band, const Patch& patch) const {
-    const int64_t channels = step_.output_channels;
-    const int64_t padding = plan_.weight_pitch - channels;
-    fill(patch, band, plan_.weight_pitch,
-         [&](int64_t pixel, int64_t step, int64_t count, float* to) {
-           training_.map_gradient(
-               {step_.gradient.data + pixel * step_.gradient.pitch, step * step_.gradient.pitch},
-               {step_.output.data + pixel * step_.output.pitch, step * step_.output.pitch},
-               step_.slope, step_.offset, count, channels, {to, patch.pitch});
-           for (int64_t i = 0; i < count && padding > 0; ++i)
-             std::memset(to + i * patch.pitch + channels, 0, padding * sizeof(float));
-         });
+  // The gradient of some output channels, with zeros up to a whole vector.
+  void load_gradient(const Band& band, const Patch& patch, const GradientBlock& block) const {
+    const int64_t first = block.first_output, channels = block.outputs;
+    const int64_t padding = block.pitch - channels;
+    fill(patch, band, block.pitch, [&](int64_t pixel, int64_t step, int64_t count, float* to) {
+      const MapSegment &gradient = step_.gradient, &output = step_.output;
+      training_.map_gradient(
+          {gradient.data + pixel * gradient.pitch + first, step * gradient.pitch},
+          {output.data + pixel * output.pitch + first, step * output.pitch}, step_.slope + first,
+          step_.offset + first, count, channels, {to, patch.pitch});
+      for (int64_t i = 0; i < count && padding > 0; ++i)
+        std::memset(to + i * patch.pitch + channels, 0, padding * sizeof(float));
+    });
   }
 
-  // Adds the products of a band to the gradient of the weight of input channels [first, last), laid
-  // out as [tap][input channel][weight_pitch].
-  void add_weight_gradient(const Band& band, const Patch& inputs, const Patch& gradient,
-                           int64_t channels, PixelRun* runs, float* sums) const {
-    const Window& window = band.window;
+  // Adds the products of pixels to the rows of `inputs` input channels of a block's gradient.
+  void add_products(std::vector<PixelRun>& runs, int64_t inputs, int64_t distance,
+                    int64_t gradient_pitch, const GradientBlock& block, float* rows) const {
     const int64_t lanes = plan_.table.tiling.lanes;
-    const int64_t most = plan_.table.tiling.tile_pixels[kPanelVectors];
-    const int64_t tiles = divide_up(channels, most);
-    const int64_t distance = band.by_position ? inputs.pitch : window.stride * inputs.pitch;
-    for (int64_t tap = 0; tap < window.taps(); ++tap) {
-      const int64_t ky = tap / window.kernel_width;
-      const int64_t kx = tap % window.kernel_width;
-      int64_t run_count = 0;
-      for_each_group(band, window.output_height(), window.output_width(), [&](const Group& group) {
-        const int64_t y = group.row * window.stride - window.padding + ky;
-        const int64_t x = group.column * window.stride - window.padding + kx;
-        if (band.by_position && (y < 0 || y >= window.height || x < 0 || x >= window.width)) return;
-        runs[run_count++] = {inputs.at(y, x), gradient.at(group.row, group.column), group.count};
-      });
-      if (run_count == 0) continue;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t first = part_begin(channels, tiles, t);
-        const int64_t count = part_begin(channels, tiles, t + 1) - first;
-        float* const row = sums + (tap * channels + first) * plan_.weight_pitch;
-        shift(runs, run_count, first, 0);
-        for (int64_t c = 0; c < plan_.weight_pitch; c += kPanelVectors * lanes) {
-          const int64_t vectors =
-              std::min<int64_t>(kPanelVectors, (plan_.weight_pitch - c) / lanes);
-          training_.weight_gradient[vectors][count](
-              {runs, run_count, distance, plan_.gradient_pitch, row + c, plan_.weight_pitch});
-          shift(runs, run_count, 0, vectors * lanes);
-        }
-        shift(runs, run_count, -first, -plan_.weight_pitch);
+    const int64_t tiles = divide_up(inputs, plan_.table.tiling.tile_pixels[kPanelVectors]);
+    const int64_t run_count = static_cast<int64_t>(runs.size());
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = part_begin(inputs, tiles, t);
+      const int64_t count = part_begin(inputs, tiles, t + 1) - first;
+      for (int64_t c = 0; c < block.pitch; c += kPanelVectors * lanes) {
+        const int64_t vectors = std::min<int64_t>(kPanelVectors, (block.pitch - c) / lanes);
+        training_.weight_gradient[vectors][count]({runs.data(), run_count, distance, gradient_pitch,
+                                                   rows + first * block.pitch + c, block.pitch});
+        shift(runs, 0, vectors * lanes);
       }
+      shift(runs, count, -block.pitch);
     }
   }
 
-  static void shift(PixelRun* runs, int64_t count, int64_t inputs, int64_t gradient) {
-    for (int64_t r = 0; r < count; ++r) {
-      runs[r].input += inputs;
-      runs[r].gradient += gradient;
+  static void shift(std::vector<PixelRun>& runs, int64_t inputs, int64_t gradient) {
+    for (PixelRun& run : runs) {
+      run.input += inputs;
+      run.gradient += gradient;
+    }
+  }
+
+  // Adds the products of a band to a block of the weight's gradient.
+  void add_weight_gradient(const Band& band, const Patch& inputs, const Patch& gradient,
+                           const GradientBlock& block, float* tiles, float* sums) const {
+    if (plan_.bands.winograd) return add_tile_gradient(band, inputs, gradient, block, tiles, sums);
+    const Window& window = band.window;
+    const int64_t distance = band.by_position ? inputs.pitch : window.stride * inputs.pitch;
+    std::vector<PixelRun> runs;
+    for (int64_t tap = 0; tap < window.taps(); ++tap) {
+      runs.clear();
+      for_each_group(band, window.output_height(), window.output_width(), [&](const Group& group) {
+        const int64_t y = group.row * window.stride - window.padding + tap / window.kernel_width;
+        const int64_t x = group.column * window.stride - window.padding + tap % window.kernel_width;
+        if (band.by_position && (y < 0 || y >= window.height || x < 0 || x >= window.width)) return;
+        runs.push_back({inputs.at(y, x), gradient.at(group.row, group.column), group.count});
+      });
+      if (!runs.empty())
+        add_products(runs, block.inputs, distance, gradient.pitch, block,
+                     sums + tap * block.inputs * block.pitch);
+    }
+  }
+
+  // The same of Winograd's tiles, position by position.
+  void add_tile_gradient(const Band& band, const Patch& inputs, const Patch& gradient,
+                         const GradientBlock& block, float* memory, float* sums) const {
+    const int64_t tiles = tiles_of(band);
+    const int64_t gradient_pitch = scratch_pitch(block.pitch);
+    float* const gradient_tiles = memory;
+    float* const input_tiles = gradient_tiles + kPositions * tiles * gradient_pitch;
+    for_each_tile(band, [&](int64_t tile, int64_t y, int64_t x) {
+      const float* pixels[kTile * kTile];
+      for (int64_t i = 0; i < kTile * kTile; ++i) {
+        const int64_t row = y + i / kTile, column = x + i % kTile;
+        const bool inside = row < band.last && column < band.window.output_width();
+        pixels[i] = inside ? gradient.at(row, column) : kZeros;
+      }
+      training_.winograd_gradient(pixels, block.pitch, gradient_tiles + tile * gradient_pitch,
+                                  tiles * gradient_pitch);
+    });
+    std::vector<PixelRun> runs(1);
+    const int64_t chunks = divide_up(block.inputs, BackwardPlan::kTileChannels);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t first = part_begin(block.inputs, chunks, chunk);
+      const int64_t channels = part_begin(block.inputs, chunks, chunk + 1) - first;
+      const int64_t pitch = scratch_pitch(channels);
+      for_each_tile(band, [&](int64_t tile, int64_t y, int64_t x) {
+        const TilePixels pixels(inputs, y, x, band.window.padding, first);
+        plan_.table.winograd_2x2.input(pixels.data, channels, input_tiles + tile * pitch,
+                                       tiles * pitch);
+      });
+      for (int64_t position = 0; position < kPositions; ++position) {
+        runs[0] = {input_tiles + position * tiles * pitch,
+                   gradient_tiles + position * tiles * gradient_pitch, tiles};
+        add_products(runs, channels, pitch, gradient_pitch, block,
+                     sums + (position * block.inputs + first) * block.pitch);
+      }
     }
   }
 
@@ -694,8 +938,9 @@ class Backward {
                       int64_t last_panel, float* result, float* sums) const {
     Band back = band;
     back.window = backward_window(band.window);
-    convolution_.multiply(back, gradient, packed_, first_panel, last_panel,
-                          {result, plan_.result_pitch, nullptr, 0});
+    float* const tiles = result + round_up(most_pixels(plan_.bands) * plan_.result_pitch, 16);
+    plan_.convolution.multiply(back, gradient, packed_, first_panel, last_panel,
+                               {result, plan_.result_pitch, nullptr, 0, tiles});
     const int64_t first = plan_.panels.first(first_panel);
     const int64_t last = std::min(plan_.panels.first(last_panel), plan_.input_channels);
     for_each_group(band, band.window.height, band.window.width, [&](const Group& group) {
@@ -721,11 +966,6 @@ class Backward {
     });
   }
 
-  // The number of groups that a band has at most.
-  static int64_t most_groups(const Bands& bands) {
-    return bands.by_position ? bands.window.output_pixels() : bands.window.output_height();
-  }
-
   float* sums_of(int64_t index) const {
     float* const sums = sums_ + index * 2 * plan_.input_channels;
     return plan_.wants_inputs ? sums : nullptr;
@@ -734,45 +974,45 @@ class Backward {
   // A part of all bands, the whole way back.
   void split(int64_t index, float* memory) const {
     const Bands& bands = plan_.bands;
+    const GradientBlock whole = plan_.whole();
     float* const partial = partials_ + index * plan_.split_floats();
     if (plan_.wants_weight) std::memset(partial, 0, plan_.split_floats() * sizeof(float));
     float* const sums = sums_of(index);
     if (plan_.wants_inputs) std::memset(sums, 0, 2 * plan_.input_channels * sizeof(float));
-    std::vector<PixelRun> runs(most_groups(bands));
     float* const gradient_memory = memory + plan_.input_patch;
     float* const result = gradient_memory + plan_.output_patch;
     for (int64_t b = part_begin(bands.count, plan_.splits, index);
          b < part_begin(bands.count, plan_.splits, index + 1); ++b) {
       const Band band(bands, b);
       const Patch gradient = gradient_patch(band, plan_.wants_inputs, gradient_memory);
-      load_gradient(band, gradient);
+      load_gradient(band, gradient, whole);
       if (plan_.wants_weight) {
         const Patch inputs = input_patch(band, plan_.input_channels, memory);
         load_inputs(training_, step_.inputs, step_.prologue, 0, plan_.input_channels, band, inputs);
-        add_weight_gradient(band, inputs, gradient, plan_.input_channels, runs.data(), partial);
+        add_weight_gradient(band, inputs, gradient, whole, result, partial);
       }
       if (plan_.wants_inputs) input_gradient(band, gradient, 0, plan_.panels.count(), result, sums);
     }
   }
 
-  // The gradient of the weight of some input channels, over all pixels.
+  // A block of the weight's gradient, over all pixels.
   void block(int64_t index, float* memory) const {
     const Bands& bands = plan_.block_bands;
-    const int64_t first = plan_.block_begin(index);
-    const int64_t channels = plan_.block_begin(index + 1) - first;
+    const GradientBlock block = plan_.block(index);
     float* const gradient_memory = memory + plan_.input_patch;
     float* const sums = gradient_memory + plan_.output_patch;
-    std::memset(sums, 0, channels * plan_.panels.taps * plan_.weight_pitch * sizeof(float));
-    std::vector<PixelRun> runs(most_groups(bands));
+    const int64_t floats = round_up(plan_.panels.taps * block.inputs * block.pitch, 16);
+    std::memset(sums, 0, floats * sizeof(float));
     for (int64_t b = 0; b < bands.count; ++b) {
       const Band band(bands, b);
       const Patch gradient = gradient_patch(band, false, gradient_memory);
-      load_gradient(band, gradient);
-      const Patch inputs = input_patch(band, channels, memory);
-      load_inputs(training_, step_.inputs, step_.prologue, first, first + channels, band, inputs);
-      add_weight_gradient(band, inputs, gradient, channels, runs.data(), sums);
+      load_gradient(band, gradient, block);
+      const Patch inputs = input_patch(band, block.inputs, memory);
+      load_inputs(training_, step_.inputs, step_.prologue, block.first_input,
+                  block.first_input + block.inputs, band, inputs);
+      add_weight_gradient(band, inputs, gradient, block, sums + floats, sums);
     }
-    unpack(sums, channels, first, 0, channels);
+    unpack(sums, block, 0, block.inputs);
   }
 
   // The gradient of a band's input, of the channels of a group of panels.
@@ -787,40 +1027,43 @@ class Backward {
     std::memset(sums + plan_.input_channels + first, 0, (last - first) * sizeof(float));
     float* const gradient_memory = memory + plan_.input_patch;
     const Patch gradient = gradient_patch(band, true, gradient_memory);
-    load_gradient(band, gradient);
+    load_gradient(band, gradient, plan_.whole());
     input_gradient(band, gradient, first_panel, last_panel, gradient_memory + plan_.output_patch,
                    sums);
   }
 
-  // Writes the weight's gradient of input channels [begin, end) of a block that starts at `first`
-  // and has `channels`, from [tap][input channel][weight_pitch].
-  void unpack(const float* sums, int64_t channels, int64_t first, int64_t begin,
-              int64_t end) const {
+  // Writes the gradient of the weight of input channels [begin, end) of a block.
+  void unpack(const float* sums, const GradientBlock& block, int64_t begin, int64_t end) const {
     const WeightStrides& s = step_.gradient_strides;
     const int64_t columns = step_.window.kernel_width;
-    for (int64_t output = 0; output < step_.output_channels; ++output) {
+    const int64_t taps = step_.window.taps();
+    for (int64_t output = 0; output < block.outputs; ++output) {
       for (int64_t input = begin; input < end; ++input) {
-        float* const to = step_.weight_gradient + output * s.output + (first + input) * s.input;
-        for (int64_t tap = 0; tap < plan_.panels.taps; ++tap)
-          to[tap / columns * s.row + tap % columns * s.column] =
-              sums[(tap * channels + input) * plan_.weight_pitch + output];
+        float values[kMostTaps];
+        for (int64_t i = 0; i < plan_.panels.taps; ++i)
+          values[i] = sums[(i * block.inputs + input) * block.pitch + output];
+        if (plan_.bands.winograd) winograd_kernel_gradient_2x2(values, values);
+        float* const to = step_.weight_gradient + (block.first_output + output) * s.output +
+                          (block.first_input + input) * s.input;
+        for (int64_t tap = 0; tap < taps; ++tap)
+          to[tap / columns * s.row + tap % columns * s.column] = values[tap];
       }
     }
   }
 
   // Adds up the splits' gradients of the weight of some input channels.
   void unpack_splits(int64_t first) const {
-    const int64_t channels = plan_.input_channels;
-    const int64_t last = std::min(first + kTogether, channels);
+    const GradientBlock whole = plan_.whole();
+    const int64_t last = std::min(first + kTogether, whole.inputs);
     for (int64_t tap = 0; tap < plan_.panels.taps; ++tap) {
-      const int64_t begin = (tap * channels + first) * plan_.weight_pitch;
-      const int64_t count = (last - first) * plan_.weight_pitch;
+      const int64_t begin = (tap * whole.inputs + first) * whole.pitch;
+      const int64_t count = (last - first) * whole.pitch;
       for (int64_t i = 1; i < plan_.splits; ++i) {
         const float* const from = partials_ + i * plan_.split_floats() + begin;
         for (int64_t c = 0; c < count; ++c) partials_[begin + c] += from[c];
       }
     }
-    unpack(partials_, channels, 0, first, last);
+    unpack(partials_, whole, first, last);
   }
 
   void add_sums(int64_t first) const {
@@ -838,7 +1081,6 @@ class Backward {
   const ConvolutionBackward& step_;
   BackwardPlan plan_;
   const TrainingTable& training_;
-  Convolution convolution_;
   float* packed_;
   float* partials_;
   float* sums_;

@@ -90,6 +90,12 @@ using MaxPoolGradientFunction = void (*)(const float* input, const int64_t* offs
                                          const Prologue& prologue, int64_t channels,
                                          const float* gradient, float* output);
 
+// A d A^T of Winograd's F(2x2, 3x3) for 2 x 2 pixels of an output's gradient, channel by channel:
+// element i of the 4 x 4 goes to output[i * output_pitch + channel]. Multiplied by the transformed
+// inputs and added up, they give the gradient of the transformed weight.
+using WinogradGradientFunction = void (*)(const float* const* pixels, int64_t channels,
+                                          float* output, int64_t output_pitch);
+
 struct TrainingTable {
   const WeightGradientFunction (*weight_gradient)[kMaxTilePixels + 1];  // [vectors][channels]
   NormalizeFunction normalize;
@@ -98,6 +104,7 @@ struct TrainingTable {
   MomentsFunction moments;
   NormalizedMaxPoolFunction max_pool;
   MaxPoolGradientFunction max_pool_gradient;
+  WinogradGradientFunction winograd_gradient;
 };
 
 extern const TrainingTable kScalarTraining;

@@ -115,14 +115,15 @@ class Chain:
             yield ReferenceKernels()
             return
         isa = cpu.isa_code(torch.float32)
-        key = (shapes[0], isa, torch.get_num_threads())
+        exact = cpu.winograd_by_default() == 0
+        key = (shapes[0], isa, exact, torch.get_num_threads())
         free = self._workspaces.setdefault(key, [])
         try:
             workspace = free.pop()
         except IndexError:
             nodes = [(node, shapes[node.reads[0].buffer]) for node in self.graph.nodes]
-            workspace = CppKernels.create_workspace(isa, nodes)
-        yield CppKernels(isa, workspace)
+            workspace = CppKernels.create_workspace(isa, exact, nodes)
+        yield CppKernels(isa, exact, workspace)
         free.append(workspace)
         while len(self._workspaces) > _MAX_SHAPES:
             self._workspaces.pop(next(iter(self._workspaces)), None)

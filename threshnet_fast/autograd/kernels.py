@@ -157,17 +157,19 @@ class CppKernels:
 
     Args:
         isa: As :func:`threshnet_fast.backends.cpu.isa_code` returns it.
-        workspace: At least :meth:`workspace_floats` of every node.
+        exact: Whether all convolutions are direct, none by Winograd's tiles.
+        workspace: What :meth:`create_workspace` returned for the same.
     """
 
-    def __init__(self, isa: int, workspace: Tensor) -> None:
+    def __init__(self, isa: int, exact: bool, workspace: Tensor) -> None:
         self._isa = isa
+        self._exact = exact
         self._workspace = workspace
         self._none = torch.empty(0)
         self._ops = torch.ops.threshnet_fast_cpu
 
     @staticmethod
-    def create_workspace(isa: int, nodes: Sequence[tuple[Node, Shape]]) -> Tensor:
+    def create_workspace(isa: int, exact: bool, nodes: Sequence[tuple[Node, Shape]]) -> Tensor:
         """Returns memory for the largest of some nodes, for the number of threads in use."""
         ops = torch.ops.threshnet_fast_cpu
         floats = 0
@@ -179,7 +181,7 @@ class CppKernels:
                 unchanged = shape.after(node) == shape
                 inputs = node.module.in_channels
                 needed = ops.training_convolution_workspace(
-                    window, inputs, node.channels, unchanged, isa
+                    window, inputs, node.channels, unchanged, exact, isa
                 )
             floats = max(floats, needed)
         memory = torch.empty(floats + _ALIGNMENT)
@@ -203,15 +205,16 @@ class CppKernels:
             node.channel,
             self._none if statistics is None else statistics,
             self._workspace,
-            self._isa,
         )
         activation = ACTIVATIONS[node.activation]
         segments = _segments(node)
         if isinstance(node, MaxPool):
-            self._ops.training_pool_forward(maps[0], segments, prologue, activation, *where)
+            self._ops.training_pool_forward(
+                maps[0], segments, prologue, activation, *where, self._isa
+            )
         else:
             self._ops.training_convolution_forward(
-                maps, segments, prologue, activation, weight, *where
+                maps, segments, prologue, activation, weight, *where, self._exact, self._isa
             )
 
     def backward(
@@ -258,6 +261,7 @@ class CppKernels:
             self._none if inputs is None else inputs.sums,
             self._none if weight_gradient is None else weight_gradient,
             self._workspace,
+            self._exact,
             self._isa,
         )
 

@@ -299,10 +299,37 @@ void max_pool_gradient(const float* input, const int64_t* offsets, const int64_t
   });
 }
 
+// One direction of the transform: rows of A.
+inline void winograd_gradient_line(Vector a, Vector b, Vector (&result)[4]) {
+  result[0] = result[1] = result[2] = a;
+  result[1].add(b);
+  result[2].subtract(b);
+  result[3] = difference(Vector::zero(), b);
+}
+
+void winograd_gradient(const float* const* pixels, int64_t channels, float* output,
+                       int64_t output_pitch) {
+  for (int64_t c = 0; c < channels; c += Vector::kLanes) {
+    const int64_t left = channels - c;
+    Vector columns[2][4];
+    for (int x = 0; x < 2; ++x)
+      winograd_gradient_line(load_channels(pixels[x] + c, left),
+                             load_channels(pixels[2 + x] + c, left), columns[x]);
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) {
+      Vector row[4];
+      winograd_gradient_line(columns[0][y], columns[1][y], row);
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x)
+        store_channels(row[x], output + (4 * y + x) * output_pitch + c, left);
+    }
+  }
+}
+
 constexpr TrainingTable training_table_of(
     const WeightGradientFunction (*weight_gradient)[kMaxTilePixels + 1]) {
-  return {weight_gradient, normalize,           map_gradient,     prologue_gradient,
-          moments,         normalized_max_pool, max_pool_gradient};
+  return {weight_gradient, normalize,           map_gradient,      prologue_gradient,
+          moments,         normalized_max_pool, max_pool_gradient, winograd_gradient};
 }
 
 // [vectors][channels]
