@@ -16,6 +16,7 @@ linear in x: they are applied while the gradient is read, once for each map.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -52,8 +53,9 @@ class Chain:
             for read in node.reads:
                 if read.norm is not None:
                     self._norm_readers[read.norm] += 1
-        # Workspaces that no call uses, by input shape and number of threads. Calls may come from
-        # several threads at once; popping from a list and appending to it are atomic.
+        self._lock = threading.Lock()
+        # Workspaces that no call uses, by what they depend on. Calls may come from several threads
+        # at once.
         self._workspaces: dict[tuple[Any, ...], list[Tensor]] = {}
 
     @property
@@ -83,7 +85,9 @@ class Chain:
         """
         return cast(
             Tensor,
-            _ChainFunction.apply(self, x, checkpoint, reference, *self._parameters()),
+            _ChainFunction.apply(
+                self, x, checkpoint, reference, torch.is_grad_enabled(), *self._parameters()
+            ),
         )
 
     def _parameters(self) -> list[Tensor | None]:
@@ -117,16 +121,18 @@ class Chain:
         isa = cpu.isa_code(torch.float32)
         exact = cpu.winograd_by_default() == 0
         key = (shapes[0], isa, exact, torch.get_num_threads())
-        free = self._workspaces.setdefault(key, [])
-        try:
-            workspace = free.pop()
-        except IndexError:
+        with self._lock:
+            # The last one used is the last to be forgotten.
+            free = self._workspaces.pop(key, [])
+            self._workspaces[key] = free
+            while len(self._workspaces) > _MAX_SHAPES:
+                self._workspaces.pop(next(iter(self._workspaces)))
+            workspace = free.pop() if free else None
+        if workspace is None:
             nodes = [(node, shapes[node.reads[0].buffer]) for node in self.graph.nodes]
             workspace = CppKernels.create_workspace(isa, exact, nodes)
         yield CppKernels(isa, exact, workspace)
         free.append(workspace)
-        while len(self._workspaces) > _MAX_SHAPES:
-            self._workspaces.pop(next(iter(self._workspaces)), None)
 
     def norm_readers(self) -> list[int]:
         """How many nodes read through each norm."""
@@ -183,8 +189,8 @@ class _Pass:
             if shape.pixels == 1:
                 size = torch.Size([shape.batch, norm.channels, shape.height, shape.width])
                 raise ValueError(
-                    f"{norm.name} is in training mode and got input of size {size}: "
-                    "expected more than 1 value per channel"
+                    f"Expected more than 1 value per channel when training, got input size {size} "
+                    f"in {norm.name}"
                 )
             if self.statistics[norm.buffer] is None:
                 channels = graph.buffers[norm.buffer].channels
@@ -254,7 +260,9 @@ class _Pass:
         means: dict[float, list[list[Tensor]]] = {}
         for index, norm in enumerate(self.chain.graph.norms):
             module = norm.module
-            if not module.training or module.running_mean is None or module.running_var is None:
+            if not module.training or not module.track_running_stats:
+                continue
+            if module.running_mean is None or module.running_var is None:
                 continue
             momentum = module.momentum
             if module.num_batches_tracked is not None:
@@ -272,13 +280,6 @@ class _Pass:
             scaled = torch._foreach_mul(batch[1::2], cast("list[float]", unbiased))
             batch[1::2] = list(scaled)
             torch._foreach_lerp_(running, batch, momentum)
-
-    def forget(self, checkpoint: str | None) -> None:
-        """Lets go of what the backward pass can do without."""
-        graph = self.chain.graph
-        for index, buffer in enumerate(graph.buffers):
-            if checkpoint == "features" and buffer.temporary:
-                self.maps[index] = None
 
     def tensors(self) -> list[Tensor | None]:
         """All tensors, to be kept by autograd."""
@@ -311,11 +312,12 @@ class _ChainFunction(torch.autograd.Function):
         x: Tensor,
         checkpoint: str | None,
         reference: bool,
+        differentiating: bool,
         *parameters: Tensor | None,
     ) -> Tensor:
         graph = chain.graph
         run = _Pass(chain, x, parameters, reference)
-        wanted = any(ctx.needs_input_grad)
+        wanted = differentiating and any(ctx.needs_input_grad)
         last_reader = {
             read.buffer: index for index, node in enumerate(graph.nodes) for read in node.reads
         }
@@ -344,7 +346,7 @@ class _ChainFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        return _Backward(ctx.run, ctx.saved_tensors, needs[1], needs[4:]).run(gradient)
+        return _Backward(ctx.run, ctx.saved_tensors, needs[1], needs[5:]).run(gradient)
 
 
 class _Backward:
@@ -399,7 +401,7 @@ class _Backward:
             for node, gradient in zip(graph.nodes, self.weight_gradients, strict=True)
             if isinstance(node, Convolution)
         ]
-        return None, x_gradient, None, None, *weights, *self.norm_gradients
+        return None, x_gradient, None, None, None, *weights, *self.norm_gradients
 
     def _input_gradient(self) -> Tensor:
         """The gradient of the chain's input, after what its norms add to it."""
@@ -421,7 +423,7 @@ class _Backward:
         if self.needs_weight[index]:
             weight_gradient = self.weight_gradients[index] = torch.empty_like(cast(Tensor, weight))
         inputs = None
-        if self.needs_input or any(read.buffer != 0 for read in node.reads):
+        if self.needs_input or any(read.buffer != 0 or read.norm is not None for read in node.reads):
             inputs = Gradients(
                 [self._gradient(read.buffer) for read in node.reads],
                 [self._claim(read) for read in node.reads],

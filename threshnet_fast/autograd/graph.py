@@ -15,7 +15,19 @@ from torch import nn
 
 from ..nn import ConvBNReLU, DenseBlock, DenseLayer, DenseTransition, HarmonicBlock
 
-__all__ = ["Buffer", "Convolution", "Graph", "MaxPool", "Norm", "Read", "Unsupported", "trace"]
+__all__ = [
+    "ACTIVATIONS",
+    "Buffer",
+    "Convolution",
+    "Graph",
+    "MaxPool",
+    "Node",
+    "Norm",
+    "Read",
+    "Unsupported",
+    "split",
+    "trace",
+]
 
 ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2}
 
@@ -30,8 +42,6 @@ class Buffer:
 
     Attributes:
         channels: Channels of all of them.
-        downsampled: How often a stride or a pool halved the chain's input on the way here, as the
-            window that did it: the index of the node, or None for the input itself.
         writers: Indices of the nodes that write to it.
         temporary: Whether a node wrote it for one other alone: a bottleneck.
     """
@@ -327,12 +337,8 @@ class _Tracer:
         if needs_gradient and (stride != 1 or 2 * padding != kernel - 1):
             raise Unsupported(f"{name} changes the size of a map inside of a chain")
         buffer, channel = to or (self._buffer(conv.out_channels), 0)
-        features = self.features
-        return (
-            self._write(
-                Convolution(conv, name, features.reads, features.activation, buffer, channel)
-            ),
-        )
+        reads, activation = self.features.reads, self.features.activation
+        return (self._write(Convolution(conv, name, reads, activation, buffer, channel)),)
 
     def _conv_bn_relu(self, name: str, module: ConvBNReLU, to: tuple[int, int] | None) -> None:
         (read,) = self._convolution(f"{name}.conv", module.conv, to)
@@ -340,9 +346,9 @@ class _Tracer:
             (self._norm(f"{name}.norm", module.norm, read),), module.activation
         )
 
-    def _block_input(self, name: str, last_written_by_chain: bool = True) -> int:
-        """Makes sure that the features are stored; returns their buffer, which may grow."""
-        if not self._stored() or (last_written_by_chain and not self.graph.nodes):
+    def _block_input(self, name: str) -> int:
+        """Makes sure that the features are stored in a buffer that may grow, and returns it."""
+        if not self._stored() or self.features.reads[0].buffer == 0:
             self._store(name)
         return self.features.reads[0].buffer
 
@@ -365,7 +371,8 @@ class _Tracer:
         self.features = _Features((Read(buffer, 0, self.graph.buffers[buffer].channels),))
 
     def _harmonic_block(self, name: str, block: HarmonicBlock) -> None:
-        activation = cast(str, cast(ConvBNReLU, block.layers[0]).activation)
+        _require(block.layers[0], ConvBNReLU, f"{name}.layers.0")
+        activation = cast(ConvBNReLU, block.layers[0]).activation
         features = self.features
         if features.activation != activation or len(features.reads) > 1:
             # Stored values that were activated stay what they are when they are activated again.

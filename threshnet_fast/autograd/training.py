@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from ..backends import cpu
 from ..nn import ConvBNReLU, DenseBlock, DenseLayer, HarmonicBlock
-from .chain import Chain
+from .chain import CHECKPOINTS, Chain
 from .graph import Convolution, Unsupported, split
 
 if TYPE_CHECKING:
@@ -51,8 +51,11 @@ class FusedTraining:
 
         Raises:
             CannotTrain: Plain PyTorch must run.
-            ValueError: A norm in training mode has only one value for each channel.
+            ValueError: ``checkpoint`` is neither None nor ``"features"``, or a norm in training mode
+                has only one value for each channel.
         """
+        if checkpoint not in CHECKPOINTS:
+            raise ValueError(f"checkpoint is {checkpoint!r}: expected one of {CHECKPOINTS}")
         if x.device.type != "cpu" or x.dtype is not torch.float32:
             raise CannotTrain(
                 f"gradients are calculated fused in float32 on the CPU, and x is {x.dtype} on "
@@ -64,7 +67,7 @@ class FusedTraining:
         if reason is not None:
             raise CannotTrain(reason)
         parts = self._parts
-        if parts is None or not parts.match():
+        if parts is None or not parts.match(model):
             with self._lock:
                 parts = self._parts = _Parts(model)
         parts.check()
@@ -76,8 +79,9 @@ class _Parts:
 
     def __init__(self, model: Network) -> None:
         modules = [module for _, stage in model._stages() for module in stage.modules()]
-        self._model = model
         self._stages = [module for _, module in model._stages()]
+        self._settings = _settings(modules)
+        self._modules = modules
         self._children = [module._modules for module in modules if module._modules]
         self._child_modules = [tuple(children.values()) for children in self._children]
         self._attributes = [module.__dict__ for module in modules]
@@ -100,10 +104,11 @@ class _Parts:
         if not any(isinstance(part, Chain) for part in self._parts):
             raise CannotTrain("no part of the model can be trained fused")
 
-    def match(self) -> bool:
-        """Whether the model is still made of the same modules."""
+    def match(self, model: Network) -> bool:
+        """Whether the model is still made of the same modules, and they of the same settings."""
         return (
-            [module for _, module in self._model._stages()] == self._stages
+            [module for _, module in model._stages()] == self._stages
+            and _settings(self._modules) == self._settings
             and [tuple(children.values()) for children in self._children] == self._child_modules
             and list(map(len, self._attributes)) == self._counts
         )
@@ -138,6 +143,20 @@ class _Parts:
         for part in self._parts:
             x = part(x, checkpoint) if isinstance(part, Chain) else part(x)
         return x
+
+
+def _settings(modules: list[nn.Module]) -> list[Any]:
+    """What the chains of modules depend on, other than tensors and the modules' mode."""
+    settings: list[Any] = []
+    for module in modules:
+        if isinstance(module, nn.Conv2d):
+            settings.append((module.stride, module.padding, module.dilation, module.padding_mode))
+        elif isinstance(module, nn.MaxPool2d):
+            window = (module.kernel_size, module.stride, module.padding, module.dilation)
+            settings.append((window, module.ceil_mode, module.return_indices))
+        elif isinstance(module, ConvBNReLU):
+            settings.append(module.activation)
+    return settings
 
 
 def _divide(stages: list[tuple[str, nn.Module]]) -> list[Chain | nn.Module]:

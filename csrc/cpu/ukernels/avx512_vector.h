@@ -37,6 +37,12 @@ struct Vector {
     value = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(other.value, _mm512_setzero_ps(), _CMP_NLE_UQ),
                                 value);
   }
+  // A NaN in `a` equals everything.
+  inline void drop_where_equal(Vector a, Vector b) {
+    const __mmask16 keep = _mm512_cmp_ps_mask(a.value, b.value, _CMP_NEQ_UQ) &
+                           _mm512_cmp_ps_mask(a.value, a.value, _CMP_ORD_Q);
+    value = _mm512_maskz_mov_ps(keep, value);
+  }
   inline void scale(float factor) { value = _mm512_mul_ps(value, _mm512_set1_ps(factor)); }
 };
 

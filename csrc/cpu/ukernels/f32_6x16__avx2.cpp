@@ -45,6 +45,12 @@ struct Vector {
   inline void drop_where_not_positive(Vector other) {
     value = _mm256_and_ps(_mm256_cmp_ps(other.value, _mm256_setzero_ps(), _CMP_NLE_UQ), value);
   }
+  // A NaN in `a` equals everything.
+  inline void drop_where_equal(Vector a, Vector b) {
+    const __m256 keep = _mm256_and_ps(_mm256_cmp_ps(a.value, b.value, _CMP_NEQ_UQ),
+                                      _mm256_cmp_ps(a.value, a.value, _CMP_ORD_Q));
+    value = _mm256_and_ps(keep, value);
+  }
   inline void scale(float factor) { value = _mm256_mul_ps(value, _mm256_set1_ps(factor)); }
 };
 

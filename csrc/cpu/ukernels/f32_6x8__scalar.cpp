@@ -39,6 +39,10 @@ struct Vector {
   inline void drop_where_not_positive(Vector other) {
     value = other.value <= 0.0f ? Lanes{} : value;
   }
+  // A NaN in `a` equals everything.
+  inline void drop_where_equal(Vector a, Vector b) {
+    value = ((a.value == b.value) | (a.value != a.value)) ? Lanes{} : value;
+  }
   inline void scale(float factor) { value *= factor; }
 };
 

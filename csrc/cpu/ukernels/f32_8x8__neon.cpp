@@ -52,6 +52,11 @@ struct Vector {
   inline void drop_where_not_positive(Vector other) {
     value = vbslq_f32(vcleq_f32(other.value, vdupq_n_f32(0.0f)), vdupq_n_f32(0.0f), value);
   }
+  // A NaN in `a` equals everything.
+  inline void drop_where_equal(Vector a, Vector b) {
+    const uint32x4_t keep = vbicq_u32(vceqq_f32(a.value, a.value), vceqq_f32(a.value, b.value));
+    value = vbslq_f32(keep, value, vdupq_n_f32(0.0f));
+  }
   inline void scale(float factor) { value = vmulq_n_f32(value, factor); }
 };
 

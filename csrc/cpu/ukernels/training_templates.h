@@ -288,7 +288,7 @@ void max_pool_gradient(const float* input, const int64_t* offsets, const int64_t
         const Vector value = activated<kActivation>(
             before_activation(load_channels(input + offsets[i] + c, left), scale, shift));
         Vector rest = pending;
-        rest.drop_where_not_positive(difference(maximum, value));
+        rest.drop_where_equal(value, maximum);
         float* const to = output + output_offsets[i] + c;
         Vector sum = load_channels(to, left);
         sum.add(difference(pending, rest));
