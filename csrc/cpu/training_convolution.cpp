@@ -408,7 +408,7 @@ class Convolution {
                          : result.places + place * result.pitch;
       }
       table_.winograd_2x2.output(products + tile * pitch, product_floats, bias_.data(), channels,
-                                 false, outputs);
+                                 kIdentity, outputs);
     });
   }
 
@@ -460,7 +460,7 @@ class Convolution {
       tile.weight_pitch = panels_.pitch(panel);
       tile.input_pixels = kIota;
       tile.output_rows = kIota;
-      tile.relu = false;
+      tile.activation = kIdentity;
       float* const places = to.places + first * to.pitch;
       if (chunk + 1 == chunks_ && to.map != nullptr) {
         tile.sums = nullptr;

@@ -8,8 +8,6 @@
 
 namespace threshnet_fast::cpu {
 
-enum Activation : int64_t { kIdentity = 0, kRelu = 1, kRelu6 = 2 };
-
 // Pixels at equal distances, of which a tile of a weight's gradient adds up the products.
 struct PixelRun {
   const float* input;
