@@ -140,6 +140,22 @@ class FusedForward:
                 # Another round takes the next backend.
                 snapshot.unsupported["triton"] = str(objection)
 
+    def training_objection(self, model: Network, x: Tensor) -> str | None:
+        """Returns why a call that wants gradients cannot run fused, or None where it can.
+
+        Args:
+            model: The model that this belongs to.
+            x: Its input, already checked.
+        """
+        requested = select.requested_backend()
+        if requested not in ("auto", "cpu"):
+            return f"backend {requested!r} trains single operations only"
+        try:
+            self._training.prepare(model, x, model.checkpoint)
+        except CannotTrain as error:
+            return str(error)
+        return None
+
     def _train(self, model: Network, x: Tensor, requested: str, *, head: bool) -> Tensor:
         """Runs the model with a history for autograd.
 

@@ -189,8 +189,7 @@ class _Pass:
             if shape.pixels == 1:
                 size = torch.Size([shape.batch, norm.channels, shape.height, shape.width])
                 raise ValueError(
-                    f"Expected more than 1 value per channel when training, got input size {size} "
-                    f"in {norm.name}"
+                    f"Expected more than 1 value per channel when training, got input size {size}"
                 )
             if self.statistics[norm.buffer] is None:
                 channels = graph.buffers[norm.buffer].channels
@@ -423,7 +422,9 @@ class _Backward:
         if self.needs_weight[index]:
             weight_gradient = self.weight_gradients[index] = torch.empty_like(cast(Tensor, weight))
         inputs = None
-        if self.needs_input or any(read.buffer != 0 or read.norm is not None for read in node.reads):
+        if self.needs_input or any(
+            read.buffer != 0 or read.norm is not None for read in node.reads
+        ):
             inputs = Gradients(
                 [self._gradient(read.buffer) for read in node.reads],
                 [self._claim(read) for read in node.reads],

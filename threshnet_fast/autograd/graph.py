@@ -278,7 +278,9 @@ class _Tracer:
         _require(module, nn.BatchNorm2d, name)
         norm = cast(nn.BatchNorm2d, module)
         if norm.num_features != read.channels:
-            raise Unsupported(f"{name} normalises {norm.num_features} channels, not {read.channels}")
+            raise Unsupported(
+                f"{name} normalises {norm.num_features} channels, not {read.channels}"
+            )
         self.graph.norms.append(Norm(norm, name, read.buffer, read.channel, read.channels))
         return Read(read.buffer, read.channel, read.channels, len(self.graph.norms) - 1)
 
@@ -306,9 +308,7 @@ class _Tracer:
         for read in features.reads:
             self._write(MaxPool(name, (read,), features.activation, buffer, channel, 1, 1, 0))
             channel += read.channels
-        self.features = _Features(
-            (Read(buffer, 0, channel),), activated_by=features.activation
-        )
+        self.features = _Features((Read(buffer, 0, channel),), activated_by=features.activation)
 
     def _convolution(self, name: str, module: nn.Module, to: tuple[int, int] | None) -> tuple[Read]:
         _require(module, nn.Conv2d, name)
@@ -362,9 +362,7 @@ class _Tracer:
         )
         (middle,) = self._convolution(f"{name}.conv1", layer.conv1, None)
         self.graph.buffers[middle.buffer].temporary = True
-        self.features = _Features(
-            (self._norm(f"{name}.norm2", layer.norm2, middle),), "relu"
-        )
+        self.features = _Features((self._norm(f"{name}.norm2", layer.norm2, middle),), "relu")
         start = before.channels
         self.graph.buffers[buffer].channels = start + layer.conv2.out_channels
         self._convolution(f"{name}.conv2", layer.conv2, (buffer, start))
@@ -398,9 +396,7 @@ class _Tracer:
             self._conv_bn_relu(layer_name, layer, (buffer, channel))
             outputs.append(self.features.reads[0])
             channel += layer.conv.out_channels
-        self.features = _Features(
-            tuple(outputs[layer] for layer in block.out_layers), activation
-        )
+        self.features = _Features(tuple(outputs[layer] for layer in block.out_layers), activation)
 
     def _max_pool(self, name: str, module: nn.MaxPool2d) -> None:
         _require(module, nn.MaxPool2d, name)
@@ -413,7 +409,7 @@ class _Tracer:
             or module.ceil_mode
             or module.return_indices
             or not 0 < kernel <= 8
-            or not 0 < stride
+            or not stride > 0
         ):
             raise Unsupported(f"{name} is not a plain square max pooling")
         if len(self.features.reads) > 1:

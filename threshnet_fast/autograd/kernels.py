@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .graph import ACTIVATIONS, MaxPool, Node
 
@@ -368,8 +369,9 @@ class ReferenceKernels:
         before = _normalise(x, prologue)
         activated = _activate(before, node.activation)
         if isinstance(node, MaxPool):
-            window = (node.kernel, node.stride, node.padding)
-            _, indices = F.max_pool2d(activated, *window, return_indices=True)
+            _, indices = F.max_pool2d(
+                activated, node.kernel, node.stride, node.padding, return_indices=True
+            )
             dx = torch.zeros_like(activated).flatten(2)
             dx.scatter_add_(2, indices.flatten(2), dy.flatten(2))
             dx = dx.view_as(activated)
@@ -377,12 +379,10 @@ class ReferenceKernels:
             assert weight is not None
             window = (node.stride, node.padding)
             if weight_gradient is not None:
-                weight_gradient.copy_(
-                    torch.nn.grad.conv2d_weight(activated, weight.shape, dy, *window)
-                )
+                weight_gradient.copy_(conv2d_weight(activated, list(weight.shape), dy, *window))
             if inputs is None:
                 return
-            dx = torch.nn.grad.conv2d_input(activated.shape, weight, dy, *window)
+            dx = conv2d_input(list(activated.shape), weight, dy, *window)
         if inputs is None:
             return
         passed = dx

@@ -51,8 +51,22 @@ class FusedTraining:
 
         Raises:
             CannotTrain: Plain PyTorch must run.
-            ValueError: ``checkpoint`` is neither None nor ``"features"``, or a norm in training mode
-                has only one value for each channel.
+            ValueError: ``checkpoint`` is neither None nor ``"features"``, or a norm in training
+                mode has only one value for each channel.
+        """
+        return self.prepare(model, x, checkpoint).run(x, checkpoint)
+
+    def prepare(self, model: Network, x: Tensor, checkpoint: str | None) -> _Parts:
+        """Makes sure that :meth:`features` can run, and runs nothing.
+
+        Args:
+            model: As there.
+            x: As there.
+            checkpoint: As there.
+
+        Raises:
+            CannotTrain: As there.
+            ValueError: ``checkpoint`` is neither None nor ``"features"``.
         """
         if checkpoint not in CHECKPOINTS:
             raise ValueError(f"checkpoint is {checkpoint!r}: expected one of {CHECKPOINTS}")
@@ -70,8 +84,8 @@ class FusedTraining:
         if parts is None or not parts.match(model):
             with self._lock:
                 parts = self._parts = _Parts(model)
-        parts.check()
-        return parts.run(x, checkpoint)
+        parts.check(x)
+        return parts
 
 
 class _Parts:
@@ -113,14 +127,21 @@ class _Parts:
             and list(map(len, self._attributes)) == self._counts
         )
 
-    def check(self) -> None:
+    def check(self, x: Tensor) -> None:
         """Refuses what may differ from call to call.
+
+        Args:
+            x: The input.
 
         Raises:
             CannotTrain: Plain PyTorch must run.
         """
         if any(self._hooks):
             raise CannotTrain("a part of the model has hooks")
+        first = self._parts[0]
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        if wanted and isinstance(first, Chain) and not first.differentiable_input:
+            raise CannotTrain("the gradient of the images is wanted, through a stride")
         for tensors, name in self._slots:
             tensor = tensors.get(name)
             if tensor is None:
@@ -136,10 +157,7 @@ class _Parts:
                 raise CannotTrain("the model has inference tensors")
 
     def run(self, x: Tensor, checkpoint: str | None) -> Tensor:
-        first = self._parts[0]
-        if isinstance(first, Chain) and not first.differentiable_input:
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise CannotTrain("the gradient of the images is wanted, through a stride")
+        """The last feature map."""
         for part in self._parts:
             x = part(x, checkpoint) if isinstance(part, Chain) else part(x)
         return x

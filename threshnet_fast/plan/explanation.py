@@ -58,7 +58,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             that cannot run this.
     """
     from ..backends import select
-    from ..fused import Objection
+    from ..fused import Objection, WantsGradients
     from ..models.network import Network
 
     if not isinstance(model, Network):
@@ -74,6 +74,16 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         return Explanation("reference", "asked for by use_backend", nothing, plan)
     try:
         prepared, _ = model._fused.prepare(model, x, head=True)
+    except WantsGradients as wanted:
+        reason = model._fused.training_objection(model, x)
+        if reason is None:
+            how = f"{wanted}: chains of fused steps, forward and back"
+            return Explanation("cpu", how, nothing, plan)
+        if requested != "auto":
+            raise RuntimeError(
+                f"backend {requested!r} cannot run this call: {wanted}; {reason}"
+            ) from None
+        return Explanation("reference", f"{wanted}; {reason}", nothing, plan)
     except Objection as objection:
         if requested != "auto":
             raise RuntimeError(f"backend {requested!r} cannot run this call: {objection}") from None
