@@ -1148,7 +1148,11 @@ def parametrised(model):
 
 
 def weight_norm(model):
-    nn.utils.parametrizations.weight_norm(model.base[3].conv1)
+    conv = model.base[3].conv1
+    nn.utils.parametrizations.weight_norm(conv)
+    with torch.no_grad():
+        direction = conv.parametrizations.weight.original1
+        direction += torch.randn_like(direction) * direction.std()
 
 
 def replaced_module(model):
