@@ -84,8 +84,8 @@ def build_cuda_library(folder):
     )
     csrc = ROOT / "csrc"
     sources = [*csrc.glob("*.cpp"), *csrc.glob("cuda/*.cpp"), *csrc.glob("cuda/*.cu")]
-    # These two alone know torch.
-    sources = set(sources) - {csrc / "bindings.cpp", csrc / "cuda/bindings.cpp"}
+    # These alone know torch.
+    sources = set(sources) - {*csrc.glob("*bindings.cpp"), csrc / "cuda/bindings.cpp"}
     host = nvcc.host_compiler_options(os.environ["CXX"])
     options = [
         *nvcc.FLAGS,

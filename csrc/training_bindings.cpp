@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "../tensors.h"
-#include "training.h"
+#include "cpu/training.h"
+#include "tensors.h"
 
 namespace threshnet_fast {
 namespace {
@@ -59,7 +59,8 @@ cpu::Window window_of(const std::vector<int64_t>& numbers) {
   const cpu::Window window = {numbers[0], numbers[1], numbers[2], numbers[3],
                               numbers[4], numbers[5], numbers[6]};
   constexpr double kMostPixels = 1e15;
-  check(static_cast<double>(window.batch) * static_cast<double>(window.height + 2 * window.padding) *
+  check(static_cast<double>(window.batch) *
+                static_cast<double>(window.height + 2 * window.padding) *
                 static_cast<double>(window.width + 2 * window.padding) <
             kMostPixels,
         "window has more pixels than any memory");
