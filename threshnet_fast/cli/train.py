@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends.select import use_backend
+from ..data.errors import DataError
 from .arguments import (
     check_device,
     check_model,
@@ -24,9 +29,14 @@ from .arguments import (
 from .errors import CommandError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data.dataset import DataSet
+    from ..train.distributed import Processes
     from ..train.loop import Trainer
+    from ..train.progress import SilentReporter
     from ..train.recipes import Recipe
+    from ..train.settings import Settings
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -37,7 +47,12 @@ Trains a network and writes, into one folder, its weights (model.safetensors and
 log (log.csv) and checkpoints. A run that was interrupted, however abruptly, goes on with --resume
 as if it had not been."""
 
-_DATASETS = ("cifar10", "cifar100")
+_DATASETS = ("cifar10", "cifar100", "svhn", "svhn-extra", "folder")
+# Of the images of a folder.
+_FOLDER_SIZE = (224, 224)
+_TEST_BATCH = 250
+# Seconds that a process waits for another, which may be downloading.
+_TIMEOUT = 1800.0
 
 
 def _number(text: str) -> float:
@@ -69,9 +84,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, default=Path("data"), metavar="DIR", help="its folder (default data)"
     )
     what.add_argument(
+        "--download", action="store_true", help="fetch what is missing of it, into that folder"
+    )
+    what.add_argument(
         "--no-verify",
         action="store_true",
         help="accept files of the data set that are not as large as the published ones",
+    )
+    what.add_argument(
+        "--workers",
+        type=_integer,
+        default=2,
+        metavar="N",
+        help="processes that read a folder's images (default 2)",
     )
     what.add_argument(
         "--image-size",
@@ -106,6 +131,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--padding", type=_integer, metavar="N", help="pixels of random shifts; 0 for none"
     )
+    how.add_argument(
+        "--crop-scale",
+        type=_number,
+        metavar="X",
+        help="smallest share of its area that a random crop keeps; of folders",
+    )
     how.add_argument("--label-smoothing", type=_number, metavar="X")
     how.add_argument(
         "--ema-decay", type=_number, metavar="X", help="of the weights' average; 0 for none"
@@ -121,12 +152,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="batches whose gradients make a step (default 1)",
     )
     how.add_argument(
+        "--sync-batchnorm",
+        action="store_true",
+        help="BatchNorm takes the statistics of all processes",
+    )
+    how.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same result every time on a GPU too, at some cost; the CPU's always is",
+    )
+    how.add_argument(
         "--amp", choices=("bfloat16", "float16"), help="mixed precision; float16 on a GPU only"
     )
 
     where = parser.add_argument_group("where and how fast")
     where.add_argument(
-        "--device", type=device, metavar="DEVICE", help="cpu (the default), cuda or cuda:1"
+        "--device",
+        type=device,
+        metavar="DEVICE",
+        help="cpu (default), cuda or cuda:1; of several processes each takes a GPU of its own",
     )
     where.add_argument("--threads", type=positive_integer, metavar="N", help="default: torch's")
     where.add_argument("--backend", default="auto", metavar="NAME", help="as use_backend takes it")
@@ -150,6 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--evaluate-every", type=positive_integer, default=1, metavar="N", help="epochs (default 1)"
     )
+    files.add_argument("--tensorboard", action="store_true", help="write a TensorBoard log too")
     files.add_argument(
         "--half", action="store_true", help="write the trained weights in half precision"
     )
@@ -173,49 +218,102 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def _load_data(arguments: argparse.Namespace) -> DataSet:
-    from ..data.cifar import CIFAR10, CIFAR100
-    from ..data.errors import DataError
-
-    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[arguments.dataset]
-    try:
-        return source.load(arguments.data, verify=not arguments.no_verify)
-    except DataError as error:
-        raise CommandError(str(error)) from error
-
-
-def _size(arguments: argparse.Namespace, data: DataSet) -> tuple[int, int]:
-    size: tuple[int, int] | None = arguments.image_size or data.source_size
-    if size is None:
-        raise CommandError("--image-size is missing: the pictures have no size in common", status=2)
-    return size
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     from ..backends.select import check_name
-    from ..data.augment import Augmentation, Preparation
-    from ..data.images import ImageBatches, Shard
-    from ..models import create_model
-    from ..train.distributed import Processes
-    from ..train.loop import Options, Stopped, Trainer, TrainingDiverged
-    from ..train.progress import ConsoleReporter
-    from ..train.settings import Settings, differences, read_settings, write_settings
-    from ..train.weights import ModelInfo
+    from ..train.distributed import Processes, join
 
     check_model(arguments.model)
     recipe = _recipe(arguments)
-    place = check_device(arguments.device or torch.device("cpu"))
-    if arguments.amp == "float16" and place.type == "cpu":
-        raise CommandError("--amp float16 needs a GPU: on the CPU, take bfloat16", status=2)
+    if arguments.device is not None:
+        checked = check_device(arguments.device)
+        # Without a number, each of several processes takes a GPU of its own.
+        if "WORLD_SIZE" not in os.environ:
+            arguments.device = checked
     try:
         check_name(arguments.backend, "--backend")
     except ValueError as error:
         raise CommandError(str(error), status=2) from error
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.deterministic:
+        # Read when the first matrix is multiplied on a GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    processes = Processes()
+    try:
+        with join(arguments.device, _TIMEOUT) as processes, contextlib.ExitStack() as stack:
+            _train(arguments, recipe, processes, stack)
+    except Exception as error:
+        if processes.count == 1:
+            raise
+        status = error.status if isinstance(error, CommandError) else 1
+        raise CommandError(f"process {processes.rank}: {error}", status) from error
+    return 0
+
+
+def _train(
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    processes: Processes,
+    stack: contextlib.ExitStack,
+) -> None:
+    from ..train.loop import Stopped, TrainingDiverged
+    from ..train.settings import write_settings
 
     output: Path = arguments.output
+    if arguments.amp == "float16" and processes.device.type == "cpu":
+        raise CommandError("--amp float16 needs a GPU: on the CPU, take bfloat16", status=2)
+    # Everything that can be wrong is found before anything is written.
+    reporter = processes.together(lambda: _reporter(arguments, recipe, processes))
+    recorded = processes.together(lambda: _recorded(arguments))
+    data = processes.after_first(lambda: _load_data(arguments))
+    settings = processes.together(lambda: _settings(arguments, recipe, data, processes, recorded))
+    model = processes.together(lambda: _model(settings, processes.device))
+    processes.together(lambda: _lock(output, stack) if processes.first else None)
+    try:
+        trainer = _trainer(arguments, settings, data, model, reporter, processes)
+        if recorded is not None:
+            processes.together(trainer.resume)
+        elif processes.first:
+            write_settings(output, settings)
+        with _signals(trainer):
+            trainer.run()
+    except Stopped:
+        raise CommandError(
+            f"stopped; --resume goes on from the checkpoint in {output}", status=130
+        ) from None
+    except (TrainingDiverged, ValueError) as error:
+        raise CommandError(str(error)) from error
+    if processes.first:
+        _finish(trainer, data.classes, output)
+
+
+def _reporter(
+    arguments: argparse.Namespace, recipe: Recipe, processes: Processes
+) -> SilentReporter:
+    from ..train.progress import ConsoleReporter, SilentReporter, TensorBoardReporter
+
+    if not processes.first:
+        return SilentReporter()
+    if not arguments.tensorboard:
+        return ConsoleReporter(recipe.epochs)
+    try:
+        return TensorBoardReporter(recipe.epochs, arguments.output / "tensorboard")
+    except ImportError as error:
+        raise CommandError("--tensorboard needs TensorBoard: pip install tensorboard") from error
+
+
+def _recorded(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """What the output folder says of the run that it holds; None where it holds none."""
+    from ..train.settings import read_settings
+
+    output: Path = arguments.output
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise CommandError(f"--output {output}: {existing} is no folder", status=2)
+    if not os.access(existing, os.W_OK):
+        raise CommandError(f"--output {output}: {existing} cannot be written to", status=2)
     try:
         recorded = read_settings(output)
     except ValueError as error:
@@ -226,101 +324,171 @@ def run(arguments: argparse.Namespace) -> int:
             "starts anew",
             status=2,
         )
-    data = _load_data(arguments)
-    processes = Processes(device=place)
-    images_per_step = recipe.batch_size * processes.count * arguments.accumulate
-    size = _size(arguments, data)
+    if recorded is None:
+        for name in ("model.safetensors", "log.csv", "checkpoints"):
+            if (output / name).exists():
+                raise CommandError(
+                    f"--output {output} has a {name}, but no config.json of a run", status=2
+                )
+    return recorded
+
+
+def _lock(output: Path, stack: contextlib.ExitStack) -> None:
+    """Makes the folder, and keeps other runs out of it until the stack closes."""
+    import fcntl
+
+    output.mkdir(parents=True, exist_ok=True)
+    # The lock ends with the process, however that ends.
+    file = stack.enter_context((output / ".lock").open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CommandError(f"another process is training in {output}") from error
+
+
+def _load_data(arguments: argparse.Namespace) -> DataSet:
+    from ..data import sources
+
+    try:
+        return sources.load(
+            arguments.dataset, arguments.data, not arguments.no_verify, arguments.download
+        )
+    except DataError as error:
+        raise CommandError(str(error)) from error
+
+
+def _settings(
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    data: DataSet,
+    processes: Processes,
+    recorded: dict[str, Any] | None,
+) -> Settings:
+    from ..train.settings import Settings, differences
+
     settings = Settings(
         model=arguments.model,
         dataset=data.name,
         num_classes=len(data.classes),
         train_images=len(data.train),
         recipe=recipe,
-        image_size=size,
+        image_size=arguments.image_size or data.source_size or _FOLDER_SIZE,
         interpolation=arguments.interpolation,
         seed=arguments.seed,
-        images_per_step=images_per_step,
+        images_per_step=recipe.batch_size * processes.count * arguments.accumulate,
         accumulate=arguments.accumulate,
         amp=arguments.amp or "",
+        sync_batchnorm=arguments.sync_batchnorm,
     )
-    if len(data.train) < images_per_step:
+    if settings.train_images < settings.images_per_step:
         raise CommandError(
-            f"a step takes {images_per_step} images, and there are {len(data.train)} to train on",
+            f"a step takes {settings.images_per_step} images, and there are "
+            f"{settings.train_images} to train on: lower --batch-size",
             status=2,
         )
-    if recorded is not None:
-        differing = differences(recorded, settings)
-        if differing:
-            raise CommandError(
-                f"--output {output} holds a run with other settings: {'; '.join(differing)}",
-                status=2,
-            )
-    output.mkdir(parents=True, exist_ok=True)
+    differing = differences(recorded, settings) if recorded is not None else []
+    if differing:
+        raise CommandError(
+            f"--output {arguments.output} holds a run with other settings: {'; '.join(differing)}",
+            status=2,
+        )
+    return settings
 
-    torch.manual_seed(arguments.seed)
-    keywords: dict[str, Any] = {"num_classes": len(data.classes)}
-    dropout: dict[str, Any] = {"drop_rate": recipe.drop_rate} if recipe.drop_rate else {}
-    model = create_model(arguments.model, **keywords, **dropout)
-    model.to(place)
-    # Missing from the annotations of Module.to.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    preparation = Preparation(data.mean, data.std, size, arguments.interpolation)
+def _model(settings: Settings, place: torch.device) -> nn.Module:
+    """Builds the network, and sees that it takes what it is going to be given."""
+    from ..models import create_model
+
+    torch.manual_seed(settings.seed)
+    drop_rate = settings.recipe.drop_rate
+    dropout = {"drop_rate": drop_rate} if drop_rate else {}
+    try:
+        model = create_model(settings.model, num_classes=settings.num_classes, **dropout)
+        model.to(place)
+        # Missing from the annotations of Module.to.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with use_backend("reference"), torch.no_grad():
+            outputs = model.eval()(torch.zeros(1, 3, *settings.image_size, device=place))
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{settings.model} cannot be trained so: {error}", status=2) from error
+    if outputs.shape != (1, settings.num_classes):
+        raise CommandError(
+            f"{settings.model} gives {tuple(outputs.shape)} for one image: expected "
+            f"{settings.num_classes} classes"
+        )
+    return model
+
+
+def _trainer(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    data: DataSet,
+    model: nn.Module,
+    reporter: SilentReporter,
+    processes: Processes,
+) -> Trainer:
+    from ..data.augment import Augmentation, Preparation
+    from ..data.folder import CROP_FRACTION
+    from ..data.images import Shard
+    from ..data.sources import make_batches
+    from ..train.loop import Options, Trainer
+    from ..train.weights import ModelInfo
+
+    recipe, device = settings.recipe, processes.device
+    preparation = Preparation(data.mean, data.std, settings.image_size, settings.interpolation)
     shard = Shard(processes.rank, processes.count)
-    train = ImageBatches(
+    train = make_batches(
         data.train,
         preparation,
         recipe.batch_size * processes.count,
         shard,
-        arguments.seed,
-        Augmentation(recipe.flip, recipe.padding),
-        place,
+        settings.seed,
+        Augmentation(recipe.flip, recipe.padding, recipe.crop_scale),
+        device,
+        arguments.workers,
     )
-    test = ImageBatches(data.test, preparation, 250, shard, device=place)
+    test = make_batches(
+        data.test, preparation, _TEST_BATCH, shard, device=device, workers=arguments.workers
+    )
     info = ModelInfo(
-        model=arguments.model,
+        model=settings.model,
         classes=data.classes,
         mean=data.mean,
         std=data.std,
-        image_size=size,
-        arguments=keywords,
+        image_size=settings.image_size,
+        arguments={"num_classes": settings.num_classes},
         source_size=data.source_size,
-        interpolation=arguments.interpolation,
+        interpolation=settings.interpolation,
+        crop_fraction=CROP_FRACTION if data.source_size is None else 1.0,
         dataset=data.name,
         recipe=settings.to_json()["recipe"],
     )
-    reporter = ConsoleReporter(recipe.epochs)
-    trainer = Trainer(
-        settings,
-        model,
-        train,
-        test,
-        info,
-        output,
-        Options(
-            backend=arguments.backend,
-            checkpoint_seconds=60 * arguments.checkpoint_minutes,
-            evaluate_every=arguments.evaluate_every,
-            half=arguments.half,
-        ),
-        reporter,
-        processes,
+    options = Options(
+        backend=arguments.backend,
+        checkpoint_seconds=60 * arguments.checkpoint_minutes,
+        evaluate_every=arguments.evaluate_every,
+        half=arguments.half,
     )
+    return Trainer(
+        settings, model, train, test, info, arguments.output, options, reporter, processes
+    )
+
+
+def _finish(trainer: Trainer, classes: tuple[str, ...], output: Path) -> None:
+    """Writes what a person looks at once training is done."""
+    from ..train import figures
+
+    assert trainer.evaluation is not None
+    confusion = trainer.evaluation.confusion
+    written = ["model.safetensors", "model.json", "log.csv", "confusion.csv"]
+    figures.write_confusion(output / "confusion.csv", confusion, classes)
     try:
-        if recorded is not None:
-            trainer.resume()
-        else:
-            write_settings(output, settings)
-        with _signals(trainer):
-            trainer.run()
-    except Stopped:
-        raise CommandError(
-            f"stopped; --resume goes on from the checkpoint in {output}", status=130
-        ) from None
-    except (TrainingDiverged, ValueError) as error:
-        raise CommandError(str(error)) from error
-    print(f"wrote {output / 'model.safetensors'}")
-    return 0
+        figures.draw_curves(output / "curves.png", trainer.progress.rows)
+        figures.draw_confusion(output / "confusion.png", confusion, classes)
+        written += ["curves.png", "confusion.png"]
+    except ImportError as error:
+        print(f"no pictures: {error}", file=sys.stderr)
+    print(f"wrote {', '.join(written)} to {output}")
 
 
 @contextmanager

@@ -31,21 +31,23 @@ class Preparation:
         interpolation: str = "bilinear",
     ) -> None:
         scale = 255 * torch.tensor(std, dtype=torch.float64)
-        self._scale = (1 / scale).to(torch.float32)
-        self._shift = (-255 * torch.tensor(mean, dtype=torch.float64) / scale).to(torch.float32)
-        self._size = size
-        self._interpolation = interpolation
+        dtype = torch.get_default_dtype()
+        self._scale = (1 / scale).to(dtype)
+        self._shift = (-255 * torch.tensor(mean, dtype=torch.float64) / scale).to(dtype)
+        self.size = size
+        self.interpolation = interpolation
 
     def __call__(self, images: Tensor) -> Tensor:
-        """``(N, H, W, C)`` uint8 to ``(N, C, h, w)`` float32 in channels_last format."""
+        """``(N, H, W, C)`` uint8 to ``(N, C, h, w)`` of torch's default dtype, channels_last."""
         if images.device != self._scale.device:
             self._scale = self._scale.to(images.device)
             self._shift = self._shift.to(images.device)
-        x = torch.addcmul(self._shift, images.to(torch.float32), self._scale).permute(0, 3, 1, 2)
-        if x.shape[2:] != self._size:
-            shrinks = x.shape[2] > self._size[0] or x.shape[3] > self._size[1]
+        x = torch.addcmul(self._shift, images.to(self._scale.dtype), self._scale)
+        x = x.permute(0, 3, 1, 2)
+        if x.shape[2:] != self.size:
+            shrinks = x.shape[2] > self.size[0] or x.shape[3] > self.size[1]
             x = F.interpolate(
-                x, self._size, mode=self._interpolation, align_corners=False, antialias=shrinks
+                x, self.size, mode=self.interpolation, align_corners=False, antialias=shrinks
             )
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -57,10 +59,12 @@ class Augmentation:
     Attributes:
         flip: Whether half of the images are mirrored.
         padding: Pixels by which an image is shifted at most, in each direction.
+        smallest: Smallest share of its area that a random crop keeps of a picture of a folder.
     """
 
     flip: bool = True
     padding: int = 0
+    smallest: float = 1.0
 
     def draw(self, count: int, random: torch.Generator) -> Tensor:
         """Draws what happens to each image of a batch: ``(count, 3)``: mirrored, down, right."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .dataset import DataSet
+from .download import check_md5, fetch, unpack
 from .errors import DataError
 from .images import ImageSet
 
@@ -53,34 +54,37 @@ class Cifar:
         """Where the archive is published."""
         return f"https://www.cs.toronto.edu/~kriz/{self.archive}"
 
-    def find(self, root: Path) -> Path:
-        """Returns the folder of the files, ``root`` itself or one in it.
+    def load(self, root: Path, verify: bool = True, download: bool = False) -> DataSet:
+        """Reads the data set.
+
+        Args:
+            root: The folder that holds the unpacked archive, or the unpacked folder itself.
+            verify: Whether to insist on the number of records that the published files have and,
+                where the archive is there too, on its checksum.
+            download: Whether to fetch and unpack the archive where files are missing.
 
         Raises:
-            DataError: There is none, or a file is missing.
+            DataError: A file is missing, incomplete or damaged.
         """
-        folder = root / self.folder if (root / self.folder).is_dir() else root
-        missing = [
-            name for name in (*self.train, *self.test, self.names) if not (folder / name).is_file()
-        ]
+        names = (*self.train, *self.test, self.names)
+        archive = root / self.archive
+
+        def find() -> tuple[Path, list[str]]:
+            folder = root / self.folder if (root / self.folder).is_dir() else root
+            return folder, [name for name in names if not (folder / name).is_file()]
+
+        folder, missing = find()
+        if missing and download:
+            fetch(self.url, archive, self.md5)
+            unpack(archive, root / self.folder, names)
+            folder, missing = find()
+        elif verify and archive.is_file():
+            check_md5(archive, self.md5)
         if missing:
             raise DataError(
                 f"{self.name}: no {missing[0]} in {root} or {root / self.folder}: expected the "
                 f"files of {self.archive}, unpacked (--download fetches it from {self.url})"
             )
-        return folder
-
-    def load(self, root: Path, verify: bool = True) -> DataSet:
-        """Reads the data set.
-
-        Args:
-            root: The folder that holds the unpacked archive, or the unpacked folder itself.
-            verify: Whether to insist on the number of records that the published files have.
-
-        Raises:
-            DataError: A file is missing, incomplete or damaged.
-        """
-        folder = self.find(root)
         lines = (folder / self.names).read_text(encoding="utf-8").split("\n")
         classes = tuple(line.strip() for line in lines if line.strip())
         if len(classes) != self.num_classes:

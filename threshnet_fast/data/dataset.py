@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .images import ImageSet
+
+if TYPE_CHECKING:
+    from .folder import FolderSet
 
 __all__ = ["DataSet"]
 
@@ -28,5 +32,5 @@ class DataSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source_size: tuple[int, int] | None
-    train: ImageSet
-    test: ImageSet
+    train: ImageSet | FolderSet
+    test: ImageSet | FolderSet

@@ -56,6 +56,18 @@ class Shard:
     rank: int = 0
     count: int = 1
 
+    def of(self, batch: int, size: int) -> slice:
+        """Which images of an epoch are this process's part of a batch.
+
+        Args:
+            batch: Number of the batch.
+            size: Images of a batch, all processes together.
+        """
+        start = batch * size
+        return slice(
+            start + self.rank * size // self.count, start + (self.rank + 1) * size // self.count
+        )
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -126,13 +138,13 @@ class ImageBatches:
         order = epoch_order(len(self._labels), self._seed, epoch)
         size, shard = self._batch_size, self._shard
         for batch in range(start, len(self)):
-            chosen = order[batch * size : (batch + 1) * size]
-            mine = slice(shard.rank * size // shard.count, (shard.rank + 1) * size // shard.count)
-            indices = chosen[mine].to(self._device)
+            indices = order[shard.of(batch, size)].to(self._device)
             images = self._images[indices]
             if self._augmentation is not None:
                 random = augmentation_generator(self._seed, epoch, batch)
-                images = self._augmentation(images, self._augmentation.draw(size, random)[mine])
+                images = self._augmentation(
+                    images, self._augmentation.draw(size, random)[shard.of(0, size)]
+                )
             yield self._preparation(images), self._labels[indices]
 
     def all(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -47,7 +47,8 @@ class MovingAverage:
         Args:
             step: Steps that have been made.
         """
-        if step % self._every:
+        # The first at once: there must be something to evaluate after the shortest run.
+        if self.updates and step % self._every:
             return
         decay = min(self._decay, (1 + self.updates) / (_RAMP + self.updates))
         averages, values = zip(*self._averaged, strict=True)

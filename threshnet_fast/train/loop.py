@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import math
 import time
@@ -15,11 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.select import use_backend
 from ..data.images import generator
 from . import checkpoint
-from .distributed import Processes
+from .distributed import Processes, synchronise_batchnorm
 from .ema import MovingAverage
 from .files import write_text
 from .recipes import learning_rate, make_optimizer
@@ -33,6 +35,8 @@ _STEP = 3
 _EMA_EVERY = 4
 # Steps between two looks at whether the loss is a number, each of which waits for the device.
 _CHECK_EVERY = 50
+# Steps between two agreements of several processes on a GPU, likewise.
+_AGREE_EVERY = 10
 
 
 class TrainingDiverged(RuntimeError):
@@ -139,6 +143,11 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """In a precision in which a loss can be added up."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: TestBatches, num_classes: int, processes: Processes | None = None
@@ -160,7 +169,7 @@ def evaluate(
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     loss = torch.zeros(1, dtype=torch.float64, device=device)
     for images, labels in batches.all():
-        logits = model(images).float()
+        logits = _wide(model(images))
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         pairs = labels * num_classes + logits.argmax(1)
         confusion += torch.bincount(pairs, minlength=num_classes * num_classes)
@@ -207,7 +216,16 @@ class Trainer:
         self.progress = Progress()
         self.evaluation: Evaluation | None = None
         self._recipe = settings.recipe
+        # Of the network as it was built: evaluation needs no synchronised statistics.
+        self._average = (
+            MovingAverage(model, self._recipe.ema_decay, _EMA_EVERY)
+            if self._recipe.ema_decay
+            else None
+        )
+        if settings.sync_batchnorm and processes.count > 1:
+            model = synchronise_batchnorm(model, processes.device)
         self._model = model
+        self._replica = processes.wrap(model, gathers_buffers=not settings.sync_batchnorm)
         self._train, self._test = train, test
         self._info = info
         self._output = output
@@ -216,11 +234,6 @@ class Trainer:
         self._processes = processes
         self._optimizer = make_optimizer(self._recipe, model)
         self._scaler = torch.amp.GradScaler("cuda", enabled=settings.amp == "float16")
-        self._average = (
-            MovingAverage(model, self._recipe.ema_decay, _EMA_EVERY)
-            if self._recipe.ema_decay
-            else None
-        )
         self._steps_per_epoch = len(train) // settings.accumulate
         self._sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self._stop_requested = False
@@ -253,7 +266,9 @@ class Trainer:
             self._average.updates = saved.state["average_updates"]
         self._scaler.load_state_dict(saved.state["scaler"])
         self.progress = Progress(**saved.state["progress"])
-        self._sums.copy_(torch.tensor(self.progress.sums, dtype=torch.float64))
+        if self._processes.first:
+            # A checkpoint has those of all processes together.
+            self._sums.copy_(torch.tensor(self.progress.sums, dtype=torch.float64))
         self._reporter.note(f"resumed from {folder}")
         return True
 
@@ -285,7 +300,7 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """Trains until the last epoch is done.
+        """Trains until the last epoch is done, and sees to it that there is an evaluation.
 
         Raises:
             Stopped: :meth:`request_stop` was called.
@@ -296,10 +311,12 @@ class Trainer:
                 self._epoch()
                 self._finish_epoch()
                 self.save()
+            if self.evaluation is None:
+                self.evaluation = self._evaluate()
 
     def _epoch(self) -> None:
         progress, accumulate = self.progress, self.settings.accumulate
-        self._model.train()
+        self._replica.train()
         self._reporter.epoch(progress.epoch, progress.batch // accumulate, self._steps_per_epoch)
         batches = self._train.epoch(progress.epoch, progress.batch)
         began = saved = time.perf_counter()
@@ -318,17 +335,23 @@ class Trainer:
             began = now
             if progress.step % _CHECK_EVERY == 0:
                 self._read_sums()
-            due = now - saved >= self._options.checkpoint_seconds
+            due, stop = self._agree(
+                now - saved >= self._options.checkpoint_seconds, self._stop_requested
+            )
+            # The last step of an epoch is followed by a checkpoint anyway.
             last = progress.batch == self._steps_per_epoch * accumulate
-            if self._stop_requested or (self._agree(due) and not last):
+            if stop or (due and not last):
                 self.save()
-                if self._stop_requested:
+                if stop:
                     raise Stopped
                 # Neither the time that a checkpoint takes nor the next is training.
                 began = saved = time.perf_counter()
 
-    def _agree(self, due: bool) -> bool:
-        return due
+    def _agree(self, *flags: bool) -> list[bool]:
+        on_gpu = self._processes.device.type == "cuda"
+        if self._processes.count > 1 and on_gpu and self.progress.step % _AGREE_EVERY:
+            return [False] * len(flags)
+        return self._processes.any(*flags)
 
     def _count_seconds(self, seconds: float) -> None:
         self.progress.seconds += seconds
@@ -342,13 +365,14 @@ class Trainer:
             generator(settings.seed, _STEP, progress.step, self._processes.rank).initial_seed()
         )
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for _ in range(settings.accumulate):
+        for number in range(1, settings.accumulate + 1):
             images, labels = next(batches)
-            with self._autocast():
-                logits = self._model(images)
-            logits = logits.float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-            self._scaler.scale(loss / settings.accumulate).backward()
+            with self._gradients_stay(number < settings.accumulate):
+                with self._autocast():
+                    logits = self._replica(images)
+                logits = _wide(logits)
+                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                self._scaler.scale(loss / settings.accumulate).backward()
             with torch.no_grad():
                 right = (logits.argmax(1) == labels).sum()
                 count = len(labels)
@@ -364,6 +388,12 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         return total
 
+    def _gradients_stay(self, stay: bool) -> contextlib.AbstractContextManager[Any]:
+        """Leaves out the averaging over all processes where more gradients are added first."""
+        if stay and isinstance(self._replica, DistributedDataParallel):
+            return self._replica.no_sync()
+        return contextlib.nullcontext()
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         amp = self.settings.amp
         if not amp:
@@ -371,7 +401,7 @@ class Trainer:
         return torch.autocast(self._processes.device.type, getattr(torch, amp))
 
     def _read_sums(self) -> None:
-        self.progress.sums = self._sums.tolist()
+        self.progress.sums = self._processes.sum(self._sums.clone()).tolist()
         if not math.isfinite(self.progress.sums[0]):
             raise TrainingDiverged(
                 f"the loss is no number any more at step {self.progress.step}: lower the learning "
@@ -381,7 +411,7 @@ class Trainer:
     def _finish_epoch(self) -> None:
         progress = self.progress
         self._read_sums()
-        loss, right, count = self._processes.sum(self._sums).tolist()
+        loss, right, count = progress.sums
         epoch = progress.epoch + 1
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -395,9 +425,7 @@ class Trainer:
             "images_per_second": round(count / max(progress.epoch_seconds, 1e-9), 2),
         }
         if epoch % self._options.evaluate_every == 0 or epoch == self._recipe.epochs:
-            self.evaluation = evaluate(
-                self.trained, self._test, self.settings.num_classes, self._processes
-            )
+            self.evaluation = self._evaluate()
             row["test_loss"] = self.evaluation.loss
             row["test_accuracy"] = self.evaluation.accuracy
         progress.rows.append(row)
@@ -409,6 +437,11 @@ class Trainer:
                 self._export(epoch, self.evaluation.accuracy)
         self._reporter.row(row)
 
+    def _evaluate(self) -> Evaluation:
+        # Without synchronisation, each process has BatchNorm statistics of its own.
+        self._processes.copy_from_first(self.trained)
+        return evaluate(self.trained, self._test, self.settings.num_classes, self._processes)
+
     def _write_log(self) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.progress.rows[0]), lineterminator="\n")
@@ -417,8 +450,6 @@ class Trainer:
         write_text(self._output / "log.csv", text.getvalue())
 
     def _export(self, epoch: int, accuracy: float) -> None:
-        import dataclasses
-
         info = dataclasses.replace(self._info, epochs=epoch, accuracy=accuracy)
-        dtype = torch.float16 if self._options.half else None
+        dtype = torch.float16 if self._options.half else torch.float32
         save_model(self._output / DEFAULT_NAME, self.trained, info, dtype)

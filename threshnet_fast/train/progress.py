@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["ConsoleReporter", "SilentReporter"]
+__all__ = ["ConsoleReporter", "SilentReporter", "TensorBoardReporter"]
 
 
 class SilentReporter:
@@ -78,3 +79,37 @@ class ConsoleReporter(SilentReporter):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class TensorBoardReporter(ConsoleReporter):
+    """Writes a TensorBoard log as well.
+
+    Args:
+        epochs: Epochs of the run.
+        folder: Where the log goes.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+    """
+
+    def __init__(self, epochs: int, folder: Path) -> None:
+        super().__init__(epochs)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self._make: Any = SummaryWriter
+        self._writer: Any = None
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Adds a point to each curve."""
+        super().row(row)
+        step = row["epoch"]
+        if self._writer is None:
+            # Opened now, as what an interrupted run has logged beyond its checkpoint is void.
+            self._writer = self._make(self._folder, purge_step=step)
+        for name, value in row.items():
+            if value is not None and name not in ("epoch", "step"):
+                split, _, quantity = name.partition("_")
+                tag = f"{quantity}/{split}" if split in ("train", "test") else name
+                self._writer.add_scalar(tag, value, step)
+        self._writer.flush()

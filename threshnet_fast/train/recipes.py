@@ -37,7 +37,8 @@ class Recipe:
         weight_decay: Of weights of convolutions and of the classifier; biases and BatchNorm have
             none.
         flip: Whether half of the images are mirrored.
-        padding: Pixels by which images are shifted at most.
+        padding: Pixels by which images are shifted at most; of data sets in memory.
+        crop_scale: Smallest share of its area that a random crop of a picture keeps; of folders.
         label_smoothing: Share of the target that all classes divide among them.
         ema_decay: Of the exponential moving average of the weights, which is what is evaluated and
             kept; 0 for none.
@@ -57,6 +58,7 @@ class Recipe:
     weight_decay: float = 0.0
     flip: bool = True
     padding: int = 0
+    crop_scale: float = 1.0
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
     clip_norm: float = 0.0
@@ -73,6 +75,7 @@ class Recipe:
             "momentum": 0 <= self.momentum < 1,
             "weight_decay": 0 <= self.weight_decay < math.inf,
             "padding": self.padding >= 0,
+            "crop_scale": 0 < self.crop_scale <= 1,
             "label_smoothing": 0 <= self.label_smoothing < 1,
             "ema_decay": 0 <= self.ema_decay < 1,
             "clip_norm": 0 <= self.clip_norm < math.inf,
@@ -104,6 +107,7 @@ RECIPES = {
         batch_size=128,
         weight_decay=5e-4,
         padding=4,
+        crop_scale=0.25,
         label_smoothing=0.1,
         ema_decay=0.999,
     ),

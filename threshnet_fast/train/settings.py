@@ -12,7 +12,7 @@ from typing import Any
 from .files import write_json
 from .recipes import Recipe
 
-__all__ = ["Settings", "read_settings", "write_settings"]
+__all__ = ["Settings", "differences", "read_settings", "write_settings"]
 
 _FILE = "config.json"
 _FORMAT = "threshnet_fast training run"
@@ -34,6 +34,7 @@ class Settings:
         images_per_step: Images of a step, of all processes and accumulated batches.
         accumulate: Batches whose gradients are added up before a step.
         amp: ``""``, ``"bfloat16"`` or ``"float16"``.
+        sync_batchnorm: Whether BatchNorm takes the statistics of all processes.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Settings:
     images_per_step: int
     accumulate: int = 1
     amp: str = ""
+    sync_batchnorm: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold, as JSON gives it back."""
@@ -86,7 +88,8 @@ def differences(recorded: Mapping[str, Any], wanted: Settings) -> list[str]:
 
     def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> None:
         for name in new:
-            if name not in old:
+            # How a step's images are divided among processes is not what a run is.
+            if name not in old or name == "batch_size":
                 continue
             if isinstance(old[name], dict) and isinstance(new[name], dict):
                 compare(old[name], new[name], f"{prefix}{name}.")

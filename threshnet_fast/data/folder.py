@@ -1,0 +1,294 @@
+"""Any folder of images: ``ROOT/train/CLASS/picture.jpg`` and ``ROOT/val/CLASS/picture.jpg``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from .augment import Augmentation, Preparation
+from .dataset import DataSet
+from .errors import DataError
+from .images import Shard, augmentation_generator, epoch_order
+
+__all__ = ["CROP_FRACTION", "FolderBatches", "FolderSet", "load_folder"]
+
+_TRAIN = ("train",)
+_TEST = ("val", "test", "valid", "validation")
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+# Of a random crop, as is customary.
+_RATIO = 4 / 3
+_ATTEMPTS = 10
+
+CROP_FRACTION = 0.875
+"""Share of a picture's shorter side that an evaluation looks at."""
+
+
+@dataclass(frozen=True)
+class FolderSet:
+    """Labelled image files.
+
+    Attributes:
+        paths: The files.
+        labels: ``(N,)``, int64.
+    """
+
+    paths: tuple[Path, ...]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def load_folder(root: Path, name: str = "folder") -> DataSet:
+    """Finds the images of a folder; every folder of ``train`` is a class.
+
+    Args:
+        root: The folder that has ``train`` and ``val`` (or ``test``, ``valid``, ``validation``).
+        name: What the data set is called.
+
+    Raises:
+        DataError: A folder is missing or empty, or the two have other classes.
+    """
+    folders = []
+    for names in (_TRAIN, _TEST):
+        found = [root / name for name in names if (root / name).is_dir()]
+        if not found:
+            raise DataError(f"{root} has no folder {' or '.join(names)}")
+        folders.append(found[0])
+    train, test = folders
+    classes = _classes(train)
+    if not classes:
+        raise DataError(f"{train} has no folders: expected one for each class")
+    if _classes(test) != classes:
+        only = sorted(set(classes) ^ set(_classes(test)))
+        raise DataError(
+            f"{train} has {len(classes)} classes and {test} {len(_classes(test))}; only one of "
+            f"them has {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
+        )
+    return DataSet(
+        name=name,
+        classes=classes,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        source_size=None,
+        train=_scan(train, classes),
+        test=_scan(test, classes),
+    )
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    return tuple(
+        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    )
+
+
+def _scan(folder: Path, classes: Sequence[str]) -> FolderSet:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        files = sorted(
+            path
+            for path in (folder / name).rglob("*")
+            if path.suffix.lower() in _SUFFIXES and path.is_file()
+        )
+        if not files:
+            raise DataError(f"{folder / name} has no images: expected {', '.join(_SUFFIXES)}")
+        paths += files
+        labels += [label] * len(files)
+    return FolderSet(tuple(paths), torch.tensor(labels))
+
+
+def _pillow_loader(path: str) -> Any:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _loader() -> Callable[[str], Any]:
+    """Torchvision's loader, which may be told to decode otherwise, or else Pillow's."""
+    try:
+        from torchvision.datasets.folder import default_loader
+    except ImportError:
+        return _pillow_loader
+    loader: Callable[[str], Any] = default_loader
+    return loader
+
+
+def middle(width: int, height: int, size: tuple[int, int], fraction: float) -> tuple[float, ...]:
+    """The largest box of the shape of ``size`` in the middle of a picture, reduced by a fraction.
+
+    Args:
+        width: Of the picture.
+        height: Of the picture.
+        size: Height and width of what the box shall become.
+        fraction: Of the sides of the box.
+
+    Returns:
+        Left, top, right, bottom.
+    """
+    scale = fraction * min(width / size[1], height / size[0])
+    box_width, box_height = scale * size[1], scale * size[0]
+    left, top = (width - box_width) / 2, (height - box_height) / 2
+    return left, top, left + box_width, top + box_height
+
+
+def random_box(
+    width: int, height: int, size: tuple[int, int], smallest: float, random: torch.Generator
+) -> tuple[float, ...]:
+    """A random box of at least a share of a picture's area, of about the shape of ``size``.
+
+    Args:
+        width: Of the picture.
+        height: Of the picture.
+        size: Height and width of what the box shall become.
+        smallest: Smallest share.
+        random: Where chance comes from.
+
+    Returns:
+        Left, top, right, bottom.
+    """
+    for _ in range(_ATTEMPTS):
+        share, shape, x, y = torch.rand(4, generator=random, dtype=torch.float64).tolist()
+        area = width * height * (smallest + (1 - smallest) * share)
+        ratio = size[1] / size[0] * _RATIO ** (2 * shape - 1)
+        box_width, box_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if box_width <= width and box_height <= height:
+            left, top = x * (width - box_width), y * (height - box_height)
+            return left, top, left + box_width, top + box_height
+    return middle(width, height, size, 1.0)
+
+
+class _Pictures(TorchDataset[tuple[Tensor, int]]):
+    """Reads pictures; the key of one is its index and, for training, its epoch."""
+
+    def __init__(
+        self,
+        data: FolderSet,
+        size: tuple[int, int],
+        interpolation: str,
+        seed: int,
+        augmentation: Augmentation | None,
+    ) -> None:
+        self._paths = [str(path) for path in data.paths]
+        self._labels = data.labels.tolist()
+        self._size = size
+        self._interpolation = interpolation
+        self._seed = seed
+        self._augmentation = augmentation
+        self._load = _loader()
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        epoch, index = key
+        try:
+            picture = self._load(self._paths[index])
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{self._paths[index]} cannot be read: {error}") from error
+        width, height = picture.size
+        mirrored = False
+        if self._augmentation is None:
+            box = middle(width, height, self._size, CROP_FRACTION)
+        else:
+            random = augmentation_generator(self._seed, epoch, index)
+            box = random_box(width, height, self._size, self._augmentation.smallest, random)
+            mirrored = self._augmentation.flip and bool(
+                torch.randint(0, 2, (), generator=random).item()
+            )
+        resampling = getattr(Image.Resampling, self._interpolation.upper())
+        picture = picture.resize((self._size[1], self._size[0]), resampling, box)
+        pixels = np.array(picture)
+        if mirrored:
+            pixels = pixels[:, ::-1].copy()
+        return torch.from_numpy(pixels), self._labels[index]
+
+
+class FolderBatches:
+    """Batches of a :class:`FolderSet`, read by worker processes.
+
+    What happens to a picture depends on the seed, the epoch and the picture alone.
+
+    Args:
+        data: The files.
+        preparation: Turns pixels into the network's input, of the size that it names.
+        batch_size: Images of a batch, all processes together.
+        shard: Which part of each batch is wanted.
+        seed: Of the order and the augmentation.
+        augmentation: None for evaluation.
+        device: Where the batches are wanted.
+        workers: Processes that read; 0 reads in this one.
+    """
+
+    def __init__(
+        self,
+        data: FolderSet,
+        preparation: Preparation,
+        batch_size: int,
+        shard: Shard = Shard(),  # noqa: B008, it is immutable
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+    ) -> None:
+        self._count = len(data)
+        self._preparation = preparation
+        self._batch_size = batch_size
+        self._shard = shard
+        self._seed = seed
+        self._device = torch.device(device)
+        self._workers = workers
+        self._pictures = _Pictures(
+            data, preparation.size, preparation.interpolation, seed, augmentation
+        )
+
+    def __len__(self) -> int:
+        """Full batches of an epoch."""
+        return self._count // self._batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields this process's part of each full batch of an epoch, in random order.
+
+        Args:
+            epoch: Number of the epoch.
+            start: Number of the first batch that is wanted.
+        """
+        order = epoch_order(self._count, self._seed, epoch).tolist()
+        return self._read(
+            [
+                [(epoch, index) for index in order[self._shard.of(batch, self._batch_size)]]
+                for batch in range(start, len(self))
+            ]
+        )
+
+    def all(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields every image of this process's part once, in order, without augmentation."""
+        indices = range(self._count)[self._shard.rank :: self._shard.count]
+        return self._read(
+            [
+                [(0, index) for index in indices[first : first + self._batch_size]]
+                for first in range(0, len(indices), self._batch_size)
+            ]
+        )
+
+    def _read(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            self._pictures,
+            batch_sampler=batches,
+            num_workers=min(self._workers, len(batches)),
+            pin_memory=self._device.type == "cuda",
+        )
+        for images, labels in loader:
+            images = images.to(self._device, non_blocking=True)
+            yield self._preparation(images), labels.to(self._device, non_blocking=True)
