@@ -92,7 +92,8 @@ def _with_accuracy(model: nn.Module, info: ModelInfo, arguments: argparse.Namesp
     """The description with the accuracy on the test images, of all and of each class."""
     from ..data.augment import Preparation
     from ..data.cifar import CIFAR10, CIFAR100
-    from ..data.images import ImageBatches
+    from ..data.images import Shard
+    from ..data.sources import make_batches
     from ..train.loop import evaluate
 
     sources = {source.name: source for source in (CIFAR10, CIFAR100)}
@@ -106,7 +107,7 @@ def _with_accuracy(model: nn.Module, info: ModelInfo, arguments: argparse.Namesp
     if data.classes != info.classes:
         raise CommandError(f"--data {arguments.data}: its classes are not those of the model")
     prepare = Preparation(info.mean, info.std, info.image_size, info.interpolation)
-    test = ImageBatches(data.test, prepare, 250)
+    test = make_batches(data.test, prepare, 250, Shard())
     result = evaluate(model, test, len(info.classes))
     right = result.confusion.diagonal() / result.confusion.sum(1)
     extra = {

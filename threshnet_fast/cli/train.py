@@ -401,7 +401,7 @@ def _model(settings: Settings, place: torch.device) -> nn.Module:
 
     torch.manual_seed(settings.seed)
     drop_rate = settings.recipe.drop_rate
-    dropout = {"drop_rate": drop_rate} if drop_rate else {}
+    dropout: dict[str, Any] = {"drop_rate": drop_rate} if drop_rate else {}
     try:
         model = create_model(settings.model, num_classes=settings.num_classes, **dropout)
         model.to(place)
