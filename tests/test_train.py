@@ -667,7 +667,8 @@ def test_synchronised_batchnorm_alone_is_batchnorm():
     other = distributed.synchronise_batchnorm(other, torch.device("cpu"))
     assert isinstance(other.base[0].norm, distributed.SyncBatchNorm)
     x = torch.randn(4, 3, 32, 32)
-    assert torch.equal(plain.train()(x), other.train()(x))
+    with tf.use_backend("reference"):
+        assert torch.equal(plain.train()(x), other.train()(x))
 
 
 def test_train_is_not_imported_with_the_package():

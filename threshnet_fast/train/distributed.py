@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -167,6 +168,10 @@ def join(device: torch.device | None, timeout: float) -> Iterator[Processes]:
     )
     yield Processes(rank, count, device)
     # Not where this process has failed: the others, which it would wait for, do not leave.
+    distributed.barrier()
+    # A network in a reference cycle keeps the group's threads alive until the interpreter is gone,
+    # which ends the process with an error.
+    gc.collect()
     distributed.destroy_process_group()
 
 
