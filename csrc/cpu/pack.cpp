@@ -17,6 +17,13 @@ void require_count(const Weight& weight, int64_t expected, const char* what, int
                               " elements, expected " + std::to_string(expected));
 }
 
+void transform_kernel_2x2(const float* kernel, float* transformed) {
+  double taps[9], positions[16];
+  std::copy_n(kernel, 9, taps);
+  winograd_kernel_2x2(taps, positions);
+  for (int i = 0; i < 16; ++i) transformed[i] = static_cast<float>(positions[i]);
+}
+
 // G g G^T of F(4x4, 3x3), in float64; see f32_ukernels.h for the points.
 void transform_kernel_4x4(const float* kernel, float* transformed) {
   const double a = 0.70710678118654752440, b = 1.41421356237309504880;
@@ -69,7 +76,7 @@ void pack_panel(const Step& step, const Panel& panel, const float* weight, const
         float transformed[kMaxWinogradPositions];
         const float* kernel = rows + (lane * channels + channel) * taps;
         if (step.winograd_size == 2) {
-          winograd_kernel_2x2(kernel, transformed);
+          transform_kernel_2x2(kernel, transformed);
         } else {
           transform_kernel_4x4(kernel, transformed);
         }

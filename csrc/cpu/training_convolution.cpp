@@ -3,14 +3,13 @@
 
 #include "team.h"
 #include "training.h"
-#include "winograd.h"
+#include "training_packing.h"
 
 namespace threshnet_fast::cpu {
 namespace {
 
 constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
 constexpr float kNoBias[kMaxTileVectors * 16] = {};
-constexpr int kPanelVectors = 2;
 
 // Floats that the parts of a band should fit in together, well inside a core's L2.
 constexpr int64_t kBandFloats = 96 * 1024;
@@ -42,7 +41,7 @@ int64_t scratch_pitch(int64_t channels) {
 // at a time need fewer products, and lose more digits than a training should.
 constexpr int64_t kTile = 2;
 constexpr int64_t kTileInputs = kTile + 2;
-constexpr int64_t kPositions = kTileInputs * kTileInputs;
+static_assert(kPositions == kTileInputs * kTileInputs);
 // Tiles of a band, and the pixels of a map from which on there are enough of them.
 constexpr int64_t kBandTiles = 56;
 constexpr int64_t kWinogradPixels = 100;
@@ -219,70 +218,6 @@ void fill(const Patch& patch, const Band& band, int64_t channels, const Load& lo
       std::memset(row + (patch.ring + patch.width + x) * patch.pitch, 0, channels * sizeof(float));
     }
     load((band.image * patch.height + y) * patch.width, 1, patch.width, patch.at(y, 0));
-  }
-}
-
-// Panels of up to two vectors of output channels, packed as [tap][input channel][vectors].
-struct Panels {
-  int64_t inputs, outputs, taps, lanes;
-
-  int64_t count() const { return divide_up(outputs, kPanelVectors * lanes); }
-  int64_t first(int64_t panel) const { return panel * kPanelVectors * lanes; }
-  int64_t channels(int64_t panel) const {
-    return std::min(outputs - first(panel), kPanelVectors * lanes);
-  }
-  int64_t vectors(int64_t panel) const { return divide_up(channels(panel), lanes); }
-  int64_t pitch(int64_t panel) const { return vectors(panel) * lanes; }
-  int64_t offset(int64_t panel) const { return first(panel) * taps * inputs; }
-  // Of outputs in memory that is written in whole vectors.
-  int64_t padded_outputs() const { return round_up(outputs, lanes); }
-  int64_t floats() const { return round_up(outputs, lanes) * taps * inputs; }
-};
-
-// The weights of one window, from memory in any order.
-struct WeightTaps {
-  const float* weight;
-  WeightStrides strides;
-  int64_t rows, columns;
-  bool flipped;  // from output to input, turned by half
-
-  float at(int64_t output, int64_t input, int64_t tap) const {
-    const int64_t from = flipped ? rows * columns - 1 - tap : tap;
-    const int64_t offset = flipped ? input * strides.output + output * strides.input
-                                   : output * strides.output + input * strides.input;
-    return weight[offset + from / columns * strides.row + from % columns * strides.column];
-  }
-};
-
-// Packs the weights of a panel, for Winograd's tiles transformed to one weight for each position.
-void pack_panel(const Panels& panels, int64_t panel, const WeightTaps& weights, bool winograd,
-                float* packed) {
-  float* to = packed + panels.offset(panel);
-  const int64_t pitch = panels.pitch(panel);
-  const int64_t channels = panels.channels(panel);
-  const int64_t tap_floats = panels.inputs * pitch;
-  // Some channels at a time, so that what is read of them stays in L1 while it is written by tap.
-  constexpr int64_t kTogether = 16;
-  for (int64_t first = 0; first < panels.inputs; first += kTogether) {
-    const int64_t last = std::min(first + kTogether, panels.inputs);
-    for (int64_t input = first; input < last && winograd; ++input) {
-      float* const row = to + input * pitch;
-      for (int64_t lane = 0; lane < pitch; ++lane) {
-        float kernel[9] = {}, transformed[kPositions];
-        for (int64_t tap = 0; tap < 9 && lane < channels; ++tap)
-          kernel[tap] = weights.at(panels.first(panel) + lane, input, tap);
-        winograd_kernel_2x2(kernel, transformed);
-        for (int64_t i = 0; i < kPositions; ++i) row[i * tap_floats + lane] = transformed[i];
-      }
-    }
-    for (int64_t tap = 0; tap < panels.taps && !winograd; ++tap) {
-      for (int64_t input = first; input < last; ++input) {
-        float* const row = to + tap * tap_floats + input * pitch;
-        for (int64_t lane = 0; lane < channels; ++lane)
-          row[lane] = weights.at(panels.first(panel) + lane, input, tap);
-        for (int64_t lane = channels; lane < pitch; ++lane) row[lane] = 0.0f;
-      }
-    }
   }
 }
 
@@ -597,8 +532,7 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
   float* const packed = workspace;
   float* const moments = packed + plan.packed_floats();
   float* const scratch = moments + plan.moment_floats();
-  const WeightTaps weights = {step.weight, step.strides, step.window.kernel_height,
-                              step.window.kernel_width, false};
+  const WeightTaps<const float> weights(step.weight, step.strides, step.window);
   constexpr int64_t kChannelsTogether = 32;
 
   const auto convolve = [&](int64_t task, int64_t thread) {
@@ -655,13 +589,6 @@ Window backward_window(const Window& window) {
           1,
           window.kernel_height - 1 - window.padding};
 }
-
-// A part of a weight's gradient, laid out as [tap][input channel][pitch], or as
-// [position][input channel][pitch] where it is added up of Winograd's tiles.
-struct GradientBlock {
-  int64_t first_input, inputs, first_output, outputs;
-  int64_t pitch;
-};
 
 // Small weight gradients are added up for a part of the pixels at a time, in the same pass that
 // calculates the input's gradient; large ones for some channels at a time, over all pixels.
@@ -785,8 +712,8 @@ class Backward {
         scratch_(sums_ + plan_.sum_floats()) {}
 
   void run(const Workers& workers) const {
-    const WeightTaps weights = {step_.weight, step_.strides, step_.window.kernel_height,
-                                step_.window.kernel_width, true};
+    const WeightTaps<const float> weights =
+        WeightTaps<const float>(step_.weight, step_.strides, step_.window).flipped();
     const int64_t packing = plan_.wants_inputs ? plan_.panels.count() : 0;
     const int64_t blocks = plan_.wants_weight ? plan_.input_blocks * plan_.output_blocks : 0;
     const int64_t bands = plan_.wants_inputs ? plan_.bands.count * plan_.groups : 0;
@@ -1034,21 +961,8 @@ class Backward {
 
   // Writes the gradient of the weight of input channels [begin, end) of a block.
   void unpack(const float* sums, const GradientBlock& block, int64_t begin, int64_t end) const {
-    const WeightStrides& s = step_.gradient_strides;
-    const int64_t columns = step_.window.kernel_width;
-    const int64_t taps = step_.window.taps();
-    for (int64_t output = 0; output < block.outputs; ++output) {
-      for (int64_t input = begin; input < end; ++input) {
-        float values[kMostTaps];
-        for (int64_t i = 0; i < plan_.panels.taps; ++i)
-          values[i] = sums[(i * block.inputs + input) * block.pitch + output];
-        if (plan_.bands.winograd) winograd_kernel_gradient_2x2(values, values);
-        float* const to = step_.weight_gradient + (block.first_output + output) * s.output +
-                          (block.first_input + input) * s.input;
-        for (int64_t tap = 0; tap < taps; ++tap)
-          to[tap / columns * s.row + tap % columns * s.column] = values[tap];
-      }
-    }
+    unpack_gradient(sums, block, begin, end, plan_.bands.winograd,
+                    WeightTaps<float>(step_.weight_gradient, step_.gradient_strides, step_.window));
   }
 
   // Adds up the splits' gradients of the weight of some input channels.
