@@ -166,16 +166,22 @@ cpu::GradientSegment gradient_of(const Tensor& gradient, const std::string& name
   return {const_cast<float*>(to.data), to.pitch, accumulate != 0};
 }
 
+int64_t winograd_of(int64_t winograd) {
+  check(winograd == -1 || winograd == 0 || winograd == 2 || winograd == 4,
+        "winograd is " + std::to_string(winograd) + ", expected -1, 0, 2 or 4");
+  return winograd;
+}
+
 void training_convolution_forward(const std::vector<Tensor>& maps,
                                   const std::vector<int64_t>& segments, const Tensor& prologue,
                                   int64_t activation, const Tensor& weight,
                                   const std::vector<int64_t>& window, Tensor output,
                                   int64_t output_channel, Tensor statistics, Tensor workspace,
-                                  bool exact, int64_t isa) {
+                                  int64_t winograd, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   cpu::ConvolutionForward step;
   step.window = window_of(window);
-  step.exact = exact;
+  step.winograd = winograd_of(winograd);
   step.inputs = segments_of(maps, "maps", segments, step.window.batch * step.window.input_pixels());
   const int64_t channels = channels_of(step.inputs);
   step.prologue = prologue_of(prologue, channels, activation).prologue;
@@ -197,11 +203,11 @@ void training_convolution_backward(
     int64_t activation, const Tensor& weight, const std::vector<int64_t>& window,
     const Tensor& output, const Tensor& gradient, int64_t output_channel, const Tensor& correction,
     const std::vector<Tensor>& input_gradients, const std::vector<int64_t>& accumulate, Tensor sums,
-    Tensor weight_gradient, Tensor workspace, bool exact, int64_t isa) {
+    Tensor weight_gradient, Tensor workspace, int64_t winograd, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   cpu::ConvolutionBackward step;
   step.window = window_of(window);
-  step.exact = exact;
+  step.winograd = winograd_of(winograd);
   const int64_t pixels = step.window.batch * step.window.input_pixels();
   step.inputs = segments_of(maps, "maps", segments, pixels);
   const int64_t channels = channels_of(step.inputs);
@@ -240,20 +246,20 @@ void training_convolution_backward(
 
 // Floats of the workspace that a convolution needs, forward and back.
 int64_t training_convolution_workspace(const std::vector<int64_t>& window, int64_t input_channels,
-                                       int64_t output_channels, bool input_gradients, bool exact,
+                                       int64_t output_channels, bool input_gradients, int64_t winograd,
                                        int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   check(input_channels >= 1 && output_channels >= 1, "the number of channels is not positive");
   cpu::ConvolutionForward forward = {};
   forward.window = window_of(window);
-  forward.exact = exact;
+  forward.winograd = winograd_of(winograd);
   forward.inputs = {{nullptr, input_channels, input_channels}};
   forward.output_channels = output_channels;
   int64_t floats = cpu::workspace_floats(forward, workers);
   float placeholder = 0;
   cpu::ConvolutionBackward backward = {};
   backward.window = forward.window;
-  backward.exact = exact;
+  backward.winograd = forward.winograd;
   backward.inputs = forward.inputs;
   backward.output_channels = output_channels;
   // Each of the gradients may be left out of a call.
@@ -387,16 +393,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(threshnet_fast_cpu, m) {
   m.def(
       "training_convolution_forward(Tensor[] maps, int[] segments, Tensor prologue, "
       "int activation, Tensor weight, int[] window, Tensor(a!) output, int output_channel, "
-      "Tensor(b!) statistics, Tensor(c!) workspace, bool exact, int isa) -> ()");
+      "Tensor(b!) statistics, Tensor(c!) workspace, int winograd, int isa) -> ()");
   m.def(
       "training_convolution_backward(Tensor[] maps, int[] segments, Tensor prologue, "
       "int activation, Tensor weight, int[] window, Tensor output, Tensor gradient, "
       "int output_channel, Tensor correction, Tensor(a!)[] input_gradients, int[] accumulate, "
-      "Tensor(b!) sums, Tensor(c!) weight_gradient, Tensor(d!) workspace, bool exact, "
+      "Tensor(b!) sums, Tensor(c!) weight_gradient, Tensor(d!) workspace, int winograd, "
       "int isa) -> ()");
   m.def(
       "training_convolution_workspace(int[] window, int input_channels, int output_channels, "
-      "bool input_gradients, bool exact, int isa) -> int");
+      "bool input_gradients, int winograd, int isa) -> int");
   m.def(
       "training_pool_forward(Tensor map, int[] segment, Tensor prologue, int activation, "
       "int[] window, Tensor(a!) output, int output_channel, Tensor(b!) statistics, "

@@ -67,9 +67,9 @@ THREADED = [CASES[i] for i in (4, 6, 9, 12, 14, 20)]
 class Convolution:
     """A case with its weight and its solution in float64."""
 
-    def __init__(self, case: Case, exact: bool = False) -> None:
+    def __init__(self, case: Case, winograd: int = -1) -> None:
         self.case = case
-        self.exact = exact
+        self.winograd = winograd
         self.operands = operands(case)
         channels = sum(case.channels)
         generator = torch.Generator().manual_seed(channels)
@@ -95,7 +95,7 @@ class Convolution:
         channels = sum(case.channels)
         return Workspace(
             operators.training_convolution_workspace(
-                case.window, channels, case.out, case.same_size, self.exact, isa
+                case.window, channels, case.out, case.same_size, self.winograd, isa
             )
         )
 
@@ -116,7 +116,7 @@ class Convolution:
             BEFORE,
             statistics.tensor if with_statistics else torch.empty(0),
             workspace.tensor,
-            self.exact,
+            self.winograd,
             isa,
         )
         workspace.check()
@@ -145,7 +145,7 @@ class Convolution:
             sums.tensor if inputs else torch.empty(0),
             weight_gradient if weight else torch.empty(0),
             workspace.tensor,
-            self.exact,
+            self.winograd,
             isa,
         )
         workspace.check()
@@ -169,8 +169,8 @@ class Convolution:
 
 
 @functools.lru_cache(maxsize=2)
-def convolution(case: Case, exact: bool = False) -> Convolution:
-    return Convolution(case, exact)
+def convolution(case: Case, winograd: int = -1) -> Convolution:
+    return Convolution(case, winograd)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,22 @@ def test_forward_and_backward(case, isa):
 
 
 @pytest.mark.parametrize("isa", isas())
-@pytest.mark.parametrize("case", [CASES[12], CASES[13], CASES[17]], ids=str)
-def test_direct_convolution_where_tiles_would_do(case, isa):
-    check_forward_and_backward(convolution(case, exact=True), isa)
+@pytest.mark.parametrize("winograd", [0, 2, 4])
+@pytest.mark.parametrize("case", [CASES[10], CASES[11], CASES[15], CASES[16], CASES[17]], ids=str)
+def test_every_size_of_tiles(case, winograd, isa):
+    check_forward_and_backward(convolution(case, winograd), isa)
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_sizes_of_tiles_differ(isa):
+    """And by default the larger ones are taken where a map has enough of them."""
+    for case, default in ((CASES[17], 4), (CASES[10], 2)):
+        outputs = {
+            winograd: Convolution(case, winograd).forward(isa)[0].written(BEFORE, case.out)
+            for winograd in (-1, 0, 2, 4)
+        }
+        for winograd in (0, 2, 4):
+            assert outputs[winograd].equal(outputs[-1]) == (winograd == default)
 
 
 def check_forward_and_backward(problem, isa):
@@ -331,9 +344,9 @@ def forward_arguments():
         "output_channel": 2,
         "statistics": torch.full((2, 9), torch.nan),
         "workspace": aligned_workspace(
-            operators.training_convolution_workspace(WINDOW, 7, 6, True, False, isa)
+            operators.training_convolution_workspace(WINDOW, 7, 6, True, -1, isa)
         ),
-        "exact": False,
+        "winograd": -1,
         "isa": isa,
     }
 
@@ -351,7 +364,7 @@ def backward_arguments():
         "sums": torch.full((2, 7), torch.nan),
         "weight_gradient": torch.full((6, 7, 3, 3), torch.nan),
         "workspace": forward["workspace"],
-        "exact": False,
+        "winograd": -1,
         "isa": forward["isa"],
     }
 
@@ -401,6 +414,7 @@ COMMON_FAILURES = {
     "workspace-small": {"workspace": aligned_workspace(64)},
     "workspace-empty": {"workspace": torch.empty(0)},
     "workspace-dtype": {"workspace": torch.empty(1 << 20, dtype=torch.float64)},
+    "winograd": {"winograd": 3},
     "isa-negative": {"isa": -1},
     "isa-large": {"isa": 99},
     "isa-of-bfloat16": {"isa": 4},
@@ -505,7 +519,7 @@ none = torch.empty(0)
 for window in ([2**22, 2**21, 2**21, 1, 1, 1, 0], [2**30, 2**30, 2**30, 3, 3, 1, 1]):
     operands = [none.view(0, 7)], [0, 7], torch.ones(3, 7), 1, torch.ones(6, 7, *window[3:5])
     for call in (
-        lambda: operators.training_convolution_workspace(window, 7, 6, True, False, isa),
+        lambda: operators.training_convolution_workspace(window, 7, 6, True, -1, isa),
         lambda: operators.training_convolution_forward(
             *operands, window, none.view(0, 6), 0, none, torch.empty(1 << 20), False, isa
         ),

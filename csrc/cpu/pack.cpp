@@ -17,32 +17,17 @@ void require_count(const Weight& weight, int64_t expected, const char* what, int
                               " elements, expected " + std::to_string(expected));
 }
 
-void transform_kernel_2x2(const float* kernel, float* transformed) {
-  double taps[9], positions[16];
+// In float64.
+void transform_kernel(int64_t size, const float* kernel, float* transformed) {
+  double taps[9], positions[kMaxWinogradPositions];
   std::copy_n(kernel, 9, taps);
-  winograd_kernel_2x2(taps, positions);
-  for (int i = 0; i < 16; ++i) transformed[i] = static_cast<float>(positions[i]);
-}
-
-// G g G^T of F(4x4, 3x3), in float64; see f32_ukernels.h for the points.
-void transform_kernel_4x4(const float* kernel, float* transformed) {
-  const double a = 0.70710678118654752440, b = 1.41421356237309504880;
-  const double rows[6][3] = {{1, 0, 0},
-                             {-2.0 / 3, -2.0 / 3 * a, -1.0 / 3},
-                             {-2.0 / 3, 2.0 / 3 * a, -1.0 / 3},
-                             {1.0 / 6, 1.0 / 6 * b, 1.0 / 3},
-                             {1.0 / 6, -1.0 / 6 * b, 1.0 / 3},
-                             {0, 0, 1}};
-  double half[6][3];
-  for (int y = 0; y < 6; ++y) {
-    for (int x = 0; x < 3; ++x)
-      half[y][x] = rows[y][0] * kernel[x] + rows[y][1] * kernel[3 + x] + rows[y][2] * kernel[6 + x];
+  if (size == 2) {
+    winograd_kernel_2x2(taps, positions);
+  } else {
+    winograd_kernel_4x4<double>(taps, positions);
   }
-  for (int y = 0; y < 6; ++y) {
-    for (int x = 0; x < 6; ++x)
-      transformed[6 * y + x] = static_cast<float>(
-          rows[x][0] * half[y][0] + rows[x][1] * half[y][1] + rows[x][2] * half[y][2]);
-  }
+  for (int64_t i = 0; i < (size + 2) * (size + 2); ++i)
+    transformed[i] = static_cast<float>(positions[i]);
 }
 
 // From [output channel][input channel][tap] to words [tap][input word][pitch]. What is padding is
@@ -75,11 +60,7 @@ void pack_panel(const Step& step, const Panel& panel, const float* weight, const
       for (int64_t lane = 0; lane < panel.channels; ++lane) {
         float transformed[kMaxWinogradPositions];
         const float* kernel = rows + (lane * channels + channel) * taps;
-        if (step.winograd_size == 2) {
-          transform_kernel_2x2(kernel, transformed);
-        } else {
-          transform_kernel_4x4(kernel, transformed);
-        }
+        transform_kernel(step.winograd_size, kernel, transformed);
         for (int64_t i = 0; i < positions_of(step); ++i)
           to[i * position_elements + lane * kElements] = rounded<Element>(transformed[i]);
       }

@@ -61,7 +61,7 @@ struct Statistics {
 // output = conv(act(cat(inputs) * scale + shift)), without bias.
 struct ConvolutionForward {
   Window window;
-  bool exact;  // not by Winograd's tiles
+  int64_t winograd;  // size of Winograd's tiles where they suit: 0 (none), 2, 4, or -1: the faster
   std::vector<MapSegment> inputs;
   Prologue prologue;
   const float* weight;
@@ -76,7 +76,7 @@ struct ConvolutionForward {
 // statistics is  gradient - output * slope + offset;  slope and offset are 0 for one that is not.
 struct ConvolutionBackward {
   Window window;
-  bool exact;
+  int64_t winograd;
   std::vector<MapSegment> inputs;
   Prologue prologue;
   const float* mean;  // of the inputs' channels, as the prologue's gradient needs it

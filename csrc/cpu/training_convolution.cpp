@@ -19,6 +19,8 @@ constexpr int64_t kPatchFloats = 64 * 1024;
 constexpr int64_t kWinogradChannels = 12;
 // Floats of one panel's weights that pass by while a band stays.
 constexpr int64_t kPanelFloats = 32 * 1024;
+// Input channels whose tiles are there at once.
+constexpr int64_t kTileChannels = 64;
 // Floats of a weight's gradient that stay in L2 while pixels pass by.
 constexpr int64_t kGradientFloats = 80 * 1024;
 // Maps of no more pixels than this are worked on image by image in step, position by position, so
@@ -37,33 +39,34 @@ int64_t scratch_pitch(int64_t channels) {
   return pitch % 64 == 0 ? pitch + 16 : pitch;
 }
 
-// Winograd's F(2x2, 3x3) takes 2 x 2 outputs from 4 x 4 inputs and as many products. More outputs
-// at a time need fewer products, and lose more digits than a training should.
-constexpr int64_t kTile = 2;
-constexpr int64_t kTileInputs = kTile + 2;
-static_assert(kPositions == kTileInputs * kTileInputs);
-// Tiles of a band, and the pixels of a map from which on there are enough of them.
-constexpr int64_t kBandTiles = 56;
+// Pixels of a map from which on there are enough of Winograd's tiles.
 constexpr int64_t kWinogradPixels = 100;
+// Tiles of a band, by their size: as many as a position's weights are worth being read for.
+constexpr int64_t band_tiles(int64_t tile) { return tile == 2 ? 56 : 28; }
 
-// Whether Winograd's tiles take less time than the window's taps.
-bool suits_winograd(const Window& window, int64_t inputs, int64_t outputs) {
-  return window.kernel_height == 3 && window.kernel_width == 3 && window.stride == 1 &&
-         window.padding == 1 && window.input_pixels() >= kWinogradPixels &&
-         std::min(inputs, outputs) >= kWinogradChannels;
+// The size of Winograd's tiles for a window, 0 where its taps take less time; `winograd` as in
+// ConvolutionForward.
+int64_t choose_tile(const Window& window, int64_t inputs, int64_t outputs, int64_t winograd) {
+  if (winograd == 0 || window.kernel_height != 3 || window.kernel_width != 3 || window.stride != 1 ||
+      window.padding != 1 || window.input_pixels() < kWinogradPixels ||
+      std::min(inputs, outputs) < kWinogradChannels)
+    return 0;
+  if (winograd > 0) return winograd;
+  const int64_t tiles = divide_up(window.output_height(), 4) * divide_up(window.output_width(), 4);
+  return tiles >= band_tiles(4) ? 4 : 2;
 }
 
 // How many images or rows a thread works on at a time.
 struct Bands {
   Window window;
   bool by_position;  // a band is some images, otherwise some rows of one
-  bool winograd;
+  int64_t tile;  // size of Winograd's tiles, or 0
   int64_t count;
 
   // `floats` are those that a pixel of the input and of the output take together.
   Bands(const Window& original, int64_t input_floats, int64_t output_floats, int64_t threads,
-        int64_t tile_pixels, bool winograd)
-      : window(original), winograd(winograd) {
+        int64_t tile_pixels, int64_t tile)
+      : window(original), tile(tile) {
     const bool pointwise = original.taps() == 1 && original.stride == 1 && original.padding == 0;
     if (pointwise) {
       window.batch *= original.input_pixels();
@@ -82,23 +85,23 @@ struct Bands {
     const int64_t row =
         window.width * (window.stride * input_floats) + window.output_width() * output_floats;
     int64_t rows = std::clamp<int64_t>(kBandFloats / row, 1, window.output_height());
-    if (winograd) {
-      const int64_t columns = divide_up(window.output_width(), kTile);
-      rows = std::max<int64_t>(kBandTiles / columns, 1) * kTile;
-      const int64_t most = std::max<int64_t>(kPatchFloats / (window.width * input_floats), kTile);
-      rows = std::min(rows, most / kTile * kTile);
+    if (tile != 0) {
+      const int64_t columns = divide_up(window.output_width(), tile);
+      rows = std::max<int64_t>(band_tiles(tile) / columns, 1) * tile;
+      const int64_t most = std::max(kPatchFloats / (window.width * input_floats), tile);
+      rows = std::min(rows, most / tile * tile);
     }
     const int64_t parts = divide_up(window.output_height(), rows);
     count = window.batch * parts;
   }
 
   int64_t parts() const { return count / window.batch; }
+  int64_t row_step() const { return std::max<int64_t>(tile, 1); }
   int64_t most_rows() const {
-    const int64_t step = winograd ? kTile : 1;
-    return divide_up(divide_up(window.output_height(), step), parts()) * step;
+    return divide_up(divide_up(window.output_height(), row_step()), parts()) * row_step();
   }
   int64_t most_tiles() const {
-    return most_rows() / kTile * divide_up(window.output_width(), kTile);
+    return tile == 0 ? 0 : most_rows() / tile * divide_up(window.output_width(), tile);
   }
 };
 
@@ -117,7 +120,7 @@ struct Band {
     }
     const int64_t parts = bands.parts();
     image = index / parts;
-    const int64_t step = bands.winograd ? kTile : 1;
+    const int64_t step = bands.row_step();
     const int64_t steps = divide_up(window.output_height(), step);
     first = part_begin(steps, parts, index % parts) * step;
     last = std::min(part_begin(steps, parts, index % parts + 1) * step, window.output_height());
@@ -221,32 +224,33 @@ void fill(const Patch& patch, const Band& band, int64_t channels, const Load& lo
   }
 }
 
-// Calls body(tile, its first row, its first column) for Winograd's tiles of a band.
+// Calls body(number, first row, first column) for the tiles of a band.
 template <typename Body>
-void for_each_tile(const Band& band, const Body& body) {
-  int64_t tile = 0;
-  for (int64_t y = band.first; y < band.last; y += kTile) {
-    for (int64_t x = 0; x < band.window.output_width(); x += kTile) body(tile++, y, x);
+void for_each_tile(const Band& band, int64_t tile, const Body& body) {
+  int64_t number = 0;
+  for (int64_t y = band.first; y < band.last; y += tile) {
+    for (int64_t x = 0; x < band.window.output_width(); x += tile) body(number++, y, x);
   }
 }
 
-int64_t tiles_of(const Band& band) {
-  return divide_up(band.last - band.first, kTile) * divide_up(band.window.output_width(), kTile);
+int64_t tiles_of(const Band& band, int64_t tile) {
+  return divide_up(band.last - band.first, tile) * divide_up(band.window.output_width(), tile);
 }
 
 // As long as the channels that are transformed at a time: those of a chunk, or of a small gradient.
-constexpr float kZeros[kGradientFloats / (kPositions * kWinogradChannels) + 64] = {};
+constexpr float kZeros[kGradientFloats / (positions_of(2) * kWinogradChannels) + 64] = {};
 
 // The pixels of a patch that a tile is taken from; what lies beyond the patch is zero.
 struct TilePixels {
-  const float* data[kPositions];
+  const float* data[positions_of(kMostTile)];
 
-  TilePixels(const Patch& patch, int64_t y, int64_t x, int64_t padding, int64_t channel) {
-    for (int64_t row = 0; row < kTileInputs; ++row) {
-      for (int64_t column = 0; column < kTileInputs; ++column) {
-        const int64_t from_y = y - padding + row, from_x = x - padding + column;
-        const bool inside = from_y < patch.last_row && from_x < patch.width + patch.ring;
-        data[row * kTileInputs + column] = inside ? patch.at(from_y, from_x) + channel : kZeros;
+  TilePixels(const Patch& patch, int64_t tile, int64_t y, int64_t x, int64_t padding,
+             int64_t channel) {
+    const float** to = data;
+    for (int64_t row = y - padding; row < y - padding + tile + 2; ++row) {
+      for (int64_t column = x - padding; column < x - padding + tile + 2; ++column) {
+        const bool inside = row < patch.last_row && column < patch.width + patch.ring;
+        *to++ = inside ? patch.at(row, column) + channel : kZeros;
       }
     }
   }
@@ -254,17 +258,19 @@ struct TilePixels {
 
 class Convolution {
  public:
-  Convolution(const Panels& panels, const UkernelTable<float>& table, bool winograd)
-      : panels_(panels), table_(table), winograd_(winograd), bias_(panels.padded_outputs()) {
+  Convolution(const Panels& panels, const UkernelTable<float>& table, int64_t tile)
+      : panels_(panels), table_(table), tile_(tile), bias_(panels.padded_outputs()) {
     const int64_t most =
-        std::max<int64_t>(kPanelFloats / (panels.taps * kPanelVectors * panels.lanes), 16);
+        tile != 0
+            ? kTileChannels
+            : std::max<int64_t>(kPanelFloats / (panels.taps * kPanelVectors * panels.lanes), 16);
     chunks_ = divide_up(panels.inputs, most);
   }
 
   // Floats of the memory that a band of so many tiles needs for so many output channels.
   int64_t tile_floats(int64_t tiles, int64_t outputs) const {
-    if (!winograd_) return 0;
-    return round_up(kPositions * tiles * (input_pitch() + scratch_pitch(outputs)), 16);
+    if (tile_ == 0) return 0;
+    return round_up(positions_of(tile_) * tiles * (input_pitch() + scratch_pitch(outputs)), 16);
   }
 
   // Where the products of a band go: by place, [place][pitch], or where there is a map, there.
@@ -280,7 +286,7 @@ class Convolution {
   // The products of a patch with some panels; the result begins with the first panel's channels.
   void multiply(const Band& band, const Patch& patch, const float* packed, int64_t first_panel,
                 int64_t last_panel, const Result& result) const {
-    if (winograd_) return multiply_tiles(band, patch, packed, first_panel, last_panel, result);
+    if (tile_ != 0) return multiply_tiles(band, patch, packed, first_panel, last_panel, result);
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t channel = panels_.first(panel) - panels_.first(first_panel);
@@ -301,23 +307,25 @@ class Convolution {
 
   void multiply_tiles(const Band& band, const Patch& patch, const float* packed,
                       int64_t first_panel, int64_t last_panel, const Result& result) const {
-    const int64_t tiles = tiles_of(band);
+    const int64_t tiles = tiles_of(band, tile_), positions = positions_of(tile_);
+    const WinogradFunctions<float>& winograd =
+        tile_ == 2 ? table_.winograd_2x2 : table_.winograd_4x4;
     const int64_t first = panels_.first(first_panel);
     const int64_t channels = std::min(panels_.first(last_panel), panels_.outputs) - first;
     const int64_t pitch = scratch_pitch(round_up(channels, panels_.lanes));
     const int64_t input_floats = tiles * input_pitch(), product_floats = tiles * pitch;
     float* const inputs = result.tiles;
-    float* const products = inputs + kPositions * input_floats;
+    float* const products = inputs + positions * input_floats;
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const int64_t from = chunk_begin(chunk), count = chunk_begin(chunk + 1) - from;
-      for_each_tile(band, [&](int64_t tile, int64_t y, int64_t x) {
-        const TilePixels pixels(patch, y, x, band.window.padding, from);
-        table_.winograd_2x2.input(pixels.data, count, inputs + tile * input_pitch(), input_floats);
+      for_each_tile(band, tile_, [&](int64_t number, int64_t y, int64_t x) {
+        const TilePixels pixels(patch, tile_, y, x, band.window.padding, from);
+        winograd.input(pixels.data, count, inputs + number * input_pitch(), input_floats);
       });
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t weight_pitch = panels_.pitch(panel);
         const float* const weights = packed + panels_.offset(panel) + from * weight_pitch;
-        for (int64_t position = 0; position < kPositions; ++position) {
+        for (int64_t position = 0; position < positions; ++position) {
           ChannelRun<float> run = {inputs + position * input_floats,
                                    weights + position * panels_.inputs * weight_pitch,
                                    input_pitch(),
@@ -331,10 +339,10 @@ class Convolution {
         }
       }
     }
-    for_each_tile(band, [&](int64_t tile, int64_t y, int64_t x) {
-      float* outputs[kTile * kTile];
-      for (int64_t i = 0; i < kTile * kTile; ++i) {
-        const int64_t row = y + i / kTile, column = x + i % kTile;
+    for_each_tile(band, tile_, [&](int64_t number, int64_t y, int64_t x) {
+      float* outputs[kMostTile * kMostTile];
+      for (int64_t i = 0; i < tile_ * tile_; ++i) {
+        const int64_t row = y + i / tile_, column = x + i % tile_;
         outputs[i] = nullptr;
         if (row >= band.last || column >= band.window.output_width()) continue;
         const int64_t place = (row - band.first) * band.window.output_width() + column;
@@ -342,8 +350,8 @@ class Convolution {
                          ? result.map + (band.first_pixel() + place) * result.map_pitch
                          : result.places + place * result.pitch;
       }
-      table_.winograd_2x2.output(products + tile * pitch, product_floats, bias_.data(), channels,
-                                 kIdentity, outputs);
+      winograd.output(products + number * pitch, product_floats, bias_.data(), channels, kIdentity,
+                      outputs);
     });
   }
 
@@ -418,7 +426,7 @@ class Convolution {
 
   Panels panels_;
   const UkernelTable<float>& table_;
-  bool winograd_;
+  int64_t tile_;  // size of Winograd's tiles, or 0
   std::vector<float> bias_;  // zeros
   int64_t chunks_;
 };
@@ -476,13 +484,13 @@ void run_team(const Workers& workers, const std::vector<int64_t>& tasks, const B
 // products of one stay in L2.
 int64_t panel_groups(const Bands& bands, const Panels& panels, int64_t threads) {
   constexpr int64_t kTogether = 4;
-  const int64_t least = bands.winograd ? divide_up(panels.count(), kTogether) : 1;
+  const int64_t least = bands.tile != 0 ? divide_up(panels.count(), kTogether) : 1;
   return std::clamp<int64_t>(divide_up(3 * threads, bands.count), least, panels.count());
 }
 
 // Weights of an output channel for each input channel, as they are packed.
 int64_t packed_taps(const Bands& bands) {
-  return bands.winograd ? kPositions : bands.window.taps();
+  return bands.tile != 0 ? positions_of(bands.tile) : bands.window.taps();
 }
 
 struct ForwardPlan {
@@ -501,14 +509,14 @@ struct ForwardPlan {
         bands(step.window, scratch_pitch(input_channels),
               round_up(step.output_channels, table.tiling.lanes), workers.threads,
               table.tiling.tile_pixels[kPanelVectors],
-              !step.exact && suits_winograd(step.window, input_channels, step.output_channels)),
+              choose_tile(step.window, input_channels, step.output_channels, step.winograd)),
         panels{input_channels, step.output_channels, packed_taps(bands), table.tiling.lanes},
-        convolution(panels, table, bands.winograd),
+        convolution(panels, table, bands.tile),
         groups(panel_groups(bands, panels, workers.threads)),
         output_pitch(scratch_pitch(panels.padded_outputs())),
         patch(round_up(patch_floats(bands, input_channels), 16)) {
     const int64_t outputs = divide_up(panels.count(), groups) * panels.first(1);
-    places = bands.winograd ? convolution.tile_floats(bands.most_tiles(), outputs)
+    places = bands.tile != 0 ? convolution.tile_floats(bands.most_tiles(), outputs)
                             : round_up(most_pixels(bands) * output_pitch, 16);
     scratch = patch + places;
   }
@@ -566,7 +574,7 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
   run_team(workers, {panels.count(), plan.bands.count * plan.groups, reductions},
            [&](int64_t stage, int64_t task, int64_t thread) {
              if (stage == 0) {
-               pack_panel(panels, task, weights, plan.bands.winograd, packed);
+               pack_panel(panels, task, weights, plan.bands.tile, packed);
              } else if (stage == 1) {
                convolve(task, thread);
              } else {
@@ -616,14 +624,14 @@ struct BackwardPlan {
         gradient_pitch(scratch_pitch(padded(output_channels))),
         bands(bands_of(step, workers, input_channels)),
         panels{output_channels, input_channels, packed_taps(bands), table.tiling.lanes},
-        convolution(panels, table, bands.winograd),
+        convolution(panels, table, bands.tile),
         groups(panel_groups(bands, panels, workers.threads)),
         result_pitch(scratch_pitch(panels.padded_outputs())),
         block_bands(bands) {
     together = block_floats(input_channels, output_channels) <= kGradientFloats;
     splits = std::min(bands.count, 2 * workers.threads);
     if (together) groups = 1;
-    output_blocks = bands.winograd && !together ? divide_up(output_channels, kBlockOutputs) : 1;
+    output_blocks = bands.tile != 0 && !together ? divide_up(output_channels, kBlockOutputs) : 1;
     const int64_t tile = table.tiling.tile_pixels[kPanelVectors];
     const int64_t row = block_floats(1, block_outputs());
     const int64_t most = std::max(kGradientFloats / row / tile * tile, tile);
@@ -650,9 +658,22 @@ struct BackwardPlan {
     scratch = input_patch + output_patch + std::max(band, block);
   }
 
+  // Of a weight's gradient: sums for each pair of channels, as it is added up.
+  int64_t gradient_positions() const {
+    return bands.tile != 0 ? positions_of(kGradientTile) : bands.window.taps();
+  }
+  // Rows of a band whose tiles are there at once, for the weight's gradient.
+  int64_t gradient_rows() const {
+    const int64_t columns = divide_up(bands.window.output_width(), kGradientTile);
+    return std::max<int64_t>(band_tiles(kGradientTile) / columns, 1) * kGradientTile;
+  }
+  int64_t most_gradient_tiles() const {
+    return gradient_rows() / kGradientTile *
+           divide_up(bands.window.output_width(), kGradientTile);
+  }
   int64_t padded(int64_t outputs) const { return round_up(outputs, table.tiling.lanes); }
   int64_t block_floats(int64_t inputs, int64_t outputs) const {
-    return panels.taps * inputs * padded(outputs);
+    return gradient_positions() * inputs * padded(outputs);
   }
   int64_t block_inputs() const { return divide_up(input_channels, input_blocks); }
   int64_t block_outputs() const {
@@ -669,13 +690,11 @@ struct BackwardPlan {
     return {first, part_begin(input_channels, input_blocks, input + 1) - first, first_output,
             outputs, padded(outputs)};
   }
-  // Input channels whose tiles are there at once, for the weight's gradient.
-  static constexpr int64_t kTileChannels = 64;
   int64_t weight_tile_floats(int64_t inputs) const {
-    if (!bands.winograd) return 0;
+    if (bands.tile == 0) return 0;
     const int64_t pitches =
         scratch_pitch(std::min(inputs, kTileChannels)) + scratch_pitch(block_outputs());
-    return round_up(kPositions * block_bands.most_tiles() * pitches, 16);
+    return round_up(positions_of(kGradientTile) * most_gradient_tiles() * pitches, 16);
   }
 
   int64_t packed_floats() const { return wants_inputs ? panels.floats() : 0; }
@@ -696,7 +715,7 @@ struct BackwardPlan {
   Bands bands_of(const ConvolutionBackward& step, const Workers& workers, int64_t inputs) const {
     return Bands(step.window, scratch_pitch(inputs) + (wants_inputs ? inputs : 0), gradient_pitch,
                  workers.threads, table.tiling.tile_pixels[kPanelVectors],
-                 !step.exact && suits_winograd(step.window, input_channels, output_channels));
+                 choose_tile(step.window, input_channels, output_channels, step.winograd));
   }
 };
 
@@ -725,7 +744,7 @@ class Backward {
              [&](int64_t stage, int64_t task, int64_t thread) {
                float* const memory = scratch_ + thread * plan_.scratch;
                if (stage == 0) {
-                 pack_panel(plan_.panels, task, weights, plan_.bands.winograd, packed_);
+                 pack_panel(plan_.panels, task, weights, plan_.bands.tile, packed_);
                } else if (stage == 1) {
                  if (plan_.together) {
                    split(task, memory);
@@ -805,7 +824,14 @@ class Backward {
   // Adds the products of a band to a block of the weight's gradient.
   void add_weight_gradient(const Band& band, const Patch& inputs, const Patch& gradient,
                            const GradientBlock& block, float* tiles, float* sums) const {
-    if (plan_.bands.winograd) return add_tile_gradient(band, inputs, gradient, block, tiles, sums);
+    if (plan_.bands.tile != 0) {
+      Band part = band;
+      for (part.first = band.first; part.first < band.last; part.first = part.last) {
+        part.last = std::min(part.first + plan_.gradient_rows(), band.last);
+        add_tile_gradient(part, inputs, gradient, block, tiles, sums);
+      }
+      return;
+    }
     const Window& window = band.window;
     const int64_t distance = band.by_position ? inputs.pitch : window.stride * inputs.pitch;
     std::vector<PixelRun> runs;
@@ -826,32 +852,33 @@ class Backward {
   // The same of Winograd's tiles, position by position.
   void add_tile_gradient(const Band& band, const Patch& inputs, const Patch& gradient,
                          const GradientBlock& block, float* memory, float* sums) const {
-    const int64_t tiles = tiles_of(band);
+    const int64_t tiles = tiles_of(band, kGradientTile);
     const int64_t gradient_pitch = scratch_pitch(block.pitch);
+    constexpr int64_t positions = positions_of(kGradientTile);
     float* const gradient_tiles = memory;
-    float* const input_tiles = gradient_tiles + kPositions * tiles * gradient_pitch;
-    for_each_tile(band, [&](int64_t tile, int64_t y, int64_t x) {
-      const float* pixels[kTile * kTile];
-      for (int64_t i = 0; i < kTile * kTile; ++i) {
-        const int64_t row = y + i / kTile, column = x + i % kTile;
+    float* const input_tiles = gradient_tiles + positions * tiles * gradient_pitch;
+    for_each_tile(band, kGradientTile, [&](int64_t number, int64_t y, int64_t x) {
+      const float* pixels[kGradientTile * kGradientTile];
+      for (int64_t i = 0; i < kGradientTile * kGradientTile; ++i) {
+        const int64_t row = y + i / kGradientTile, column = x + i % kGradientTile;
         const bool inside = row < band.last && column < band.window.output_width();
         pixels[i] = inside ? gradient.at(row, column) : kZeros;
       }
-      training_.winograd_gradient(pixels, block.pitch, gradient_tiles + tile * gradient_pitch,
+      training_.winograd_gradient(pixels, block.pitch, gradient_tiles + number * gradient_pitch,
                                   tiles * gradient_pitch);
     });
     std::vector<PixelRun> runs(1);
-    const int64_t chunks = divide_up(block.inputs, BackwardPlan::kTileChannels);
+    const int64_t chunks = divide_up(block.inputs, kTileChannels);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t first = part_begin(block.inputs, chunks, chunk);
       const int64_t channels = part_begin(block.inputs, chunks, chunk + 1) - first;
       const int64_t pitch = scratch_pitch(channels);
-      for_each_tile(band, [&](int64_t tile, int64_t y, int64_t x) {
-        const TilePixels pixels(inputs, y, x, band.window.padding, first);
-        plan_.table.winograd_2x2.input(pixels.data, channels, input_tiles + tile * pitch,
+      for_each_tile(band, kGradientTile, [&](int64_t number, int64_t y, int64_t x) {
+        const TilePixels pixels(inputs, kGradientTile, y, x, band.window.padding, first);
+        plan_.table.winograd_2x2.input(pixels.data, channels, input_tiles + number * pitch,
                                        tiles * pitch);
       });
-      for (int64_t position = 0; position < kPositions; ++position) {
+      for (int64_t position = 0; position < positions; ++position) {
         runs[0] = {input_tiles + position * tiles * pitch,
                    gradient_tiles + position * tiles * gradient_pitch, tiles};
         add_products(runs, channels, pitch, gradient_pitch, block,
@@ -928,7 +955,8 @@ class Backward {
     const GradientBlock block = plan_.block(index);
     float* const gradient_memory = memory + plan_.input_patch;
     float* const sums = gradient_memory + plan_.output_patch;
-    const int64_t floats = round_up(plan_.panels.taps * block.inputs * block.pitch, 16);
+    const int64_t floats =
+        round_up(plan_.gradient_positions() * block.inputs * block.pitch, 16);
     std::memset(sums, 0, floats * sizeof(float));
     for (int64_t b = 0; b < bands.count; ++b) {
       const Band band(bands, b);
@@ -961,7 +989,7 @@ class Backward {
 
   // Writes the gradient of the weight of input channels [begin, end) of a block.
   void unpack(const float* sums, const GradientBlock& block, int64_t begin, int64_t end) const {
-    unpack_gradient(sums, block, begin, end, plan_.bands.winograd,
+    unpack_gradient(sums, block, begin, end, plan_.bands.tile != 0,
                     WeightTaps<float>(step_.weight_gradient, step_.gradient_strides, step_.window));
   }
 
@@ -969,7 +997,7 @@ class Backward {
   void unpack_splits(int64_t first) const {
     const GradientBlock whole = plan_.whole();
     const int64_t last = std::min(first + kTogether, whole.inputs);
-    for (int64_t tap = 0; tap < plan_.panels.taps; ++tap) {
+    for (int64_t tap = 0; tap < plan_.gradient_positions(); ++tap) {
       const int64_t begin = (tap * whole.inputs + first) * whole.pitch;
       const int64_t count = (last - first) * whole.pitch;
       for (int64_t i = 1; i < plan_.splits; ++i) {

@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kLanes = 16;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
+constexpr int64_t kGradientPositions = positions_of(kGradientTile);
+
 // Input channels at a time, so that what is written stays in L1 until all lanes of it are there.
 constexpr int64_t kTogether = 16;
 
@@ -101,19 +103,23 @@ void load_taps(const WeightTaps<const float>& weights, int64_t step, const float
 }
 
 void pack_winograd(const Panels& panels, int64_t panel, const WeightTaps<const float>& weights,
-                   float* packed) {
+                   int64_t tile, float* packed) {
   const int64_t pitch = panels.pitch(panel), step = tap_step(weights);
   const int64_t position_floats = panels.inputs * pitch;
   for (int64_t first = 0; first < pitch; first += kLanes) {
     const int64_t lanes = std::min(pitch - first, kLanes);
     const int64_t channels = std::min(panels.channels(panel) - first, lanes);
     for (int64_t input = 0; input < panels.inputs && channels > 0; ++input) {
-      Lanes kernel[9] = {}, transformed[kPositions];
+      Lanes kernel[9] = {}, transformed[positions_of(kMostTile)];
       load_taps(weights, step, weights.at(panels.first(panel) + first, input), channels,
                 reinterpret_cast<float*>(kernel), kLanes);
-      winograd_kernel_2x2(kernel, transformed);
+      if (tile == 2) {
+        winograd_kernel_2x2(kernel, transformed);
+      } else {
+        winograd_kernel_4x4<float>(kernel, transformed);
+      }
       float* const to = packed + input * pitch + first;
-      for (int64_t i = 0; i < kPositions; ++i)
+      for (int64_t i = 0; i < positions_of(tile); ++i)
         std::memcpy(to + i * position_floats, &transformed[i], lanes * sizeof(float));
     }
   }
@@ -122,9 +128,9 @@ void pack_winograd(const Panels& panels, int64_t panel, const WeightTaps<const f
 }  // namespace
 
 void pack_panel(const Panels& panels, int64_t panel, const WeightTaps<const float>& weights,
-                bool winograd, float* packed) {
+                int64_t tile, float* packed) {
   packed += panels.offset(panel);
-  if (winograd) return pack_winograd(panels, panel, weights, packed);
+  if (tile != 0) return pack_winograd(panels, panel, weights, tile, packed);
   const int64_t pitch = panels.pitch(panel), channels = panels.channels(panel);
   const int64_t tap_floats = panels.inputs * pitch, step = tap_step(weights);
   for (int64_t first = 0; first < panels.inputs; first += kTogether) {
@@ -147,7 +153,7 @@ void pack_panel(const Panels& panels, int64_t panel, const WeightTaps<const floa
 void unpack_gradient(const float* sums, const GradientBlock& block, int64_t begin, int64_t end,
                      bool winograd, const WeightTaps<float>& gradient) {
   const int64_t step = tap_step(gradient), taps = gradient.count;
-  const int64_t positions = winograd ? kPositions : taps;
+  const int64_t positions = winograd ? kGradientPositions : taps;
   const int64_t tap_floats = block.inputs * block.pitch;
   for (int64_t first = 0; first < block.outputs; first += kLanes) {
     const int64_t lanes = std::min(block.outputs - first, kLanes);
@@ -164,7 +170,7 @@ void unpack_gradient(const float* sums, const GradientBlock& block, int64_t begi
       const float* from = sums + input * block.pitch + first;
       float* const to = outputs + input * gradient.input_step;
       int64_t from_step = tap_floats;
-      Lanes transformed[kPositions], kernel[9];
+      Lanes transformed[kGradientPositions], kernel[9];
       if (winograd) {
         for (int64_t i = 0; i < positions; ++i)
           std::memcpy(&transformed[i], from + i * tap_floats, lanes * sizeof(float));

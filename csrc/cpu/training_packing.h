@@ -14,8 +14,11 @@ namespace threshnet_fast::cpu {
 // Vectors of output channels that are packed side by side.
 constexpr int kPanelVectors = 2;
 
-// Products of a 4 x 4 tile of Winograd's F(2x2, 3x3).
-constexpr int64_t kPositions = 16;
+// Winograd's F(m x m, 3x3) takes m x m outputs, a tile, from (m + 2) x (m + 2) inputs and as many
+// products. The gradients of weights are added up of tiles of 2 x 2.
+constexpr int64_t positions_of(int64_t tile) { return (tile + 2) * (tile + 2); }
+constexpr int64_t kMostTile = 4;
+constexpr int64_t kGradientTile = 2;
 
 // Panels of up to two vectors of output channels, packed as [tap][input channel][vectors].
 struct Panels {
@@ -66,9 +69,10 @@ struct WeightTaps {
   }
 };
 
-// Packs the weights of a panel, for Winograd's tiles transformed to one weight for each position.
+// Packs the weights of a panel, for tiles transformed to one weight for each position; `tile` is 0
+// where there are none.
 void pack_panel(const Panels& panels, int64_t panel, const WeightTaps<const float>& weights,
-                bool winograd, float* packed);
+                int64_t tile, float* packed);
 
 // A part of a weight's gradient, laid out as [tap][input channel][pitch], or as
 // [position][input channel][pitch] where it is added up of Winograd's tiles.

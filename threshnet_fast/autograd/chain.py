@@ -119,8 +119,8 @@ class Chain:
             yield ReferenceKernels()
             return
         isa = cpu.isa_code(torch.float32)
-        exact = cpu.winograd_by_default() == 0
-        key = (shapes[0], isa, exact, torch.get_num_threads())
+        winograd = cpu.winograd_by_default()
+        key = (shapes[0], isa, winograd, torch.get_num_threads())
         with self._lock:
             # The last one used is the last to be forgotten.
             free = self._workspaces.pop(key, [])
@@ -130,8 +130,8 @@ class Chain:
             workspace = free.pop() if free else None
         if workspace is None:
             nodes = [(node, shapes[node.reads[0].buffer]) for node in self.graph.nodes]
-            workspace = CppKernels.create_workspace(isa, exact, nodes)
-        yield CppKernels(isa, exact, workspace)
+            workspace = CppKernels.create_workspace(isa, winograd, nodes)
+        yield CppKernels(isa, winograd, workspace)
         free.append(workspace)
 
     def norm_readers(self) -> list[int]:

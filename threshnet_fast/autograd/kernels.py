@@ -158,19 +158,19 @@ class CppKernels:
 
     Args:
         isa: As :func:`threshnet_fast.backends.cpu.isa_code` returns it.
-        exact: Whether all convolutions are direct, none by Winograd's tiles.
+        winograd: As :func:`threshnet_fast.backends.cpu.winograd_by_default` returns it.
         workspace: What :meth:`create_workspace` returned for the same.
     """
 
-    def __init__(self, isa: int, exact: bool, workspace: Tensor) -> None:
+    def __init__(self, isa: int, winograd: int, workspace: Tensor) -> None:
         self._isa = isa
-        self._exact = exact
+        self._winograd = winograd
         self._workspace = workspace
         self._none = torch.empty(0)
         self._ops = torch.ops.threshnet_fast_cpu
 
     @staticmethod
-    def create_workspace(isa: int, exact: bool, nodes: Sequence[tuple[Node, Shape]]) -> Tensor:
+    def create_workspace(isa: int, winograd: int, nodes: Sequence[tuple[Node, Shape]]) -> Tensor:
         """Returns memory for the largest of some nodes, for the number of threads in use."""
         ops = torch.ops.threshnet_fast_cpu
         floats = 0
@@ -182,7 +182,7 @@ class CppKernels:
                 unchanged = shape.after(node) == shape
                 inputs = node.module.in_channels
                 needed = ops.training_convolution_workspace(
-                    window, inputs, node.channels, unchanged, exact, isa
+                    window, inputs, node.channels, unchanged, winograd, isa
                 )
             floats = max(floats, needed)
         memory = torch.empty(floats + _ALIGNMENT)
@@ -215,7 +215,7 @@ class CppKernels:
             )
         else:
             self._ops.training_convolution_forward(
-                maps, segments, prologue, activation, weight, *where, self._exact, self._isa
+                maps, segments, prologue, activation, weight, *where, self._winograd, self._isa
             )
 
     def backward(
@@ -262,7 +262,7 @@ class CppKernels:
             self._none if inputs is None else inputs.sums,
             self._none if weight_gradient is None else weight_gradient,
             self._workspace,
-            self._exact,
+            self._winograd,
             self._isa,
         )
 
