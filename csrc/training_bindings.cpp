@@ -246,8 +246,8 @@ void training_convolution_backward(
 
 // Floats of the workspace that a convolution needs, forward and back.
 int64_t training_convolution_workspace(const std::vector<int64_t>& window, int64_t input_channels,
-                                       int64_t output_channels, bool input_gradients, int64_t winograd,
-                                       int64_t isa) {
+                                       int64_t output_channels, bool input_gradients,
+                                       int64_t winograd, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   check(input_channels >= 1 && output_channels >= 1, "the number of channels is not positive");
   cpu::ConvolutionForward forward = {};

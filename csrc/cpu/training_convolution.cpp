@@ -3,6 +3,7 @@
 
 #include "team.h"
 #include "training.h"
+#include "training_fetch.h"
 #include "training_packing.h"
 
 namespace threshnet_fast::cpu {
@@ -12,7 +13,7 @@ constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
 constexpr float kNoBias[kMaxTileVectors * 16] = {};
 
 // Floats that the parts of a band should fit in together, well inside a core's L2.
-constexpr int64_t kBandFloats = 96 * 1024;
+constexpr int64_t kBandFloats = 48 * 1024;
 // Floats of the normalised inputs from which Winograd's tiles are taken.
 constexpr int64_t kPatchFloats = 64 * 1024;
 // Channels from which on the products of tiles cost more than their transforms.
@@ -47,8 +48,8 @@ constexpr int64_t band_tiles(int64_t tile) { return tile == 2 ? 56 : 28; }
 // The size of Winograd's tiles for a window, 0 where its taps take less time; `winograd` as in
 // ConvolutionForward.
 int64_t choose_tile(const Window& window, int64_t inputs, int64_t outputs, int64_t winograd) {
-  if (winograd == 0 || window.kernel_height != 3 || window.kernel_width != 3 || window.stride != 1 ||
-      window.padding != 1 || window.input_pixels() < kWinogradPixels ||
+  if (winograd == 0 || window.kernel_height != 3 || window.kernel_width != 3 ||
+      window.stride != 1 || window.padding != 1 || window.input_pixels() < kWinogradPixels ||
       std::min(inputs, outputs) < kWinogradChannels)
     return 0;
   if (winograd > 0) return winograd;
@@ -60,7 +61,7 @@ int64_t choose_tile(const Window& window, int64_t inputs, int64_t outputs, int64
 struct Bands {
   Window window;
   bool by_position;  // a band is some images, otherwise some rows of one
-  int64_t tile;  // size of Winograd's tiles, or 0
+  int64_t tile;      // size of Winograd's tiles, or 0
   int64_t count;
 
   // `floats` are those that a pixel of the input and of the output take together.
@@ -95,6 +96,9 @@ struct Bands {
     count = window.batch * parts;
   }
 
+  // Whether a band reads enough for its products that they should not wait for the memory; those of
+  // tiles are read from a cache that has no room for more.
+  bool fetches_ahead() const { return tile == 0; }
   int64_t parts() const { return count / window.batch; }
   int64_t row_step() const { return std::max<int64_t>(tile, 1); }
   int64_t most_rows() const {
@@ -127,6 +131,17 @@ struct Band {
   }
 
   int64_t images() const { return last - first; }
+  // The pixels of the input that it is made from, which follow each other.
+  int64_t first_input_pixel() const {
+    if (by_position) return first * window.input_pixels();
+    const int64_t row = std::max<int64_t>(first * window.stride - window.padding, 0);
+    return (image * window.height + row) * window.width;
+  }
+  int64_t last_input_pixel() const {
+    if (by_position) return last * window.input_pixels();
+    const int64_t row = (last - 1) * window.stride - window.padding + window.kernel_height;
+    return (image * window.height + std::min(row, window.height)) * window.width;
+  }
   // A band is made of pixels that follow each other, in the output as in an input of its size.
   int64_t first_pixel() const {
     return by_position ? first * window.output_pixels()
@@ -281,7 +296,14 @@ class Convolution {
     float* map;
     int64_t map_pitch;
     float* tiles;  // memory for Winograd's tiles
+    FetchList* ahead;
   };
+
+  // The words of a tile of pixels, at least, and how many tiles of some panels there are.
+  int64_t words() const { return panels_.inputs / chunks_; }
+  int64_t tile_calls(const Band& band, int64_t panels) const {
+    return chunks_ * panels * divide_up(band.pixels(), table_.tiling.tile_pixels[kPanelVectors]);
+  }
 
   // The products of a patch with some panels; the result begins with the first panel's channels.
   void multiply(const Band& band, const Patch& patch, const float* packed, int64_t first_panel,
@@ -419,6 +441,7 @@ class Convolution {
       tile.initial = chunk == 0 ? kNoBias : places;
       tile.initial_rows = kIota;
       tile.initial_pitch = chunk == 0 ? 0 : to.pitch;
+      runs[0].fetches[0] = to.ahead->next();
       table_.conv_tile[vectors][count](tile);
       for (int64_t r = 0; r < run_count; ++r) runs[r].input += count * runs[r].pitch;
     }
@@ -426,7 +449,7 @@ class Convolution {
 
   Panels panels_;
   const UkernelTable<float>& table_;
-  int64_t tile_;  // size of Winograd's tiles, or 0
+  int64_t tile_;             // size of Winograd's tiles, or 0
   std::vector<float> bias_;  // zeros
   int64_t chunks_;
 };
@@ -454,6 +477,16 @@ void load_inputs(const TrainingTable& table, const std::vector<MapSegment>& inpu
                       {prologue.scale + from, prologue.shift + from, prologue.activation}, count,
                       end - from, {to + from - first, patch.pitch});
     });
+  });
+}
+
+// Adds what a band is going to read of channels [first, last) that the one before it has not.
+void fetch_inputs(const std::vector<MapSegment>& inputs, int64_t first, int64_t last,
+                  const Band& band, const Band& before, FetchList& ahead) {
+  const int64_t pixel = std::max(band.first_input_pixel(), before.last_input_pixel());
+  for_each_segment(inputs, first, last, [&](size_t i, int64_t start, int64_t from, int64_t end) {
+    ahead.add(inputs[i].data + pixel * inputs[i].pitch + from - start, inputs[i].pitch, end - from,
+              band.last_input_pixel() - pixel);
   });
 }
 
@@ -517,7 +550,7 @@ struct ForwardPlan {
         patch(round_up(patch_floats(bands, input_channels), 16)) {
     const int64_t outputs = divide_up(panels.count(), groups) * panels.first(1);
     places = bands.tile != 0 ? convolution.tile_floats(bands.most_tiles(), outputs)
-                            : round_up(most_pixels(bands) * output_pitch, 16);
+                             : round_up(most_pixels(bands) * output_pitch, 16);
     scratch = patch + places;
   }
 
@@ -553,9 +586,15 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
     const int64_t first = panels.first(first_panel);
     const int64_t channels = std::min(panels.first(last_panel), panels.outputs) - first;
     float* const places = memory + plan.patch;
+    FetchList ahead(plan.convolution.words());
+    if (plan.bands.fetches_ahead() && task % plan.groups == plan.groups - 1 &&
+        task / plan.groups + 1 < plan.bands.count)
+      fetch_inputs(step.inputs, 0, plan.input_channels, Band(plan.bands, task / plan.groups + 1),
+                   band, ahead);
+    ahead.divide(plan.convolution.tile_calls(band, last_panel - first_panel));
     plan.convolution.multiply(
         band, patch, packed, first_panel, last_panel,
-        {places, plan.output_pitch, step.output + first, step.output_pitch, places});
+        {places, plan.output_pitch, step.output + first, step.output_pitch, places, &ahead});
     if (step.statistics.mean == nullptr) return;
     const Rows rows = {step.output + band.first_pixel() * step.output_pitch + first,
                        step.output_pitch};
@@ -668,8 +707,7 @@ struct BackwardPlan {
     return std::max<int64_t>(band_tiles(kGradientTile) / columns, 1) * kGradientTile;
   }
   int64_t most_gradient_tiles() const {
-    return gradient_rows() / kGradientTile *
-           divide_up(bands.window.output_width(), kGradientTile);
+    return gradient_rows() / kGradientTile * divide_up(bands.window.output_width(), kGradientTile);
   }
   int64_t padded(int64_t outputs) const { return round_up(outputs, table.tiling.lanes); }
   int64_t block_floats(int64_t inputs, int64_t outputs) const {
@@ -797,7 +835,8 @@ class Backward {
 
   // Adds the products of pixels to the rows of `inputs` input channels of a block's gradient.
   void add_products(std::vector<PixelRun>& runs, int64_t inputs, int64_t distance,
-                    int64_t gradient_pitch, const GradientBlock& block, float* rows) const {
+                    int64_t gradient_pitch, const GradientBlock& block, float* rows,
+                    FetchList& ahead) const {
     const int64_t lanes = plan_.table.tiling.lanes;
     const int64_t tiles = divide_up(inputs, plan_.table.tiling.tile_pixels[kPanelVectors]);
     const int64_t run_count = static_cast<int64_t>(runs.size());
@@ -807,7 +846,8 @@ class Backward {
       for (int64_t c = 0; c < block.pitch; c += kPanelVectors * lanes) {
         const int64_t vectors = std::min<int64_t>(kPanelVectors, (block.pitch - c) / lanes);
         training_.weight_gradient[vectors][count]({runs.data(), run_count, distance, gradient_pitch,
-                                                   rows + first * block.pitch + c, block.pitch});
+                                                   rows + first * block.pitch + c, block.pitch,
+                                                   ahead.next()});
         shift(runs, 0, vectors * lanes);
       }
       shift(runs, count, -block.pitch);
@@ -823,12 +863,13 @@ class Backward {
 
   // Adds the products of a band to a block of the weight's gradient.
   void add_weight_gradient(const Band& band, const Patch& inputs, const Patch& gradient,
-                           const GradientBlock& block, float* tiles, float* sums) const {
+                           const GradientBlock& block, float* tiles, float* sums,
+                           FetchList& ahead) const {
     if (plan_.bands.tile != 0) {
       Band part = band;
       for (part.first = band.first; part.first < band.last; part.first = part.last) {
         part.last = std::min(part.first + plan_.gradient_rows(), band.last);
-        add_tile_gradient(part, inputs, gradient, block, tiles, sums);
+        add_tile_gradient(part, inputs, gradient, block, tiles, sums, ahead);
       }
       return;
     }
@@ -845,13 +886,14 @@ class Backward {
       });
       if (!runs.empty())
         add_products(runs, block.inputs, distance, gradient.pitch, block,
-                     sums + tap * block.inputs * block.pitch);
+                     sums + tap * block.inputs * block.pitch, ahead);
     }
   }
 
   // The same of Winograd's tiles, position by position.
   void add_tile_gradient(const Band& band, const Patch& inputs, const Patch& gradient,
-                         const GradientBlock& block, float* memory, float* sums) const {
+                         const GradientBlock& block, float* memory, float* sums,
+                         FetchList& ahead) const {
     const int64_t tiles = tiles_of(band, kGradientTile);
     const int64_t gradient_pitch = scratch_pitch(block.pitch);
     constexpr int64_t positions = positions_of(kGradientTile);
@@ -882,19 +924,50 @@ class Backward {
         runs[0] = {input_tiles + position * tiles * pitch,
                    gradient_tiles + position * tiles * gradient_pitch, tiles};
         add_products(runs, channels, pitch, gradient_pitch, block,
-                     sums + (position * block.inputs + first) * block.pitch);
+                     sums + (position * block.inputs + first) * block.pitch, ahead);
       }
     }
   }
 
+  // How many tiles of a block of the weight's gradient there are.
+  int64_t weight_tile_calls(const GradientBlock& block) const {
+    const Tiling& tiling = plan_.table.tiling;
+    return plan_.gradient_positions() * divide_up(block.inputs, tiling.tile_pixels[kPanelVectors]) *
+           divide_up(block.pitch, kPanelVectors * tiling.lanes);
+  }
+
+  // Adds what a band's input gradient is added to, and the maps where they have not been read.
+  void fetch_input_gradients(const Band& band, bool maps, FetchList& ahead) const {
+    const int64_t pixel = band.first_pixel(), pixels = band.pixels();
+    for (size_t i = 0; i < step_.inputs.size() && plan_.bands.fetches_ahead(); ++i) {
+      const MapSegment& map = step_.inputs[i];
+      const GradientSegment& to = step_.input_gradients[i];
+      if (maps) ahead.add(map.data + pixel * map.pitch, map.pitch, map.channels, pixels);
+      ahead.add(to.data + pixel * to.pitch, to.pitch, map.channels, pixels);
+    }
+  }
+
+  // Adds what the band after this one is going to read of a block, with or without its inputs.
+  void fetch_next(const Bands& bands, int64_t index, const GradientBlock& block, bool inputs,
+                  FetchList& ahead) const {
+    if (!bands.fetches_ahead() || index + 1 >= bands.count) return;
+    const Band band(bands, index + 1);
+    for (const MapSegment* map : {&step_.gradient, &step_.output})
+      ahead.add(map->data + band.first_pixel() * map->pitch + block.first_output, map->pitch,
+                block.outputs, band.pixels());
+    if (inputs)
+      fetch_inputs(step_.inputs, block.first_input, block.first_input + block.inputs, band,
+                   Band(bands, index), ahead);
+  }
+
   // The gradient of a band's input, of the channels of some panels.
   void input_gradient(const Band& band, const Patch& gradient, int64_t first_panel,
-                      int64_t last_panel, float* result, float* sums) const {
+                      int64_t last_panel, float* result, float* sums, FetchList& ahead) const {
     Band back = band;
     back.window = backward_window(band.window);
     float* const tiles = result + round_up(most_pixels(plan_.bands) * plan_.result_pitch, 16);
     plan_.convolution.multiply(back, gradient, packed_, first_panel, last_panel,
-                               {result, plan_.result_pitch, nullptr, 0, tiles});
+                               {result, plan_.result_pitch, nullptr, 0, tiles, &ahead});
     const int64_t first = plan_.panels.first(first_panel);
     const int64_t last = std::min(plan_.panels.first(last_panel), plan_.input_channels);
     for_each_group(band, band.window.height, band.window.width, [&](const Group& group) {
@@ -940,12 +1013,19 @@ class Backward {
       const Band band(bands, b);
       const Patch gradient = gradient_patch(band, plan_.wants_inputs, gradient_memory);
       load_gradient(band, gradient, whole);
+      FetchList ahead(plan_.convolution.words());
+      if (plan_.wants_inputs) fetch_input_gradients(band, false, ahead);
+      fetch_next(bands, b, whole, plan_.wants_weight, ahead);
+      ahead.divide(
+          (plan_.wants_weight ? weight_tile_calls(whole) : 0) +
+          (plan_.wants_inputs ? plan_.convolution.tile_calls(band, plan_.panels.count()) : 0));
       if (plan_.wants_weight) {
         const Patch inputs = input_patch(band, plan_.input_channels, memory);
         load_inputs(training_, step_.inputs, step_.prologue, 0, plan_.input_channels, band, inputs);
-        add_weight_gradient(band, inputs, gradient, whole, result, partial);
+        add_weight_gradient(band, inputs, gradient, whole, result, partial, ahead);
       }
-      if (plan_.wants_inputs) input_gradient(band, gradient, 0, plan_.panels.count(), result, sums);
+      if (plan_.wants_inputs)
+        input_gradient(band, gradient, 0, plan_.panels.count(), result, sums, ahead);
     }
   }
 
@@ -955,8 +1035,7 @@ class Backward {
     const GradientBlock block = plan_.block(index);
     float* const gradient_memory = memory + plan_.input_patch;
     float* const sums = gradient_memory + plan_.output_patch;
-    const int64_t floats =
-        round_up(plan_.gradient_positions() * block.inputs * block.pitch, 16);
+    const int64_t floats = round_up(plan_.gradient_positions() * block.inputs * block.pitch, 16);
     std::memset(sums, 0, floats * sizeof(float));
     for (int64_t b = 0; b < bands.count; ++b) {
       const Band band(bands, b);
@@ -965,7 +1044,10 @@ class Backward {
       const Patch inputs = input_patch(band, block.inputs, memory);
       load_inputs(training_, step_.inputs, step_.prologue, block.first_input,
                   block.first_input + block.inputs, band, inputs);
-      add_weight_gradient(band, inputs, gradient, block, sums + floats, sums);
+      FetchList ahead(plan_.convolution.words());
+      fetch_next(bands, b, block, true, ahead);
+      ahead.divide(weight_tile_calls(block));
+      add_weight_gradient(band, inputs, gradient, block, sums + floats, sums, ahead);
     }
     unpack(sums, block, 0, block.inputs);
   }
@@ -983,8 +1065,12 @@ class Backward {
     float* const gradient_memory = memory + plan_.input_patch;
     const Patch gradient = gradient_patch(band, true, gradient_memory);
     load_gradient(band, gradient, plan_.whole());
+    FetchList ahead(plan_.convolution.words());
+    fetch_input_gradients(band, true, ahead);
+    if (group == plan_.groups - 1) fetch_next(plan_.bands, index, plan_.whole(), false, ahead);
+    ahead.divide(plan_.convolution.tile_calls(band, last_panel - first_panel));
     input_gradient(band, gradient, first_panel, last_panel, gradient_memory + plan_.output_patch,
-                   sums);
+                   sums, ahead);
   }
 
   // Writes the gradient of the weight of input channels [begin, end) of a block.

@@ -57,8 +57,7 @@ struct Matrix {
   Float& at(int64_t r, int64_t c) const { return data[r * row + c * column]; }
 };
 
-void copy(int64_t rows, int64_t columns, const Matrix<const float>& from,
-          const Matrix<float>& to) {
+void copy(int64_t rows, int64_t columns, const Matrix<const float>& from, const Matrix<float>& to) {
   if (from.row == 1 && to.row == 1) {
     for (int64_t c = 0; c < columns; ++c) std::copy_n(&from.at(0, c), rows, &to.at(0, c));
     return;
@@ -141,8 +140,7 @@ void pack_panel(const Panels& panels, int64_t panel, const WeightTaps<const floa
       load_taps(weights, step, from + input * weights.input_step, channels, to + input * pitch,
                 tap_floats);
     for (int64_t tap = 0; tap < panels.taps && step == 0; ++tap)
-      copy(channels, inputs,
-           {from + weights.taps[tap], weights.output_step, weights.input_step},
+      copy(channels, inputs, {from + weights.taps[tap], weights.output_step, weights.input_step},
            {to + tap * tap_floats, 1, pitch});
     for (int64_t tap = 0; tap < panels.taps && channels < pitch; ++tap)
       for (int64_t input = 0; input < inputs; ++input)

@@ -1,5 +1,5 @@
-// A convolution's weights in the order in which training's micro-kernels read them, and the gradient
-// of a weight from the order in which they add it up. Free of torch.
+// A convolution's weights in the order in which training's micro-kernels read them, and the
+// gradient of a weight from the order in which they add it up. Free of torch.
 #pragma once
 
 #include <algorithm>

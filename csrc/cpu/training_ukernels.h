@@ -26,6 +26,7 @@ struct WeightGradientTile {
   int64_t input_pitch, gradient_pitch;
   float* output;
   int64_t output_pitch;
+  Fetch fetch;  // with every pixel; null: nothing
 };
 
 using WeightGradientFunction = void (*)(const WeightGradientTile&);

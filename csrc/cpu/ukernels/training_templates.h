@@ -21,6 +21,8 @@ void weight_gradient_tile(const WeightGradientTile& tile) {
     for (int j = 0; j < kVectors; ++j)
       sum[i][j] = Vector::load(tile.output + i * tile.output_pitch + j * kLanes);
   }
+  const char* fetch = static_cast<const char*>(tile.fetch.address);
+  if (fetch == nullptr) fetch = reinterpret_cast<const char*>(tile.output);
   for (int64_t r = 0; r < tile.run_count; ++r) {
     const float* input = tile.runs[r].input;
     const float* gradient = tile.runs[r].gradient;
@@ -28,6 +30,8 @@ void weight_gradient_tile(const WeightGradientTile& tile) {
       Vector factor[kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) factor[j] = Vector::load(gradient + j * kLanes);
+      __builtin_prefetch(fetch, 0, 2);
+      fetch += tile.fetch.step;
 #pragma GCC unroll 16
       for (int i = 0; i < kChannels; ++i) {
         const Vector value = Vector::broadcast(input + i);
