@@ -15,7 +15,7 @@ constexpr float kNoBias[kMaxTileVectors * 16] = {};
 // Floats that the parts of a band should fit in together, well inside a core's L2.
 constexpr int64_t kBandFloats = 48 * 1024;
 // Floats of the normalised inputs from which Winograd's tiles are taken.
-constexpr int64_t kPatchFloats = 64 * 1024;
+constexpr int64_t kPatchFloats = 96 * 1024;
 // Channels from which on the products of tiles cost more than their transforms.
 constexpr int64_t kWinogradChannels = 12;
 // Floats of one panel's weights that pass by while a band stays.
@@ -64,9 +64,10 @@ struct Bands {
   int64_t tile;      // size of Winograd's tiles, or 0
   int64_t count;
 
-  // `floats` are those that a pixel of the input and of the output take together.
-  Bands(const Window& original, int64_t input_floats, int64_t output_floats, int64_t threads,
-        int64_t tile_pixels, int64_t tile)
+  // The floats are those of a pixel of the input and of the output, and where there are tiles, of
+  // the patches that they are taken from.
+  Bands(const Window& original, int64_t input_floats, int64_t output_floats, int64_t patch_floats,
+        int64_t threads, int64_t tile_pixels, int64_t tile)
       : window(original), tile(tile) {
     const bool pointwise = original.taps() == 1 && original.stride == 1 && original.padding == 0;
     if (pointwise) {
@@ -89,7 +90,7 @@ struct Bands {
     if (tile != 0) {
       const int64_t columns = divide_up(window.output_width(), tile);
       rows = std::max<int64_t>(band_tiles(tile) / columns, 1) * tile;
-      const int64_t most = std::max(kPatchFloats / (window.width * input_floats), tile);
+      const int64_t most = std::max(kPatchFloats / (window.width * patch_floats), tile);
       rows = std::min(rows, most / tile * tile);
     }
     const int64_t parts = divide_up(window.output_height(), rows);
@@ -540,8 +541,8 @@ struct ForwardPlan {
       : table(ukernel_table<float>(workers.isa)),
         input_channels(channels_of(step.inputs)),
         bands(step.window, scratch_pitch(input_channels),
-              round_up(step.output_channels, table.tiling.lanes), workers.threads,
-              table.tiling.tile_pixels[kPanelVectors],
+              round_up(step.output_channels, table.tiling.lanes), scratch_pitch(input_channels),
+              workers.threads, table.tiling.tile_pixels[kPanelVectors],
               choose_tile(step.window, input_channels, step.output_channels, step.winograd)),
         panels{input_channels, step.output_channels, packed_taps(bands), table.tiling.lanes},
         convolution(panels, table, bands.tile),
@@ -661,15 +662,16 @@ struct BackwardPlan {
         wants_inputs(!step.input_gradients.empty()),
         wants_weight(step.weight_gradient != nullptr),
         gradient_pitch(scratch_pitch(padded(output_channels))),
-        bands(bands_of(step, workers, input_channels)),
+        bands(bands_of(step, workers, scratch_pitch(input_channels))),
         panels{output_channels, input_channels, packed_taps(bands), table.tiling.lanes},
         convolution(panels, table, bands.tile),
-        groups(panel_groups(bands, panels, workers.threads)),
         result_pitch(scratch_pitch(panels.padded_outputs())),
         block_bands(bands) {
     together = block_floats(input_channels, output_channels) <= kGradientFloats;
+    // Each on its own, they need either the gradient's patches or these and some of the inputs'.
+    if (!together) bands = bands_of(step, workers, 0);
     splits = std::min(bands.count, 2 * workers.threads);
-    if (together) groups = 1;
+    groups = together ? 1 : panel_groups(bands, panels, workers.threads);
     output_blocks = bands.tile != 0 && !together ? divide_up(output_channels, kBlockOutputs) : 1;
     const int64_t tile = table.tiling.tile_pixels[kPanelVectors];
     const int64_t row = block_floats(1, block_outputs());
@@ -677,7 +679,7 @@ struct BackwardPlan {
     input_blocks = std::min(
         std::max(divide_up(input_channels, most), divide_up(2 * workers.threads, output_blocks)),
         divide_up(input_channels, tile));
-    if (!together) block_bands = bands_of(step, workers, block_inputs());
+    if (!together) block_bands = bands_of(step, workers, scratch_pitch(block_inputs()));
     const int64_t inputs = together ? input_channels : block_inputs();
     input_patch = patch_floats(block_bands, inputs);
     output_patch = std::max(most_pixels(block_bands), most_pixels(bands)) * gradient_pitch;
@@ -750,9 +752,12 @@ struct BackwardPlan {
  private:
   static constexpr int64_t kBlockOutputs = 128;
 
-  Bands bands_of(const ConvolutionBackward& step, const Workers& workers, int64_t inputs) const {
-    return Bands(step.window, scratch_pitch(inputs) + (wants_inputs ? inputs : 0), gradient_pitch,
-                 workers.threads, table.tiling.tile_pixels[kPanelVectors],
+  // `input_floats` are those of a pixel of the normalised inputs, where there are any.
+  Bands bands_of(const ConvolutionBackward& step, const Workers& workers,
+                 int64_t input_floats) const {
+    return Bands(step.window, input_floats + (wants_inputs ? input_channels : 0), gradient_pitch,
+                 input_floats + gradient_pitch, workers.threads,
+                 table.tiling.tile_pixels[kPanelVectors],
                  choose_tile(step.window, input_channels, output_channels, step.winograd));
   }
 };
