@@ -33,6 +33,8 @@ __all__ = ["CHECKPOINTS", "Chain"]
 
 CHECKPOINTS = (None, "features")
 _MAX_SHAPES = 8
+_PARAMETERS = ("weights", "gammas", "betas")
+_TENSORS = (*_PARAMETERS, "maps", "statistics", "fixed", "prologues")
 
 
 class Chain:
@@ -280,27 +282,48 @@ class _Pass:
             batch[1::2] = list(scaled)
             torch._foreach_lerp_(running, batch, momentum)
 
-    def tensors(self) -> list[Tensor | None]:
-        """All tensors, to be kept by autograd."""
-        return [
-            *self.weights,
-            *self.gammas,
-            *self.betas,
-            *self.maps,
-            *self.statistics,
-            *self.fixed,
-            *self.prologues,
-        ]
+    def copy(self) -> _Pass:
+        """Another pass of the same tensors."""
+        other = object.__new__(_Pass)
+        other.__dict__.update(self.__dict__)
+        for name in _TENSORS:
+            setattr(other, name, list(getattr(self, name)))
+        return other
 
-    def release(self) -> None:
-        """Forgets all tensors."""
-        self.restore([None] * len(self.tensors()))
+    def take(self, everything: bool) -> list[Tensor | None]:
+        """Takes tensors out, to be kept by autograd: those that others hold too, or all."""
+        tensors = []
+        for values, index in self._places(everything):
+            tensors.append(values[index])
+            values[index] = None
+        return tensors
 
-    def restore(self, tensors: Sequence[Tensor | None]) -> None:
-        """Takes all tensors back from autograd."""
-        remaining = iter(tensors)
-        for name in ("weights", "gammas", "betas", "maps", "statistics", "fixed", "prologues"):
-            setattr(self, name, [next(remaining) for _ in getattr(self, name)])
+    def put(self, tensors: Sequence[Tensor | None], everything: bool) -> None:
+        """Puts back what :meth:`take` returned."""
+        for (values, index), tensor in zip(self._places(everything), tensors, strict=True):
+            values[index] = tensor
+
+    def _places(self, everything: bool) -> Iterator[tuple[list[Tensor | None], int]]:
+        for name in _TENSORS:
+            values = getattr(self, name)
+            for index in range(len(values)):
+                shared = name in _PARAMETERS or (
+                    name == "maps" and index in (0, self.chain.graph.output)
+                )
+                if everything or shared:
+                    yield values, index
+
+
+def _has_hooks_on_saved_tensors() -> bool:
+    """Whether someone else decides what becomes of the tensors that autograd saves."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
+
+
+def _keeps_graph() -> bool:
+    """Whether the graph that is run backward may be run backward again."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or keeps()
 
 
 class _ChainFunction(torch.autograd.Function):
@@ -334,9 +357,10 @@ class _ChainFunction(torch.autograd.Function):
         run.update_running_statistics()
         output = run.map_of(graph.output)
         if wanted:
-            # Autograd notices where one of them is changed before the backward pass.
-            ctx.save_for_backward(*run.tensors())
-            run.release()
+            # Autograd notices where one that it saves is changed before the backward pass, but lets
+            # go of none of them before the end of it.
+            ctx.everything = _has_hooks_on_saved_tensors()
+            ctx.save_for_backward(*run.take(ctx.everything))
             ctx.run = run
         shape = run.shapes[graph.output]
         return output.view(shape.batch, shape.height, shape.width, -1).permute(0, 3, 1, 2)
@@ -345,23 +369,29 @@ class _ChainFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        return _Backward(ctx.run, ctx.saved_tensors, needs[1], needs[5:]).run(gradient)
+        run = ctx.run.copy()
+        run.put(ctx.saved_tensors, ctx.everything)
+        if not _keeps_graph():
+            ctx.run.take(everything=True)
+        return _Backward(run, needs[1], needs[5:]).run(gradient)
 
 
 class _Backward:
-    """One pass backward."""
+    """One pass backward.
+
+    Args:
+        run: The pass forward, whose tensors it lets go of as soon as it can.
+        needs_input: Whether the gradient of the input is wanted.
+        needs: Whether that of each parameter is.
+    """
 
     def __init__(
         self,
-        forward: _Pass,
-        tensors: Sequence[Tensor | None],
+        run: _Pass,
         needs_input: bool,
         needs: Sequence[bool],
     ) -> None:
-        # A copy, as a second pass backward over a retained graph starts from the same.
-        run = self.forward = object.__new__(_Pass)
-        run.__dict__.update(forward.__dict__)
-        run.restore(tensors)
+        self.forward = run
         self.graph = run.chain.graph
         self.needs_input = needs_input
         needed = iter(needs)
@@ -445,9 +475,7 @@ class _Backward:
         if inputs is not None:
             self._add_to_norms(node, inputs.sums, kernels)
         if index == graph.buffers[node.buffer].writers[0]:
-            self.gradients[node.buffer] = None
-            if graph.buffers[node.buffer].temporary:
-                run.maps[node.buffer] = None
+            self.gradients[node.buffer] = run.maps[node.buffer] = None
 
     def _gradient(self, buffer: int) -> Tensor:
         gradient = self.gradients[buffer]
