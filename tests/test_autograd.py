@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -803,10 +804,10 @@ def test_bottlenecks_are_let_go_of(model, x, mode, monkeypatch):
     alive, seen = [], []
     original = CppKernels.forward
 
-    def spy(self, node, shape, maps, prologue, weight, output, statistics):
-        original(self, node, shape, maps, prologue, weight, output, statistics)
-        if node.name.endswith("conv1"):
-            seen.append(weakref.ref(output))
+    def spy(self, step, statistics):
+        original(self, step, statistics)
+        if step.node.name.endswith("conv1"):
+            seen.append(weakref.ref(step.output))
             alive.append(sum(reference() is not None for reference in seen))
 
     monkeypatch.setattr(CppKernels, "forward", spy)
@@ -818,6 +819,39 @@ def test_bottlenecks_are_let_go_of(model, x, mode, monkeypatch):
             model(x)
     assert len(alive) == 5
     assert max(alive) == 1
+
+
+@pytest.mark.parametrize("kept_by", [None, "graph", "hooks"])
+def test_maps_are_let_go_of_on_the_way_back(model, x, kept_by, monkeypatch):
+    """Each when the last convolution that needs it is done, unless someone may want them again."""
+    maps, alive = [], []
+    forward, backward = CppKernels.forward, CppKernels.backward
+
+    def spy_forward(self, step, statistics):
+        forward(self, step, statistics)
+        if not any(reference() is step.output for reference in maps):
+            maps.append(weakref.ref(step.output))
+
+    def spy_backward(self, step, *arguments):
+        backward(self, step, *arguments)
+        alive.append(sum(reference() is not None for reference in maps))
+
+    monkeypatch.setattr(CppKernels, "forward", spy_forward)
+    monkeypatch.setattr(CppKernels, "backward", spy_backward)
+    hooks = contextlib.nullcontext()
+    if kept_by == "hooks":
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda kept: kept)
+    with hooks:
+        output = model(x).square().sum()
+    assert len(maps) > 10
+    output.backward(retain_graph=kept_by == "graph")
+    assert alive[0] == len(maps)
+    if kept_by is None:
+        assert alive == sorted(alive, reverse=True)
+        # The chain's output, which others hold too, and what the first convolution wrote.
+        assert alive[-1] <= 3
+    else:
+        assert alive[-1] == len(maps)
 
 
 def test_a_model_that_has_trained_is_freed_at_once(x):

@@ -227,6 +227,23 @@ def test_gradients_may_be_left_out(case, isa):
 
 
 @pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dimensions", [(0, 1), (2, 3), (1, 2)])
+@pytest.mark.parametrize("case", [CASES[8], CASES[12], CASES[13], CASES[17]], ids=str)
+def test_weights_in_any_order_of_memory(case, dimensions, isa):
+    """And the gradient of one is laid out as it is."""
+    problem = Convolution(case)
+    expected, _ = problem.forward(isa)
+    *_, expected_gradient = problem.backward(isa)
+    weight = problem.weight
+    problem.weight = weight.transpose(*dimensions).contiguous().transpose(*dimensions)
+    output, _ = problem.forward(isa)
+    assert output.written(BEFORE, case.out).equal(expected.written(BEFORE, case.out))
+    *_, gradient = problem.backward(isa)
+    assert gradient.equal(expected_gradient)
+    assert gradient.stride() == problem.weight.stride()
+
+
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("case", CASES[2:5], ids=str)
 def test_statistics_may_be_left_out(case, isa):
     problem = convolution(case)

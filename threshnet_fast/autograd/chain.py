@@ -27,7 +27,15 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import cpu
 from .graph import Convolution, Graph, Node, Read, trace
-from .kernels import CppKernels, Gradients, Kernels, ReferenceKernels, Shape
+from .kernels import (
+    CppKernels,
+    Gradients,
+    Kernels,
+    Normalization,
+    ReferenceKernels,
+    Shape,
+    Step,
+)
 
 __all__ = ["CHECKPOINTS", "Chain"]
 
@@ -201,13 +209,30 @@ class _Pass:
             variance, mean = torch.var_mean(self.maps[0], 0, correction=0)
             self.statistics[0] = torch.stack([mean, variance])
 
-    def norm_statistics(self, index: int) -> tuple[Tensor, int]:
-        """The statistics that a norm takes, and where its channels begin in them."""
-        fixed = self.fixed[index]
-        if fixed is not None:
-            return fixed, 0
-        norm = self.chain.graph.norms[index]
-        return cast(Tensor, self.statistics[norm.buffer]), norm.channel
+    def normalization(self, index: int) -> Normalization:
+        """A norm with the statistics that it takes."""
+        norm, fixed = self.chain.graph.norms[index], self.fixed[index]
+        batch = self.statistics[norm.buffer]
+        return Normalization(
+            cast(Tensor, batch) if fixed is None else fixed,
+            norm.channel if fixed is None else 0,
+            norm.channels,
+            self.gammas[index],
+            self.betas[index],
+            self.eps[index],
+        )
+
+    def step(self, index: int) -> Step:
+        """A node with its tensors, which are there."""
+        node = self.chain.graph.nodes[index]
+        return Step(
+            node,
+            self.shapes[node.reads[0].buffer],
+            [self.map_of(read.buffer) for read in node.reads],
+            cast(Tensor, self.prologues[index]),
+            self.weights[index],
+            self.map_of(node.buffer),
+        )
 
     def map_of(self, index: int) -> Tensor:
         """The map of a buffer, which a node before wrote."""
@@ -224,17 +249,7 @@ class _Pass:
                 part.zero_()
                 part[0] = 1
             else:
-                statistics, channel = self.norm_statistics(read.norm)
-                kernels.prologue(
-                    statistics,
-                    channel,
-                    read.channels,
-                    self.gammas[read.norm],
-                    self.betas[read.norm],
-                    self.eps[read.norm],
-                    prologue,
-                    start,
-                )
+                kernels.prologue(self.normalization(read.norm), prologue, start)
             start += read.channels
         self.prologues[index] = prologue
 
@@ -246,15 +261,7 @@ class _Pass:
             self.maps[node.buffer] = torch.empty(
                 self.shapes[node.buffer].pixels, graph.buffers[node.buffer].channels, **self.options
             )
-        kernels.forward(
-            node,
-            self.shapes[node.reads[0].buffer],
-            [self.map_of(read.buffer) for read in node.reads],
-            cast(Tensor, self.prologues[index]),
-            self.weights[index],
-            self.map_of(node.buffer),
-            None if again else self.statistics[node.buffer],
-        )
+        kernels.forward(self.step(index), None if again else self.statistics[node.buffer])
 
     def update_running_statistics(self) -> None:
         """Takes the batch's statistics into the running ones, as BatchNorm does."""
@@ -270,8 +277,8 @@ class _Pass:
                 module.num_batches_tracked.add_(1)
                 if momentum is None:
                     momentum = 1.0 / float(module.num_batches_tracked)
-            statistics, channel = self.norm_statistics(index)
-            mean, variance = statistics[:, channel : channel + norm.channels]
+            given = self.normalization(index)
+            mean, variance = given.statistics[:, given.channel : given.channel + norm.channels]
             count = self.shapes[norm.buffer].pixels
             lists = means.setdefault(0.0 if momentum is None else momentum, [[], [], []])
             lists[0] += [module.running_mean, module.running_var]
@@ -447,10 +454,10 @@ class _Backward:
             if run.maps[read.buffer] is None:
                 for writer in graph.buffers[read.buffer].writers:
                     run.run(writer, kernels, again=True)
-        weight = run.weights[index]
         weight_gradient = None
         if self.needs_weight[index]:
-            weight_gradient = self.weight_gradients[index] = torch.empty_like(cast(Tensor, weight))
+            weight_gradient = torch.empty_like(cast(Tensor, run.weights[index]))
+            self.weight_gradients[index] = weight_gradient
         inputs = None
         if self.needs_input or any(
             read.buffer != 0 or read.norm is not None for read in node.reads
@@ -461,12 +468,7 @@ class _Backward:
                 torch.empty(2, sum(read.channels for read in node.reads), **run.options),
             )
         kernels.backward(
-            node,
-            run.shapes[node.reads[0].buffer],
-            [run.map_of(read.buffer) for read in node.reads],
-            cast(Tensor, run.prologues[index]),
-            weight,
-            run.map_of(node.buffer),
+            run.step(index),
             cast(Tensor, self.gradients[node.buffer]),
             self.corrections[node.buffer],
             inputs,
@@ -517,18 +519,13 @@ class _Backward:
     def _finish_norm(self, index: int, sums: Tensor, kernels: Kernels) -> None:
         """Turns what all readers of a norm found into its gradients and the map's correction."""
         run, norm = self.forward, self.graph.norms[index]
-        statistics, channel = run.norm_statistics(index)
         needs_gamma, needs_beta = self.needs_norm[index]
         gamma, beta = run.gammas[index], run.betas[index]
         gamma_gradient = torch.empty_like(cast(Tensor, gamma)) if needs_gamma else None
         beta_gradient = torch.empty_like(cast(Tensor, beta)) if needs_beta else None
         self.norm_gradients[2 * index : 2 * index + 2] = [gamma_gradient, beta_gradient]
         kernels.norm_backward(
-            statistics,
-            channel,
-            norm.channels,
-            gamma,
-            run.eps[index],
+            run.normalization(index),
             sums,
             run.shapes[norm.buffer].pixels,
             gamma_gradient,

@@ -18,7 +18,15 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .graph import ACTIVATIONS, MaxPool, Node
 
-__all__ = ["CppKernels", "Gradients", "Kernels", "ReferenceKernels", "Shape"]
+__all__ = [
+    "CppKernels",
+    "Gradients",
+    "Kernels",
+    "Normalization",
+    "ReferenceKernels",
+    "Shape",
+    "Step",
+]
 
 _ALIGNMENT = 16  # floats
 
@@ -66,39 +74,73 @@ class Gradients:
     sums: Tensor
 
 
+@dataclass(frozen=True)
+class Step:
+    """A node with the tensors that it works on.
+
+    Attributes:
+        node: The node.
+        shape: Of the maps that it reads.
+        maps: The map of each read.
+        prologue: Of all channels that it reads.
+        weight: Of a convolution.
+        output: The map that it writes to.
+    """
+
+    node: Node
+    shape: Shape
+    maps: Sequence[Tensor]
+    prologue: Tensor
+    weight: Tensor | None
+    output: Tensor
+
+    @property
+    def segments(self) -> list[int]:
+        """First channel and channels of each read, as the operators take them."""
+        return [number for read in self.node.reads for number in (read.channel, read.channels)]
+
+    @property
+    def activation(self) -> int:
+        """Its code."""
+        return ACTIVATIONS[self.node.activation]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """A norm with the statistics that it takes.
+
+    Attributes:
+        statistics: ``[2, channels]`` of a map: mean and biased variance.
+        channel: The norm's first channel in them.
+        channels: How many it has.
+        gamma: Its scale, or None for 1.
+        beta: Its shift, or None for 0.
+        eps: What it adds to the variance.
+    """
+
+    statistics: Tensor
+    channel: int
+    channels: int
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+
 class Kernels(Protocol):
     """What executes the nodes of a chain."""
 
-    def forward(
-        self,
-        node: Node,
-        shape: Shape,
-        maps: Sequence[Tensor],
-        prologue: Tensor,
-        weight: Tensor | None,
-        output: Tensor,
-        statistics: Tensor | None,
-    ) -> None:
+    def forward(self, step: Step, statistics: Tensor | None) -> None:
         """Runs a node.
 
         Args:
-            node: The node.
-            shape: Of the maps that it reads.
-            maps: The map of each read.
-            prologue: Of all channels that it reads.
-            weight: Of a convolution.
-            output: The map that it writes to.
-            statistics: ``[2, channels]`` of that map: mean and biased variance, to be written.
+            step: The node and its tensors.
+            statistics: ``[2, channels]`` of the output's map: mean and biased variance, to be
+                written.
         """
 
     def backward(
         self,
-        node: Node,
-        shape: Shape,
-        maps: Sequence[Tensor],
-        prologue: Tensor,
-        weight: Tensor | None,
-        output: Tensor,
+        step: Step,
         gradient: Tensor,
         correction: Tensor,
         inputs: Gradients | None,
@@ -107,12 +149,7 @@ class Kernels(Protocol):
         """Runs a node backward.
 
         Args:
-            node: The node.
-            shape: As for :meth:`forward`.
-            maps: As there.
-            prologue: As there.
-            weight: As there.
-            output: What :meth:`forward` wrote.
+            step: The node and its tensors, after :meth:`forward`.
             gradient: Of the output, from all that read it, less what their norms add through its
                 mean and variance.
             correction: ``[2, channels]`` of the output's map, slope and offset of that:
@@ -121,26 +158,12 @@ class Kernels(Protocol):
             weight_gradient: Where that of the weight goes, or None.
         """
 
-    def prologue(
-        self,
-        statistics: Tensor,
-        channel: int,
-        channels: int,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        eps: float,
-        prologue: Tensor,
-        to: int,
-    ) -> None:
-        """Writes channels ``[to, to + channels)`` of a prologue, from a map's statistics."""
+    def prologue(self, norm: Normalization, prologue: Tensor, to: int) -> None:
+        """Writes the norm's channels of a prologue, from channel ``to`` on."""
 
     def norm_backward(
         self,
-        statistics: Tensor,
-        channel: int,
-        channels: int,
-        gamma: Tensor | None,
-        eps: float,
+        norm: Normalization,
         sums: Tensor,
         count: int,
         gamma_gradient: Tensor | None,
@@ -189,59 +212,41 @@ class CppKernels:
         skipped = -(memory.data_ptr() // memory.element_size()) % _ALIGNMENT
         return memory[skipped : skipped + floats]
 
-    def forward(
-        self,
-        node: Node,
-        shape: Shape,
-        maps: Sequence[Tensor],
-        prologue: Tensor,
-        weight: Tensor | None,
-        output: Tensor,
-        statistics: Tensor | None,
-    ) -> None:
+    def forward(self, step: Step, statistics: Tensor | None) -> None:
         """See :meth:`Kernels.forward`."""
+        node = step.node
         where = (
-            shape.window(node),
-            output,
+            step.shape.window(node),
+            step.output,
             node.channel,
-            self._none if statistics is None else statistics,
+            self._or_none(statistics),
             self._workspace,
         )
-        activation = ACTIVATIONS[node.activation]
-        segments = _segments(node)
+        given = (step.segments, step.prologue, step.activation)
         if isinstance(node, MaxPool):
-            self._ops.training_pool_forward(
-                maps[0], segments, prologue, activation, *where, self._isa
-            )
+            self._ops.training_pool_forward(step.maps[0], *given, *where, self._isa)
         else:
             self._ops.training_convolution_forward(
-                maps, segments, prologue, activation, weight, *where, self._winograd, self._isa
+                step.maps, *given, step.weight, *where, self._winograd, self._isa
             )
 
     def backward(
         self,
-        node: Node,
-        shape: Shape,
-        maps: Sequence[Tensor],
-        prologue: Tensor,
-        weight: Tensor | None,
-        output: Tensor,
+        step: Step,
         gradient: Tensor,
         correction: Tensor,
         inputs: Gradients | None,
         weight_gradient: Tensor | None,
     ) -> None:
         """See :meth:`Kernels.backward`."""
-        activation = ACTIVATIONS[node.activation]
-        segments = _segments(node)
-        where = (shape.window(node), output, gradient, node.channel, correction)
+        node = step.node
+        given = (step.segments, step.prologue, step.activation)
+        where = (step.shape.window(node), step.output, gradient, node.channel, correction)
         if isinstance(node, MaxPool):
             if inputs is not None:
                 self._ops.training_pool_backward(
-                    maps[0],
-                    segments,
-                    prologue,
-                    activation,
+                    step.maps[0],
+                    *given,
                     *where,
                     inputs.maps[0],
                     int(inputs.accumulate[0]),
@@ -251,51 +256,35 @@ class CppKernels:
                 )
             return
         self._ops.training_convolution_backward(
-            maps,
-            segments,
-            prologue,
-            activation,
-            weight,
+            step.maps,
+            *given,
+            step.weight,
             *where,
             [] if inputs is None else inputs.maps,
             [] if inputs is None else [int(flag) for flag in inputs.accumulate],
-            self._none if inputs is None else inputs.sums,
-            self._none if weight_gradient is None else weight_gradient,
+            self._or_none(None if inputs is None else inputs.sums),
+            self._or_none(weight_gradient),
             self._workspace,
             self._winograd,
             self._isa,
         )
 
-    def prologue(
-        self,
-        statistics: Tensor,
-        channel: int,
-        channels: int,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        eps: float,
-        prologue: Tensor,
-        to: int,
-    ) -> None:
+    def prologue(self, norm: Normalization, prologue: Tensor, to: int) -> None:
         """See :meth:`Kernels.prologue`."""
         self._ops.normalization_prologue(
-            statistics,
-            channel,
-            channels,
-            self._none if gamma is None else gamma,
-            self._none if beta is None else beta,
-            eps,
+            norm.statistics,
+            norm.channel,
+            norm.channels,
+            self._or_none(norm.gamma),
+            self._or_none(norm.beta),
+            norm.eps,
             prologue,
             to,
         )
 
     def norm_backward(
         self,
-        statistics: Tensor,
-        channel: int,
-        channels: int,
-        gamma: Tensor | None,
-        eps: float,
+        norm: Normalization,
         sums: Tensor,
         count: int,
         gamma_gradient: Tensor | None,
@@ -303,44 +292,39 @@ class CppKernels:
         correction: Tensor | None,
     ) -> None:
         """See :meth:`Kernels.norm_backward`."""
-        none = self._none
         self._ops.normalization_backward(
-            statistics,
-            channel,
-            channels,
-            none if gamma is None else gamma,
-            eps,
+            norm.statistics,
+            norm.channel,
+            norm.channels,
+            self._or_none(norm.gamma),
+            norm.eps,
             sums,
             0,
             count,
-            none if gamma_gradient is None else gamma_gradient,
-            none if beta_gradient is None else beta_gradient,
-            none if correction is None else correction,
+            self._or_none(gamma_gradient),
+            self._or_none(beta_gradient),
+            self._or_none(correction),
         )
+
+    def _or_none(self, tensor: Tensor | None) -> Tensor:
+        """As the operators take a tensor that may be missing."""
+        return self._none if tensor is None else tensor
 
 
 class ReferenceKernels:
     """The same in plain PyTorch, in any dtype and on any device."""
 
-    def forward(
-        self,
-        node: Node,
-        shape: Shape,
-        maps: Sequence[Tensor],
-        prologue: Tensor,
-        weight: Tensor | None,
-        output: Tensor,
-        statistics: Tensor | None,
-    ) -> None:
+    def forward(self, step: Step, statistics: Tensor | None) -> None:
         """See :meth:`Kernels.forward`."""
-        x = _activate(_normalise(_concatenate(node, shape, maps), prologue), node.activation)
+        node = step.node
+        x = _activate(_normalise(_concatenate(step), step.prologue), node.activation)
         if isinstance(node, MaxPool):
             y = F.max_pool2d(x, node.kernel, node.stride, node.padding)
         else:
-            assert weight is not None
-            y = F.conv2d(x, weight, stride=node.stride, padding=node.padding)
+            assert step.weight is not None
+            y = F.conv2d(x, step.weight, stride=node.stride, padding=node.padding)
         channels = slice(node.channel, node.channel + node.channels)
-        output[:, channels] = _rows(y)
+        step.output[:, channels] = _rows(y)
         if statistics is not None:
             variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
             statistics[0, channels] = mean
@@ -348,25 +332,21 @@ class ReferenceKernels:
 
     def backward(
         self,
-        node: Node,
-        shape: Shape,
-        maps: Sequence[Tensor],
-        prologue: Tensor,
-        weight: Tensor | None,
-        output: Tensor,
+        step: Step,
         gradient: Tensor,
         correction: Tensor,
         inputs: Gradients | None,
         weight_gradient: Tensor | None,
     ) -> None:
         """See :meth:`Kernels.backward`."""
-        after = shape.after(node)
+        node, weight = step.node, step.weight
+        after = step.shape.after(node)
         channels = slice(node.channel, node.channel + node.channels)
         slope, offset = correction[:, channels]
-        whole = gradient[:, channels] - output[:, channels] * slope + offset
+        whole = gradient[:, channels] - step.output[:, channels] * slope + offset
         dy = whole.view(after.batch, after.height, after.width, -1).permute(0, 3, 1, 2)
-        x = _concatenate(node, shape, maps)
-        before = _normalise(x, prologue)
+        x = _concatenate(step)
+        before = _normalise(x, step.prologue)
         activated = _activate(before, node.activation)
         if isinstance(node, MaxPool):
             _, indices = F.max_pool2d(
@@ -390,7 +370,7 @@ class ReferenceKernels:
             passed = passed.masked_fill(before <= 0, 0)
         if node.activation == "relu6":
             passed = passed.masked_fill(before >= 6, 0)
-        scale, _, mean = prologue[:, None, :, None, None]
+        scale, _, mean = step.prologue[:, None, :, None, None]
         inputs.sums[0] = passed.sum((0, 2, 3))
         inputs.sums[1] = (passed * (x - mean)).sum((0, 2, 3))
         rows = _rows(passed * scale)
@@ -404,34 +384,20 @@ class ReferenceKernels:
             else:
                 target.copy_(part)
 
-    def prologue(
-        self,
-        statistics: Tensor,
-        channel: int,
-        channels: int,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        eps: float,
-        prologue: Tensor,
-        to: int,
-    ) -> None:
+    def prologue(self, norm: Normalization, prologue: Tensor, to: int) -> None:
         """See :meth:`Kernels.prologue`."""
-        mean, variance = statistics[:, channel : channel + channels]
-        scale = torch.rsqrt(variance + eps)
-        if gamma is not None:
-            scale = scale * gamma
+        mean, variance = norm.statistics[:, norm.channel : norm.channel + norm.channels]
+        scale = torch.rsqrt(variance + norm.eps)
+        if norm.gamma is not None:
+            scale = scale * norm.gamma
         shift = -mean * scale
-        if beta is not None:
-            shift = shift + beta
-        prologue[:, to : to + channels] = torch.stack([scale, shift, mean])
+        if norm.beta is not None:
+            shift = shift + norm.beta
+        prologue[:, to : to + norm.channels] = torch.stack([scale, shift, mean])
 
     def norm_backward(
         self,
-        statistics: Tensor,
-        channel: int,
-        channels: int,
-        gamma: Tensor | None,
-        eps: float,
+        norm: Normalization,
         sums: Tensor,
         count: int,
         gamma_gradient: Tensor | None,
@@ -439,8 +405,8 @@ class ReferenceKernels:
         correction: Tensor | None,
     ) -> None:
         """See :meth:`Kernels.norm_backward`."""
-        mean, variance = statistics[:, channel : channel + channels]
-        reciprocal = torch.rsqrt(variance + eps)
+        mean, variance = norm.statistics[:, norm.channel : norm.channel + norm.channels]
+        reciprocal = torch.rsqrt(variance + norm.eps)
         total, moment = sums
         if gamma_gradient is not None:
             gamma_gradient.copy_(moment * reciprocal)
@@ -448,21 +414,18 @@ class ReferenceKernels:
             beta_gradient.copy_(total)
         if correction is None:
             return
-        scale = reciprocal / count if gamma is None else gamma * reciprocal / count
+        scale = reciprocal / count if norm.gamma is None else norm.gamma * reciprocal / count
         slope = scale * reciprocal * reciprocal * moment
-        to = correction[:, channel : channel + channels]
+        to = correction[:, norm.channel : norm.channel + norm.channels]
         to += torch.stack([slope, mean * slope - scale * total])
 
 
-def _segments(node: Node) -> list[int]:
-    return [number for read in node.reads for number in (read.channel, read.channels)]
-
-
-def _concatenate(node: Node, shape: Shape, maps: Sequence[Tensor]) -> Tensor:
+def _concatenate(step: Step) -> Tensor:
     """What a node reads, ``[N, C, H, W]``."""
+    shape = step.shape
     parts = [
         map[:, read.channel : read.channel + read.channels]
-        for read, map in zip(node.reads, maps, strict=True)
+        for read, map in zip(step.node.reads, step.maps, strict=True)
     ]
     joined = torch.cat(parts, 1)
     return joined.view(shape.batch, shape.height, shape.width, -1).permute(0, 3, 1, 2)
