@@ -18,11 +18,6 @@
 namespace threshnet_fast {
 namespace {
 
-void parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, 1,
-                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
 void check_float(const Tensor& tensor, const std::string& name) {
   check(tensor.is_cpu(), name + " is not on the CPU");
   check(tensor.scalar_type() == ScalarType::Float, name + " has the wrong dtype, expected float32");

@@ -17,6 +17,12 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Torch's own threads, as the engines on the CPU ask for them.
+inline void parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
   text << "[";

@@ -15,11 +15,6 @@
 namespace threshnet_fast {
 namespace {
 
-void parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, 1,
-                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
 float* floats_of(const Tensor& tensor, const std::string& name) {
   check_host(tensor, name, ScalarType::Float, "float32");
   return static_cast<float*>(tensor.data_ptr());

@@ -8,10 +8,8 @@
 namespace threshnet_fast::cpu {
 namespace {
 
-constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
 constexpr int32_t kZeros[kMaxTilePixels] = {};
 constexpr int64_t kLineBytes = 64;
-constexpr float kNoBias[kMaxTileVectors * 16] = {};
 
 // Splits [0, count) into the fewest tiles of at most `most` pixels, as equal as possible.
 struct Tiles {

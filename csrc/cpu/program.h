@@ -82,8 +82,12 @@ inline bool is_planned(const Step& step) {
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
+// Of a micro-kernel's tile: pixels in their order, and sums that start from nothing.
+inline constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
+inline constexpr float kNoBias[kMaxTileVectors * 16] = {};
+
 // Products of a tile of F(m x m, 3x3).
-inline int64_t winograd_positions(int64_t size) { return (size + 2) * (size + 2); }
+constexpr int64_t winograd_positions(int64_t size) { return (size + 2) * (size + 2); }
 
 // What the compiler reserves and the engine then uses lies as these say.
 

@@ -9,9 +9,6 @@
 namespace threshnet_fast::cpu {
 namespace {
 
-constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
-constexpr float kNoBias[kMaxTileVectors * 16] = {};
-
 // Floats that the parts of a band should fit in together, well inside a core's L2.
 constexpr int64_t kBandFloats = 48 * 1024;
 // Floats of the normalised inputs from which Winograd's tiles are taken.
@@ -254,11 +251,11 @@ int64_t tiles_of(const Band& band, int64_t tile) {
 }
 
 // As long as the channels that are transformed at a time: those of a chunk, or of a small gradient.
-constexpr float kZeros[kGradientFloats / (positions_of(2) * kWinogradChannels) + 64] = {};
+constexpr float kZeros[kGradientFloats / (winograd_positions(2) * kWinogradChannels) + 64] = {};
 
 // The pixels of a patch that a tile is taken from; what lies beyond the patch is zero.
 struct TilePixels {
-  const float* data[positions_of(kMostTile)];
+  const float* data[winograd_positions(kMostTile)];
 
   TilePixels(const Patch& patch, int64_t tile, int64_t y, int64_t x, int64_t padding,
              int64_t channel) {
@@ -286,7 +283,8 @@ class Convolution {
   // Floats of the memory that a band of so many tiles needs for so many output channels.
   int64_t tile_floats(int64_t tiles, int64_t outputs) const {
     if (tile_ == 0) return 0;
-    return round_up(positions_of(tile_) * tiles * (input_pitch() + scratch_pitch(outputs)), 16);
+    return round_up(winograd_positions(tile_) * tiles * (input_pitch() + scratch_pitch(outputs)),
+                    16);
   }
 
   // Where the products of a band go: by place, [place][pitch], or where there is a map, there.
@@ -330,7 +328,7 @@ class Convolution {
 
   void multiply_tiles(const Band& band, const Patch& patch, const float* packed,
                       int64_t first_panel, int64_t last_panel, const Result& result) const {
-    const int64_t tiles = tiles_of(band, tile_), positions = positions_of(tile_);
+    const int64_t tiles = tiles_of(band, tile_), positions = winograd_positions(tile_);
     const WinogradFunctions<float>& winograd =
         tile_ == 2 ? table_.winograd_2x2 : table_.winograd_4x4;
     const int64_t first = panels_.first(first_panel);
@@ -524,7 +522,7 @@ int64_t panel_groups(const Bands& bands, const Panels& panels, int64_t threads) 
 
 // Weights of an output channel for each input channel, as they are packed.
 int64_t packed_taps(const Bands& bands) {
-  return bands.tile != 0 ? positions_of(bands.tile) : bands.window.taps();
+  return bands.tile != 0 ? winograd_positions(bands.tile) : bands.window.taps();
 }
 
 struct ForwardPlan {
@@ -701,7 +699,7 @@ struct BackwardPlan {
 
   // Of a weight's gradient: sums for each pair of channels, as it is added up.
   int64_t gradient_positions() const {
-    return bands.tile != 0 ? positions_of(kGradientTile) : bands.window.taps();
+    return bands.tile != 0 ? winograd_positions(kGradientTile) : bands.window.taps();
   }
   // Rows of a band whose tiles are there at once, for the weight's gradient.
   int64_t gradient_rows() const {
@@ -734,7 +732,7 @@ struct BackwardPlan {
     if (bands.tile == 0) return 0;
     const int64_t pitches =
         scratch_pitch(std::min(inputs, kTileChannels)) + scratch_pitch(block_outputs());
-    return round_up(positions_of(kGradientTile) * most_gradient_tiles() * pitches, 16);
+    return round_up(winograd_positions(kGradientTile) * most_gradient_tiles() * pitches, 16);
   }
 
   int64_t packed_floats() const { return wants_inputs ? panels.floats() : 0; }
@@ -901,7 +899,7 @@ class Backward {
                          FetchList& ahead) const {
     const int64_t tiles = tiles_of(band, kGradientTile);
     const int64_t gradient_pitch = scratch_pitch(block.pitch);
-    constexpr int64_t positions = positions_of(kGradientTile);
+    constexpr int64_t positions = winograd_positions(kGradientTile);
     float* const gradient_tiles = memory;
     float* const input_tiles = gradient_tiles + positions * tiles * gradient_pitch;
     for_each_tile(band, kGradientTile, [&](int64_t number, int64_t y, int64_t x) {

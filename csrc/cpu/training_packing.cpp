@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
-constexpr int64_t kGradientPositions = positions_of(kGradientTile);
+constexpr int64_t kGradientPositions = winograd_positions(kGradientTile);
 
 // Input channels at a time, so that what is written stays in L1 until all lanes of it are there.
 constexpr int64_t kTogether = 16;
@@ -109,7 +109,7 @@ void pack_winograd(const Panels& panels, int64_t panel, const WeightTaps<const f
     const int64_t lanes = std::min(pitch - first, kLanes);
     const int64_t channels = std::min(panels.channels(panel) - first, lanes);
     for (int64_t input = 0; input < panels.inputs && channels > 0; ++input) {
-      Lanes kernel[9] = {}, transformed[positions_of(kMostTile)];
+      Lanes kernel[9] = {}, transformed[winograd_positions(kMostTile)];
       load_taps(weights, step, weights.at(panels.first(panel) + first, input), channels,
                 reinterpret_cast<float*>(kernel), kLanes);
       if (tile == 2) {
@@ -118,7 +118,7 @@ void pack_winograd(const Panels& panels, int64_t panel, const WeightTaps<const f
         winograd_kernel_4x4<float>(kernel, transformed);
       }
       float* const to = packed + input * pitch + first;
-      for (int64_t i = 0; i < positions_of(tile); ++i)
+      for (int64_t i = 0; i < winograd_positions(tile); ++i)
         std::memcpy(to + i * position_floats, &transformed[i], lanes * sizeof(float));
     }
   }
@@ -168,7 +168,7 @@ void unpack_gradient(const float* sums, const GradientBlock& block, int64_t begi
       const float* from = sums + input * block.pitch + first;
       float* const to = outputs + input * gradient.input_step;
       int64_t from_step = tap_floats;
-      Lanes transformed[kGradientPositions], kernel[9];
+      Lanes transformed[kGradientPositions] = {}, kernel[9];
       if (winograd) {
         for (int64_t i = 0; i < positions; ++i)
           std::memcpy(&transformed[i], from + i * tap_floats, lanes * sizeof(float));

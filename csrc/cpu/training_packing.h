@@ -16,7 +16,6 @@ constexpr int kPanelVectors = 2;
 
 // Winograd's F(m x m, 3x3) takes m x m outputs, a tile, from (m + 2) x (m + 2) inputs and as many
 // products. The gradients of weights are added up of tiles of 2 x 2.
-constexpr int64_t positions_of(int64_t tile) { return (tile + 2) * (tile + 2); }
 constexpr int64_t kMostTile = 4;
 constexpr int64_t kGradientTile = 2;
 
