@@ -269,6 +269,87 @@ int64_t training_convolution_workspace(const std::vector<int64_t>& window, int64
   return floats;
 }
 
+// A weight of a depthwise convolution.
+cpu::WeightStrides check_depthwise_weight(const Tensor& weight, const std::string& name,
+                                          const cpu::Window& window, int64_t channels) {
+  const cpu::WeightStrides strides = check_weight(weight, name, window, 1);
+  check(weight.size(0) == channels, name + " has shape " + shape_of(weight) + ", expected [" +
+                                        std::to_string(channels) + ", 1, kh, kw]");
+  return strides;
+}
+
+void training_depthwise_forward(const Tensor& map, const std::vector<int64_t>& segment,
+                                const Tensor& prologue, int64_t activation, const Tensor& weight,
+                                const std::vector<int64_t>& window, Tensor output,
+                                int64_t output_channel, Tensor statistics, Tensor workspace,
+                                int64_t isa) {
+  const cpu::Workers workers = workers_of(isa);
+  cpu::DepthwiseForward step;
+  step.window = window_of(window);
+  step.input =
+      segments_of({map}, "map", segment, step.window.batch * step.window.input_pixels()).front();
+  const int64_t channels = step.input.channels;
+  step.prologue = prologue_of(prologue, channels, activation).prologue;
+  step.strides = check_depthwise_weight(weight, "weight", step.window, channels);
+  step.weight = static_cast<const float*>(weight.data_ptr());
+  const cpu::MapSegment to = segment_of(
+      output, "output", step.window.batch * step.window.output_pixels(), output_channel, channels);
+  step.output = const_cast<float*>(to.data);
+  step.output_pitch = to.pitch;
+  step.statistics = statistics_of(statistics, output, output_channel);
+  cpu::depthwise_forward(step, workspace_of(workspace, cpu::workspace_floats(step, workers)),
+                         workers);
+}
+
+void training_depthwise_backward(const Tensor& map, const std::vector<int64_t>& segment,
+                                 const Tensor& prologue, int64_t activation, const Tensor& weight,
+                                 const std::vector<int64_t>& window, const Tensor& output,
+                                 const Tensor& gradient, int64_t output_channel,
+                                 const Tensor& correction, Tensor input_gradient,
+                                 int64_t accumulate, Tensor sums, Tensor weight_gradient,
+                                 Tensor workspace, int64_t isa) {
+  const cpu::Workers workers = workers_of(isa);
+  cpu::DepthwiseBackward step = {};
+  step.window = window_of(window);
+  const int64_t pixels = step.window.batch * step.window.input_pixels();
+  step.input = segments_of({map}, "map", segment, pixels).front();
+  const int64_t channels = step.input.channels;
+  const PrologueRows rows = prologue_of(prologue, channels, activation);
+  step.prologue = rows.prologue;
+  step.mean = rows.mean;
+  step.strides = check_depthwise_weight(weight, "weight", step.window, channels);
+  step.weight = static_cast<const float*>(weight.data_ptr());
+  bind_gradient(step, output, gradient, output_channel, channels, correction);
+  if (weight_gradient.numel() > 0) {
+    step.gradient_strides =
+        check_depthwise_weight(weight_gradient, "weight_gradient", step.window, channels);
+    step.weight_gradient = static_cast<float*>(weight_gradient.data_ptr());
+  }
+  if (input_gradient.numel() > 0) {
+    step.input_gradient =
+        gradient_of(input_gradient, "input_gradient", pixels, step.input, segment[0], accumulate);
+    step.sums = floats_of(sums, "sums", 2, channels);
+  }
+  cpu::depthwise_backward(step, workspace_of(workspace, cpu::workspace_floats(step, workers)),
+                          workers);
+}
+
+int64_t training_depthwise_workspace(const std::vector<int64_t>& window, int64_t channels,
+                                     int64_t isa) {
+  const cpu::Workers workers = workers_of(isa);
+  check(channels >= 1, "channels is " + std::to_string(channels) + ", expected at least 1");
+  cpu::DepthwiseForward forward = {};
+  forward.window = window_of(window);
+  forward.input.channels = channels;
+  cpu::DepthwiseBackward backward = {};
+  backward.window = forward.window;
+  backward.input.channels = channels;
+  float placeholder = 0;
+  backward.weight_gradient = &placeholder;
+  return std::max(cpu::workspace_floats(forward, workers),
+                  cpu::workspace_floats(backward, workers));
+}
+
 void training_pool_forward(const Tensor& map, const std::vector<int64_t>& segment,
                            const Tensor& prologue, int64_t activation,
                            const std::vector<int64_t>& window, Tensor output,
@@ -399,6 +480,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(threshnet_fast_cpu, m) {
       "training_convolution_workspace(int[] window, int input_channels, int output_channels, "
       "bool input_gradients, int winograd, int isa) -> int");
   m.def(
+      "training_depthwise_forward(Tensor map, int[] segment, Tensor prologue, int activation, "
+      "Tensor weight, int[] window, Tensor(a!) output, int output_channel, "
+      "Tensor(b!) statistics, Tensor(c!) workspace, int isa) -> ()");
+  m.def(
+      "training_depthwise_backward(Tensor map, int[] segment, Tensor prologue, int activation, "
+      "Tensor weight, int[] window, Tensor output, Tensor gradient, int output_channel, "
+      "Tensor correction, Tensor(a!) input_gradient, int accumulate, Tensor(b!) sums, "
+      "Tensor(c!) weight_gradient, Tensor(d!) workspace, int isa) -> ()");
+  m.def("training_depthwise_workspace(int[] window, int channels, int isa) -> int");
+  m.def(
       "training_pool_forward(Tensor map, int[] segment, Tensor prologue, int activation, "
       "int[] window, Tensor(a!) output, int output_channel, Tensor(b!) statistics, "
       "Tensor(c!) workspace, int isa) -> ()");
@@ -419,12 +510,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(threshnet_fast_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("training_convolution_workspace", TORCH_BOX(&training_convolution_workspace));
+  m.impl("training_depthwise_workspace", TORCH_BOX(&training_depthwise_workspace));
   m.impl("training_pool_workspace", TORCH_BOX(&training_pool_workspace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
   m.impl("training_convolution_forward", TORCH_BOX(&training_convolution_forward));
   m.impl("training_convolution_backward", TORCH_BOX(&training_convolution_backward));
+  m.impl("training_depthwise_forward", TORCH_BOX(&training_depthwise_forward));
+  m.impl("training_depthwise_backward", TORCH_BOX(&training_depthwise_backward));
   m.impl("training_pool_forward", TORCH_BOX(&training_pool_forward));
   m.impl("training_pool_backward", TORCH_BOX(&training_pool_backward));
   m.impl("normalization_prologue", TORCH_BOX(&normalization_prologue));

@@ -49,6 +49,9 @@ CASES = [
     pool(40, 2, (6, 5), 3, 1, 1, activation=""),
     pool(7, 3, (11, 9), 5, 3, 2),
     pool(700, 2, (7, 7), 3, 2, 1, activation="relu6"),
+    pool(20, 2, (50, 45), 3, 2, 1),
+    pool(64, 1, (33, 64), 2, 3),
+    pool(64, 2, (41, 40), 1, 4, activation="relu6"),
 ]
 
 

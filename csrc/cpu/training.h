@@ -102,6 +102,41 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
 void convolution_backward(const ConvolutionBackward& step, float* workspace,
                           const Workers& workers);
 
+// output = every channel's own convolution of act(input * scale + shift), without bias; of the
+// strides of the weight, [C, 1, kh, kw], that between inputs has no meaning.
+struct DepthwiseForward {
+  Window window;
+  MapSegment input;
+  Prologue prologue;
+  const float* weight;
+  WeightStrides strides;
+  float* output;
+  int64_t output_pitch;
+  Statistics statistics;
+};
+
+// As for a convolution.
+struct DepthwiseBackward {
+  Window window;
+  MapSegment input;
+  Prologue prologue;
+  const float* mean;
+  const float* weight;
+  WeightStrides strides;
+  MapSegment output, gradient;
+  const float* slope;
+  const float* offset;
+  GradientSegment input_gradient;  // null where it is not wanted
+  float* sums;
+  float* weight_gradient;  // null where it is not wanted
+  WeightStrides gradient_strides;
+};
+
+int64_t workspace_floats(const DepthwiseForward& step, const Workers& workers);
+int64_t workspace_floats(const DepthwiseBackward& step, const Workers& workers);
+void depthwise_forward(const DepthwiseForward& step, float* workspace, const Workers& workers);
+void depthwise_backward(const DepthwiseBackward& step, float* workspace, const Workers& workers);
+
 // output = maximum over windows of act(input * scale + shift).
 struct PoolForward {
   Window window;

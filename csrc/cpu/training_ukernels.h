@@ -95,6 +95,25 @@ using MaxPoolGradientFunction = void (*)(const float* input, const int64_t* offs
 using WinogradGradientFunction = void (*)(const float* const* pixels, int64_t channels,
                                           float* output, int64_t output_pitch);
 
+// A row of output pixels of a depthwise convolution, back: for every pixel p, tap t and channel c
+//   input_gradient[p * input_step + offsets[t] + c] +=
+//       gradient[p * gradient_step + c] * weights[t * weight_pitch + c]
+//   weight_gradient[t * weight_pitch + c] +=
+//       gradient[p * gradient_step + c] * input[p * input_step + offsets[t] + c]
+// Either may be null: it is not wanted.
+struct DepthwiseGradientRow {
+  const float* gradient;
+  const float* input;
+  const float* weights;
+  const int64_t* offsets;
+  int64_t weight_pitch, taps;
+  int64_t pixels, gradient_step, input_step;
+  int64_t channels;
+  float* input_gradient;
+  float* weight_gradient;
+};
+using DepthwiseGradientFunction = void (*)(const DepthwiseGradientRow&);
+
 struct TrainingTable {
   const WeightGradientFunction (*weight_gradient)[kMaxTilePixels + 1];  // [vectors][channels]
   NormalizeFunction normalize;
@@ -104,6 +123,7 @@ struct TrainingTable {
   NormalizedMaxPoolFunction max_pool;
   MaxPoolGradientFunction max_pool_gradient;
   WinogradGradientFunction winograd_gradient;
+  DepthwiseGradientFunction depthwise_gradient;
 };
 
 extern const TrainingTable kScalarTraining;

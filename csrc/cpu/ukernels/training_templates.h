@@ -330,10 +330,32 @@ void winograd_gradient(const float* const* pixels, int64_t channels, float* outp
   }
 }
 
+void depthwise_gradient(const DepthwiseGradientRow& row) {
+  for (int64_t c = 0; c < row.channels; c += Vector::kLanes) {
+    const int64_t left = row.channels - c;
+    for (int64_t p = 0; p < row.pixels; ++p) {
+      const Vector gradient = load_channels(row.gradient + p * row.gradient_step + c, left);
+      const int64_t pixel = p * row.input_step + c;
+      for (int64_t t = 0; t < row.taps && row.input_gradient != nullptr; ++t) {
+        float* const to = row.input_gradient + pixel + row.offsets[t];
+        Vector sum = load_channels(to, left);
+        sum.multiply_add(gradient, load_channels(row.weights + t * row.weight_pitch + c, left));
+        store_channels(sum, to, left);
+      }
+      for (int64_t t = 0; t < row.taps && row.weight_gradient != nullptr; ++t) {
+        float* const to = row.weight_gradient + t * row.weight_pitch + c;
+        Vector sum = load_channels(to, left);
+        sum.multiply_add(gradient, load_channels(row.input + pixel + row.offsets[t], left));
+        store_channels(sum, to, left);
+      }
+    }
+  }
+}
+
 constexpr TrainingTable training_table_of(
     const WeightGradientFunction (*weight_gradient)[kMaxTilePixels + 1]) {
-  return {weight_gradient, normalize,           map_gradient,      prologue_gradient,
-          moments,         normalized_max_pool, max_pool_gradient, winograd_gradient};
+  return {weight_gradient,     normalize,         map_gradient,      prologue_gradient, moments,
+          normalized_max_pool, max_pool_gradient, winograd_gradient, depthwise_gradient};
 }
 
 // [vectors][channels]
