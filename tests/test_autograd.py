@@ -27,6 +27,7 @@ from threshnet_fast.nn import (
     DenseBlock,
     DenseLayer,
     DenseTransition,
+    DepthwiseConvBN,
     HarmonicBlock,
 )
 
@@ -181,6 +182,31 @@ def dense_transition():
     return [DenseBlock(3, 2, 4, 2), DenseTransition(11, 5)]
 
 
+def average():
+    return [ConvBNReLU(3, 4, 1), nn.AvgPool2d(2, 1), DenseLayer(4, 3, 2)]
+
+
+def depthwise():
+    return [DepthwiseConvBN(3, stride=2)]
+
+
+def harmonic_depthwise():
+    block = HarmonicBlock(5, 4, 1.7, 4, "relu6", depthwise=True)
+    return [
+        ConvBNReLU(3, 5, 1, activation="relu6"),
+        DepthwiseConvBN(5, stride=2),
+        block,
+        ConvBNReLU(block.out_channels, 4, 1, activation="relu6"),
+        DepthwiseConvBN(4),
+    ]
+
+
+def depthwise_after_activation():
+    """The block reads values that are activated, its own are not."""
+    block = HarmonicBlock(4, 4, 1.7, 3, depthwise=True)
+    return [ConvBNReLU(3, 4, 1), block, DepthwiseConvBN(block.out_channels, stride=2)]
+
+
 def norm_first():
     return [nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 5, 1, bias=False), nn.BatchNorm2d(5)]
 
@@ -199,6 +225,10 @@ STAGES = [
     pools,
     transition,
     dense_transition,
+    average,
+    depthwise,
+    harmonic_depthwise,
+    depthwise_after_activation,
     norm_first,
     norm_first_for_many_readers,
 ]
@@ -237,9 +267,8 @@ def norms(stages):
 
 
 def named(stages):
-    """Names and modules, without the average pooling that no chain can hold."""
-    parts = split([(str(index), stage) for index, stage in enumerate(stages)])
-    return [(name, part) for name, part in parts if not isinstance(part, nn.AvgPool2d)]
+    """Names and modules."""
+    return split([(str(index), stage) for index, stage in enumerate(stages)])
 
 
 def parameters(stages):
@@ -368,9 +397,11 @@ def test_one_value_for_each_channel_is_refused_before_anything_has_changed():
         [nn.Conv2d(3, 4, 1, bias=False), nn.MaxPool2d(2, 2, return_indices=True)],
         [nn.Conv2d(3, 4, 1, bias=False), nn.MaxPool2d(2, 2, dilation=2)],
         [nn.Conv2d(3, 4, 1, bias=False), nn.MaxPool2d((2, 1))],
-        [nn.Conv2d(3, 4, 1, bias=False), nn.AvgPool2d(2)],
+        [nn.Conv2d(3, 4, 1, bias=False), nn.AvgPool2d(3, padding=1)],
+        [nn.Conv2d(3, 4, 1, bias=False), nn.AvgPool2d(2, divisor_override=3)],
+        [nn.Conv2d(3, 4, 1, bias=False), nn.AvgPool2d(2, ceil_mode=True)],
         [ConvBNReLU(3, 4), HarmonicBlock(4, 4, 1.7, 2, "relu6")],
-        [ConvBNReLU(3, 4), HarmonicBlock(4, 4, 1.7, 2, depthwise=True)],
+        [DepthwiseConvBN(4)],
         [nn.Conv2d(3, 4, 1, bias=False), HarmonicBlock(4, 4, 1.7, 2)],
         [nn.Dropout()],
         [],

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..backends import cpu
-from .graph import Convolution, Graph, Node, Read, trace
+from .graph import Convolution, Depthwise, Graph, Node, Read, trace
 from .kernels import (
     CppKernels,
     Gradients,
@@ -74,7 +74,9 @@ class Chain:
         return all(
             node.stride == 1 and 2 * node.padding == node.kernel - 1
             for node in self.graph.nodes
-            if isinstance(node, Convolution) and any(read.buffer == 0 for read in node.reads)
+            if isinstance(node, Convolution)
+            and not isinstance(node, Depthwise)
+            and any(read.buffer == 0 for read in node.reads)
         )
 
     def __call__(self, x: Tensor, checkpoint: str | None = None, reference: bool = False) -> Tensor:

@@ -13,12 +13,22 @@ from typing import cast
 
 from torch import nn
 
-from ..nn import ConvBNReLU, DenseBlock, DenseLayer, DenseTransition, HarmonicBlock
+from ..nn import (
+    ConvBNReLU,
+    DenseBlock,
+    DenseLayer,
+    DenseTransition,
+    DepthwiseConvBN,
+    HarmonicBlock,
+    PointwiseDepthwise,
+)
 
 __all__ = [
     "ACTIVATIONS",
+    "AveragePool",
     "Buffer",
     "Convolution",
+    "Depthwise",
     "Graph",
     "MaxPool",
     "Node",
@@ -129,8 +139,13 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class MaxPool:
-    """``maxpool(act(norm(read)))``; with a window of one pixel, what the activation gives.
+class Depthwise(Convolution):
+    """``dwconv(act(norm(read)))``, every channel with itself alone, of one read, written raw."""
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """A pool of one read.
 
     Attributes:
         name: The name of the module in the network.
@@ -158,7 +173,17 @@ class MaxPool:
         return self.reads[0].channels
 
 
-Node = Convolution | MaxPool
+@dataclass(frozen=True)
+class MaxPool(_Pool):
+    """``maxpool(act(norm(read)))``; with a window of one pixel, what the activation gives."""
+
+
+@dataclass(frozen=True)
+class AveragePool(_Pool):
+    """``avgpool(act(norm(read)))``, without padding."""
+
+
+Node = Convolution | MaxPool | AveragePool
 
 
 @dataclass
@@ -247,8 +272,10 @@ class _Tracer:
             if self.features.activation:
                 raise Unsupported(f"{name} follows another activation")
             self.features.activation = "relu"
-        elif isinstance(module, nn.MaxPool2d):
-            self._max_pool(name, module)
+        elif isinstance(module, DepthwiseConvBN):
+            self._depthwise_conv_bn(name, module, None)
+        elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
+            self._pool(name, module)
         else:
             raise Unsupported(f"{name} is a {type(module).__name__}")
 
@@ -310,7 +337,8 @@ class _Tracer:
             channel += read.channels
         self.features = _Features((Read(buffer, 0, channel),), activated_by=features.activation)
 
-    def _convolution(self, name: str, module: nn.Module, to: tuple[int, int] | None) -> tuple[Read]:
+    def _checked(self, name: str, module: nn.Module, groups: int) -> nn.Conv2d:
+        """A convolution of the features, whose window is a square one."""
         _require(module, nn.Conv2d, name)
         conv = cast(nn.Conv2d, module)
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
@@ -319,7 +347,7 @@ class _Tracer:
             "stride": (stride, stride),
             "padding": (padding, padding),
             "dilation": (1, 1),
-            "groups": 1,
+            "groups": groups,
             "bias": None,
             "padding_mode": "zeros",
         }.items():
@@ -333,6 +361,11 @@ class _Tracer:
             raise Unsupported(
                 f"{name} reads {conv.in_channels} channels, not {self.features.channels}"
             )
+        return conv
+
+    def _convolution(self, name: str, module: nn.Module, to: tuple[int, int] | None) -> tuple[Read]:
+        conv = self._checked(name, module, 1)
+        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], cast(int, conv.padding[0])
         needs_gradient = bool(self.graph.nodes)
         if needs_gradient and (stride != 1 or 2 * padding != kernel - 1):
             raise Unsupported(f"{name} changes the size of a map inside of a chain")
@@ -345,6 +378,29 @@ class _Tracer:
         self.features = _Features(
             (self._norm(f"{name}.norm", module.norm, read),), module.activation
         )
+
+    def _depthwise_conv_bn(
+        self, name: str, module: DepthwiseConvBN, to: tuple[int, int] | None
+    ) -> None:
+        _require(module, DepthwiseConvBN, name)
+        if len(self.features.reads) > 1:
+            self._store(name)
+        conv = self._checked(f"{name}.dwconv", module.dwconv, self.features.channels)
+        if conv.out_channels != conv.in_channels:
+            raise Unsupported(f"{name}.dwconv has several outputs for each channel")
+        buffer, channel = to or (self._buffer(conv.out_channels), 0)
+        features = self.features
+        node = Depthwise(
+            conv, f"{name}.dwconv", features.reads, features.activation, buffer, channel
+        )
+        self.features = _Features((self._norm(f"{name}.norm", module.norm, self._write(node)),))
+
+    def _pointwise_depthwise(
+        self, name: str, module: PointwiseDepthwise, to: tuple[int, int]
+    ) -> None:
+        self._conv_bn_relu(f"{name}.layer1", module.layer1, None)
+        self.graph.buffers[self.features.reads[0].buffer].temporary = True
+        self._depthwise_conv_bn(f"{name}.layer2", module.layer2, to)
 
     def _block_input(self, name: str) -> int:
         """Makes sure that the features are stored in a buffer that may grow, and returns it."""
@@ -369,14 +425,17 @@ class _Tracer:
         self.features = _Features((Read(buffer, 0, self.graph.buffers[buffer].channels),))
 
     def _harmonic_block(self, name: str, block: HarmonicBlock) -> None:
-        _require(block.layers[0], ConvBNReLU, f"{name}.layers.0")
-        activation = cast(ConvBNReLU, block.layers[0]).activation
+        kind = type(block.layers[0])
+        if kind not in (ConvBNReLU, PointwiseDepthwise):
+            raise Unsupported(f"{name}.layers.0 is a {kind.__name__}")
+        # What the block's layers have been activated by, as others read them.
+        activation = "" if kind is PointwiseDepthwise else cast(str, block.layers[0].activation)
         features = self.features
         if features.activation != activation or len(features.reads) > 1:
             # Stored values that were activated stay what they are when they are activated again.
             if not self._stored():
                 self._store(name)
-            if self.features.activated_by != activation:
+            if activation and self.features.activated_by != activation:
                 raise Unsupported(f"{name} reads values that {activation!r} was not applied to")
             features = _Features(self.features.reads, activation, activation)
         if features.channels != block.channels[0]:
@@ -386,38 +445,47 @@ class _Tracer:
         channel = 0
         for index, module in enumerate(block.layers, start=1):
             layer_name = f"{name}.layers.{index - 1}"
-            _require(module, ConvBNReLU, layer_name)
-            layer = cast(ConvBNReLU, module)
-            if layer.activation != activation:
-                raise Unsupported(f"{layer_name} has another activation than its block")
+            _require(module, kind, layer_name)
             self.features = _Features(
                 tuple(outputs[link] for link in block.links[index]), activation
             )
-            self._conv_bn_relu(layer_name, layer, (buffer, channel))
+            if isinstance(module, PointwiseDepthwise):
+                self._pointwise_depthwise(layer_name, module, (buffer, channel))
+            else:
+                layer = cast(ConvBNReLU, module)
+                if layer.activation != activation:
+                    raise Unsupported(f"{layer_name} has another activation than its block")
+                self._conv_bn_relu(layer_name, layer, (buffer, channel))
             outputs.append(self.features.reads[0])
-            channel += layer.conv.out_channels
+            channel += block.channels[index]
         self.features = _Features(tuple(outputs[layer] for layer in block.out_layers), activation)
 
-    def _max_pool(self, name: str, module: nn.MaxPool2d) -> None:
-        _require(module, nn.MaxPool2d, name)
+    def _pool(self, name: str, module: nn.MaxPool2d | nn.AvgPool2d) -> None:
+        average = isinstance(module, nn.AvgPool2d)
+        _require(module, nn.AvgPool2d if average else nn.MaxPool2d, name)
         kernel, stride, padding = module.kernel_size, module.stride, module.padding
+        if isinstance(module, nn.AvgPool2d):
+            plain = module.divisor_override is None and padding == 0
+        else:
+            plain = module.dilation in (1, (1, 1)) and not module.return_indices
         if (
             not isinstance(kernel, int)
             or not isinstance(stride, int)
             or not isinstance(padding, int)
-            or module.dilation not in (1, (1, 1))
+            or not plain
             or module.ceil_mode
-            or module.return_indices
             or not 0 < kernel <= 8
             or not stride > 0
         ):
-            raise Unsupported(f"{name} is not a plain square max pooling")
+            raise Unsupported(f"{name} is not a plain square pooling")
         if len(self.features.reads) > 1:
             self._store(name)
         (read,) = self.features.reads
         features = self.features
         buffer = self._buffer(read.channels)
-        node = MaxPool(name, (read,), features.activation, buffer, 0, kernel, stride, padding)
+        kind = AveragePool if average else MaxPool
+        node = kind(name, (read,), features.activation, buffer, 0, kernel, stride, padding)
+        # Averages of what is not negative are not either, those of what is at most 6 at most that.
         activation = features.activation or features.activated_by
         self.features = _Features((self._write(node),), activated_by=activation)
 

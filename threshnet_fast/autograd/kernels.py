@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from .graph import ACTIVATIONS, MaxPool, Node
+from .graph import ACTIVATIONS, AveragePool, Depthwise, MaxPool, Node
 
 __all__ = [
     "CppKernels",
@@ -201,6 +201,8 @@ class CppKernels:
             window = shape.window(node)
             if isinstance(node, MaxPool):
                 needed = ops.training_pool_workspace(window, node.channels, isa)
+            elif isinstance(node, (Depthwise, AveragePool)):
+                needed = ops.training_depthwise_workspace(window, node.channels, isa)
             else:
                 unchanged = shape.after(node) == shape
                 inputs = node.module.in_channels
@@ -225,6 +227,10 @@ class CppKernels:
         given = (step.segments, step.prologue, step.activation)
         if isinstance(node, MaxPool):
             self._ops.training_pool_forward(step.maps[0], *given, *where, self._isa)
+        elif isinstance(node, (Depthwise, AveragePool)):
+            self._ops.training_depthwise_forward(
+                step.maps[0], *given, _channel_weight(step), *where, self._isa
+            )
         else:
             self._ops.training_convolution_forward(
                 step.maps, *given, step.weight, *where, self._winograd, self._isa
@@ -254,6 +260,20 @@ class CppKernels:
                     self._workspace,
                     self._isa,
                 )
+            return
+        if isinstance(node, (Depthwise, AveragePool)):
+            self._ops.training_depthwise_backward(
+                step.maps[0],
+                *given,
+                _channel_weight(step),
+                *where,
+                self._or_none(None if inputs is None else inputs.maps[0]),
+                int(inputs is not None and inputs.accumulate[0]),
+                self._or_none(None if inputs is None else inputs.sums),
+                self._or_none(weight_gradient),
+                self._workspace,
+                self._isa,
+            )
             return
         self._ops.training_convolution_backward(
             step.maps,
@@ -320,9 +340,12 @@ class ReferenceKernels:
         x = _activate(_normalise(_concatenate(step), step.prologue), node.activation)
         if isinstance(node, MaxPool):
             y = F.max_pool2d(x, node.kernel, node.stride, node.padding)
+        elif isinstance(node, AveragePool):
+            y = F.avg_pool2d(x, node.kernel, node.stride)
         else:
             assert step.weight is not None
-            y = F.conv2d(x, step.weight, stride=node.stride, padding=node.padding)
+            groups = x.shape[1] // step.weight.shape[1]
+            y = F.conv2d(x, step.weight, None, node.stride, node.padding, 1, groups)
         channels = slice(node.channel, node.channel + node.channels)
         step.output[:, channels] = _rows(y)
         if statistics is not None:
@@ -340,6 +363,8 @@ class ReferenceKernels:
     ) -> None:
         """See :meth:`Kernels.backward`."""
         node, weight = step.node, step.weight
+        if isinstance(node, AveragePool):
+            weight = _channel_weight(step)
         after = step.shape.after(node)
         channels = slice(node.channel, node.channel + node.channels)
         slope, offset = correction[:, channels]
@@ -357,7 +382,7 @@ class ReferenceKernels:
             dx = dx.view_as(activated)
         else:
             assert weight is not None
-            window = (node.stride, node.padding)
+            window = (node.stride, node.padding, 1, activated.shape[1] // weight.shape[1])
             if weight_gradient is not None:
                 weight_gradient.copy_(conv2d_weight(activated, list(weight.shape), dy, *window))
             if inputs is None:
@@ -418,6 +443,14 @@ class ReferenceKernels:
         slope = scale * reciprocal * reciprocal * moment
         to = correction[:, norm.channel : norm.channel + norm.channels]
         to += torch.stack([slope, mean * slope - scale * total])
+
+
+def _channel_weight(step: Step) -> Tensor:
+    """What every channel alone is multiplied by, ``[C, 1, k, k]``: of a pool, the same."""
+    if step.weight is not None:
+        return step.weight
+    kernel = step.node.kernel
+    return step.output.new_full((step.node.channels, 1, kernel, kernel), 1 / kernel**2)
 
 
 def _concatenate(step: Step) -> Tensor:

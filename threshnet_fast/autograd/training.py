@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..backends import cpu
-from ..nn import ConvBNReLU, DenseBlock, DenseLayer, HarmonicBlock
+from ..nn import ConvBNReLU, DenseBlock, DenseLayer, DepthwiseConvBN, HarmonicBlock
 from .chain import CHECKPOINTS, Chain
 from .graph import Convolution, Unsupported, split
 
@@ -166,12 +166,17 @@ class _Parts:
 def _settings(modules: list[nn.Module]) -> list[Any]:
     """What the chains of modules depend on, other than tensors and the modules' mode."""
     settings: list[Any] = []
+    window: tuple[Any, ...]
     for module in modules:
         if isinstance(module, nn.Conv2d):
-            settings.append((module.stride, module.padding, module.dilation, module.padding_mode))
+            window = (module.stride, module.padding, module.dilation)
+            settings.append((window, module.padding_mode, module.groups))
+        elif isinstance(module, nn.AvgPool2d):
+            window = (module.kernel_size, module.stride, module.padding)
+            settings.append((window, module.ceil_mode, module.divisor_override))
         elif isinstance(module, nn.MaxPool2d):
-            window = (module.kernel_size, module.stride, module.padding, module.dilation)
-            settings.append((window, module.ceil_mode, module.return_indices))
+            window = (module.kernel_size, module.stride, module.padding)
+            settings.append((window, module.dilation, module.ceil_mode, module.return_indices))
         elif isinstance(module, ConvBNReLU):
             settings.append(module.activation)
     return settings
@@ -223,6 +228,8 @@ def _in_channels(module: nn.Module) -> int | None:
         return module.norm1.num_features
     if isinstance(module, HarmonicBlock):
         return module.channels[0]
+    if isinstance(module, DepthwiseConvBN):
+        return module.dwconv.in_channels
     if isinstance(module, nn.Conv2d):
         return module.in_channels
     return module.num_features if isinstance(module, nn.BatchNorm2d) else None
