@@ -269,6 +269,47 @@ int64_t training_convolution_workspace(const std::vector<int64_t>& window, int64
   return floats;
 }
 
+// What a depthwise convolution and a pool have in common, forward.
+template <typename Step>
+void bind_forward(Step& step, const Tensor& map, const std::vector<int64_t>& segment,
+                  const Tensor& prologue, int64_t activation, const std::vector<int64_t>& window,
+                  const Tensor& output, int64_t output_channel, const Tensor& statistics) {
+  step.window = window_of(window);
+  step.input =
+      segments_of({map}, "map", segment, step.window.batch * step.window.input_pixels()).front();
+  step.prologue = prologue_of(prologue, step.input.channels, activation).prologue;
+  const cpu::MapSegment to =
+      segment_of(output, "output", step.window.batch * step.window.output_pixels(), output_channel,
+                 step.input.channels);
+  step.output = const_cast<float*>(to.data);
+  step.output_pitch = to.pitch;
+  step.statistics = statistics_of(statistics, output, output_channel);
+}
+
+// The same, back; without what is only there where the gradient of the input is wanted.
+template <typename Step>
+void bind_backward(Step& step, const Tensor& map, const std::vector<int64_t>& segment,
+                   const Tensor& prologue, int64_t activation, const std::vector<int64_t>& window,
+                   const Tensor& output, const Tensor& gradient, int64_t output_channel,
+                   const Tensor& correction) {
+  step.window = window_of(window);
+  step.input =
+      segments_of({map}, "map", segment, step.window.batch * step.window.input_pixels()).front();
+  const PrologueRows rows = prologue_of(prologue, step.input.channels, activation);
+  step.prologue = rows.prologue;
+  step.mean = rows.mean;
+  bind_gradient(step, output, gradient, output_channel, step.input.channels, correction);
+}
+
+template <typename Step>
+void bind_input_gradient(Step& step, const Tensor& input_gradient, int64_t first,
+                         int64_t accumulate, const Tensor& sums) {
+  step.input_gradient =
+      gradient_of(input_gradient, "input_gradient", step.window.batch * step.window.input_pixels(),
+                  step.input, first, accumulate);
+  step.sums = floats_of(sums, "sums", 2, step.input.channels);
+}
+
 // A weight of a depthwise convolution.
 cpu::WeightStrides check_depthwise_weight(const Tensor& weight, const std::string& name,
                                           const cpu::Window& window, int64_t channels) {
@@ -285,18 +326,10 @@ void training_depthwise_forward(const Tensor& map, const std::vector<int64_t>& s
                                 int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   cpu::DepthwiseForward step;
-  step.window = window_of(window);
-  step.input =
-      segments_of({map}, "map", segment, step.window.batch * step.window.input_pixels()).front();
-  const int64_t channels = step.input.channels;
-  step.prologue = prologue_of(prologue, channels, activation).prologue;
-  step.strides = check_depthwise_weight(weight, "weight", step.window, channels);
+  bind_forward(step, map, segment, prologue, activation, window, output, output_channel,
+               statistics);
+  step.strides = check_depthwise_weight(weight, "weight", step.window, step.input.channels);
   step.weight = static_cast<const float*>(weight.data_ptr());
-  const cpu::MapSegment to = segment_of(
-      output, "output", step.window.batch * step.window.output_pixels(), output_channel, channels);
-  step.output = const_cast<float*>(to.data);
-  step.output_pitch = to.pitch;
-  step.statistics = statistics_of(statistics, output, output_channel);
   cpu::depthwise_forward(step, workspace_of(workspace, cpu::workspace_floats(step, workers)),
                          workers);
 }
@@ -310,26 +343,17 @@ void training_depthwise_backward(const Tensor& map, const std::vector<int64_t>& 
                                  Tensor workspace, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   cpu::DepthwiseBackward step = {};
-  step.window = window_of(window);
-  const int64_t pixels = step.window.batch * step.window.input_pixels();
-  step.input = segments_of({map}, "map", segment, pixels).front();
-  const int64_t channels = step.input.channels;
-  const PrologueRows rows = prologue_of(prologue, channels, activation);
-  step.prologue = rows.prologue;
-  step.mean = rows.mean;
-  step.strides = check_depthwise_weight(weight, "weight", step.window, channels);
+  bind_backward(step, map, segment, prologue, activation, window, output, gradient, output_channel,
+                correction);
+  step.strides = check_depthwise_weight(weight, "weight", step.window, step.input.channels);
   step.weight = static_cast<const float*>(weight.data_ptr());
-  bind_gradient(step, output, gradient, output_channel, channels, correction);
   if (weight_gradient.numel() > 0) {
-    step.gradient_strides =
-        check_depthwise_weight(weight_gradient, "weight_gradient", step.window, channels);
+    step.gradient_strides = check_depthwise_weight(weight_gradient, "weight_gradient", step.window,
+                                                   step.input.channels);
     step.weight_gradient = static_cast<float*>(weight_gradient.data_ptr());
   }
-  if (input_gradient.numel() > 0) {
-    step.input_gradient =
-        gradient_of(input_gradient, "input_gradient", pixels, step.input, segment[0], accumulate);
-    step.sums = floats_of(sums, "sums", 2, channels);
-  }
+  if (input_gradient.numel() > 0)
+    bind_input_gradient(step, input_gradient, segment[0], accumulate, sums);
   cpu::depthwise_backward(step, workspace_of(workspace, cpu::workspace_floats(step, workers)),
                           workers);
 }
@@ -357,16 +381,8 @@ void training_pool_forward(const Tensor& map, const std::vector<int64_t>& segmen
                            int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   cpu::PoolForward step;
-  step.window = window_of(window);
-  step.input =
-      segments_of({map}, "map", segment, step.window.batch * step.window.input_pixels()).front();
-  step.prologue = prologue_of(prologue, step.input.channels, activation).prologue;
-  const cpu::MapSegment to =
-      segment_of(output, "output", step.window.batch * step.window.output_pixels(), output_channel,
-                 step.input.channels);
-  step.output = const_cast<float*>(to.data);
-  step.output_pitch = to.pitch;
-  step.statistics = statistics_of(statistics, output, output_channel);
+  bind_forward(step, map, segment, prologue, activation, window, output, output_channel,
+               statistics);
   cpu::pool_forward(step, workspace_of(workspace, cpu::workspace_floats(step)), workers);
 }
 
@@ -378,17 +394,9 @@ void training_pool_backward(const Tensor& map, const std::vector<int64_t>& segme
                             Tensor sums, Tensor workspace, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   cpu::PoolBackward step;
-  step.window = window_of(window);
-  const int64_t pixels = step.window.batch * step.window.input_pixels();
-  step.input = segments_of({map}, "map", segment, pixels).front();
-  const int64_t channels = step.input.channels;
-  const PrologueRows rows = prologue_of(prologue, channels, activation);
-  step.prologue = rows.prologue;
-  step.mean = rows.mean;
-  bind_gradient(step, output, gradient, output_channel, channels, correction);
-  step.input_gradient =
-      gradient_of(input_gradient, "input_gradient", pixels, step.input, segment[0], accumulate);
-  step.sums = floats_of(sums, "sums", 2, channels);
+  bind_backward(step, map, segment, prologue, activation, window, output, gradient, output_channel,
+                correction);
+  bind_input_gradient(step, input_gradient, segment[0], accumulate, sums);
   cpu::pool_backward(step, workspace_of(workspace, cpu::workspace_floats(step, workers)), workers);
 }
 
