@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "team.h"
 #include "training.h"
@@ -150,25 +151,48 @@ struct Band {
   }
 };
 
-// A group: output pixels of a band at equal distances, a row of them or a position of all images.
+// A group: output pixels of a band whose windows have the same taps, a row of them or neighbouring
+// positions of all images, image after image.
 struct Group {
-  int64_t row, column;  // of the output
-  int64_t count;
+  int64_t row, column;  // of the output, of its first pixel
+  int64_t count;        // of pixels
+  int64_t images;       // of a position; as many as pixels in a row
   int64_t place;        // of its first pixel among those of the band
   int64_t pixel, step;  // its first pixel among those of the whole map, and from one to the next
+
+  // Where the i-th pixel is in the map, counted from the first.
+  int64_t pixel_of(int64_t i) const { return i / images + i % images * step; }
 };
 
+// Calls body(group) for the output of a band, or for its input where that is as large; groups are
+// as large as can be, or of pixels at equal distances in the map.
 template <typename Body>
-void for_each_group(const Band& band, int64_t height, int64_t width, const Body& body) {
-  if (band.by_position) {
-    for (int64_t position = 0; position < height * width; ++position) {
-      body(Group{position / width, position % width, band.images(), position * band.images(),
-                 band.first * height * width + position, height * width});
+void for_each_group(const Band& band, bool equal_distances, const Body& body) {
+  const Window& window = band.window;
+  const int64_t height = window.output_height(), width = window.output_width();
+  if (!band.by_position) {
+    for (int64_t y = band.first; y < band.last; ++y) {
+      body(Group{y, 0, width, width, (y - band.first) * width, (band.image * height + y) * width,
+                 1});
     }
     return;
   }
-  for (int64_t y = band.first; y < band.last; ++y) {
-    body(Group{y, 0, width, (y - band.first) * width, (band.image * height + y) * width, 1});
+  const int64_t images = band.images();
+  const auto taps_of = [&](int64_t x) {
+    const int64_t left = x * window.stride - window.padding;
+    return std::pair(std::max<int64_t>(-left, 0),
+                     std::min(window.width - left, window.kernel_width));
+  };
+  for (int64_t y = 0; y < height; ++y) {
+    int64_t end;
+    for (int64_t x = 0; x < width; x = end) {
+      end = x + 1;
+      while (!equal_distances && window.stride == 1 && end < width && taps_of(end) == taps_of(x))
+        ++end;
+      const int64_t position = y * width + x;
+      body(Group{y, x, (end - x) * images, images, position * images,
+                 band.first * height * width + position, height * width});
+    }
   }
 }
 
@@ -311,13 +335,12 @@ class Convolution {
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t channel = panels_.first(panel) - panels_.first(first_panel);
-        for_each_group(band, band.window.output_height(), band.window.output_width(),
-                       [&](const Group& group) {
-                         Result to = result;
-                         to.places += group.place * result.pitch + channel;
-                         if (to.map != nullptr) to.map += group.pixel * result.map_pitch + channel;
-                         multiply_group(band.window, patch, packed, panel, chunk, group, to);
-                       });
+        for_each_group(band, false, [&](const Group& group) {
+          Result to = result;
+          to.places += group.place * result.pitch + channel;
+          if (to.map != nullptr) to.map += group.pixel * result.map_pitch + channel;
+          multiply_group(band.window, patch, packed, panel, chunk, group, to);
+        });
       }
     }
   }
@@ -356,7 +379,7 @@ class Convolution {
           to.map = nullptr;
           to.places = products + position * product_floats + panels_.first(panel) - first;
           to.pitch = pitch;
-          multiply_pixels(&run, 1, panel, chunk, tiles, 1, to);
+          multiply_pixels(&run, 1, panel, chunk, Group{0, 0, tiles, tiles, 0, 0, 1}, to);
         }
       }
     }
@@ -406,12 +429,13 @@ class Convolution {
         runs[run_count++] = {input, tap_weights, distance, channels, {}};
       }
     }
-    multiply_pixels(runs, run_count, panel, chunk, group.count, group.step, to);
+    multiply_pixels(runs, run_count, panel, chunk, group, to);
   }
 
   // Multiplies pixels at equal distances, the runs being the first one's.
   void multiply_pixels(ChannelRun<float>* runs, int64_t run_count, int64_t panel, int64_t chunk,
-                       int64_t pixels, int64_t step, const Result& to) const {
+                       const Group& group, const Result& to) const {
+    const int64_t pixels = group.count;
     const int64_t vectors = panels_.vectors(panel);
     const int64_t tile_pixels = table_.tiling.tile_pixels[vectors];
     const int64_t tiles = divide_up(pixels, tile_pixels);
@@ -426,10 +450,17 @@ class Convolution {
       tile.output_rows = kIota;
       tile.activation = kIdentity;
       float* const places = to.places + first * to.pitch;
+      int32_t rows[kMaxTilePixels];
       if (chunk + 1 == chunks_ && to.map != nullptr) {
         tile.sums = nullptr;
-        tile.output = to.map + first * step * to.map_pitch;
-        tile.output_pitch = step * to.map_pitch;
+        tile.output = to.map + group.pixel_of(first) * to.map_pitch;
+        tile.output_pitch = group.step * to.map_pitch;
+        if (group.images < pixels) {
+          for (int64_t i = 0; i < count; ++i)
+            rows[i] = static_cast<int32_t>(group.pixel_of(first + i) - group.pixel_of(first));
+          tile.output_rows = rows;
+          tile.output_pitch = to.map_pitch;
+        }
         tile.channels = panels_.channels(panel);
       } else {
         tile.sums = places;
@@ -881,7 +912,7 @@ class Backward {
     std::vector<PixelRun> runs;
     for (int64_t tap = 0; tap < window.taps(); ++tap) {
       runs.clear();
-      for_each_group(band, window.output_height(), window.output_width(), [&](const Group& group) {
+      for_each_group(band, false, [&](const Group& group) {
         const int64_t y = group.row * window.stride - window.padding + tap / window.kernel_width;
         const int64_t x = group.column * window.stride - window.padding + tap % window.kernel_width;
         if (band.by_position && (y < 0 || y >= window.height || x < 0 || x >= window.width)) return;
@@ -973,7 +1004,7 @@ class Backward {
                                {result, plan_.result_pitch, nullptr, 0, tiles, &ahead});
     const int64_t first = plan_.panels.first(first_panel);
     const int64_t last = std::min(plan_.panels.first(last_panel), plan_.input_channels);
-    for_each_group(band, band.window.height, band.window.width, [&](const Group& group) {
+    for_each_group(band, true, [&](const Group& group) {
       for_each_segment(
           step_.inputs, first, last, [&](size_t i, int64_t start, int64_t from, int64_t end) {
             const MapSegment& map = step_.inputs[i];
