@@ -144,6 +144,7 @@ def measure(
 
     rows: dict[str, dict[str, object]] = {}
     calls: dict[str, Callable[[], object]] = {}
+    kept: dict[str, Callable[[], int]] = {}
     for provider in tqdm(chosen(arguments), desc=f"{title} check", unit="engine", disable=None):
         spec = TRAINING_PROVIDERS[provider]
         row = {
@@ -164,13 +165,14 @@ def measure(
             "optimizer": OPTIMIZER,
         }
         try:
-            step, found = checked_step(provider, job, reference)
+            built, found = checked_step(provider, job, reference)
         except Unavailable as problem:
             print(f"Left out: {provider} ({problem})", flush=True)
             continue
         rows[provider] = {**row, **found}
-        if step is not None:
-            calls[provider] = step
+        if built is not None:
+            calls[provider] = built.run
+            kept[provider] = built.kept
 
     time_in_turns(
         calls,
@@ -185,10 +187,12 @@ def measure(
         row = rows[provider]
         row["steps_per_second"] = f"{1e3 / float(str(row['p50_ms'])):.4g}"
         if not arguments.no_memory:
-            row["live_bytes"] = memory.live_bytes(call)
+            before = kept[provider]()
+            row["live_bytes"] = before + memory.live_bytes(call)
     names = list(calls)
     # The processes that measure need the memory that the copies of the weights hold.
     calls.clear()
+    kept.clear()
     if not arguments.no_memory:
         for provider in tqdm(names, desc=f"{title} memory", unit="engine", disable=None):
             used = memory.measure(provider, job, name, CLASSES, SEED, task="training")

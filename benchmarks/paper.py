@@ -245,8 +245,8 @@ def checked_engines(
     if kind == "training":
         gradients = reference_results(job)
         for engine in ENGINES:
-            step, found = checked_step(engine, job, gradients)
-            results.append((engine, found, step))
+            trained, found = checked_step(engine, job, gradients)
+            results.append((engine, found, None if trained is None else trained.run))
         return results
     reference = reference_output(job.model, job.x)
     limit = ERROR_LIMIT * output_scale(job.model, reference)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import threshnet_fast as tf
 from threshnet_fast.autograd import Chain
+from threshnet_fast.autograd import chain as chain_module
 from threshnet_fast.autograd.graph import Unsupported, split
 from threshnet_fast.autograd.kernels import CppKernels
 from threshnet_fast.backends import cpu
@@ -829,6 +830,16 @@ def test_memory_that_is_kept(x):
     assert kept < 0.4 * plain
 
 
+def pools_of(model):
+    return [part.pool for part in model._fused._training._parts._parts if isinstance(part, Chain)]
+
+
+@pytest.fixture
+def all_pooled(monkeypatch):
+    """Small maps are used again too."""
+    monkeypatch.setattr(chain_module, "_POOLED_BYTES", 0)
+
+
 @pytest.mark.parametrize("mode", ["checkpoint", "no_grad", "inference_mode"])
 def test_bottlenecks_are_let_go_of(model, x, mode, monkeypatch):
     """Each is gone when the next is calculated, where no backward pass will want them."""
@@ -883,6 +894,68 @@ def test_maps_are_let_go_of_on_the_way_back(model, x, kept_by, monkeypatch):
         assert alive[-1] <= 3
     else:
         assert alive[-1] == len(maps)
+
+
+@pytest.mark.usefixtures("all_pooled")
+def test_maps_are_used_again(model, x):
+    """In the next step all of them, which gives the same bits as new ones."""
+    expected = [copied(step(copy.deepcopy(model), images)) for images in (x, x + 1)]
+    assert_equal(step(model, x), expected[0])
+    (pool,) = pools_of(model)
+    kept = pool.nbytes
+    assert kept > 0
+    for maps in pool._free.values():
+        for map in maps:
+            map.fill_(torch.nan)
+    statistics = copy.deepcopy(dict(model.named_buffers()))
+    again = copied(step(model, x + 1))
+    assert pool.nbytes == kept
+    fresh = copy.deepcopy(model)
+    for name, buffer in fresh.named_buffers():
+        buffer.copy_(statistics[name])
+    assert_equal(again, step(fresh, x + 1))
+
+
+def test_small_maps_are_left_to_the_allocator(model, x):
+    step(model, x)
+    (pool,) = pools_of(model)
+    assert pool.nbytes == 0
+
+
+@pytest.mark.usefixtures("all_pooled")
+def test_memory_of_another_step_is_let_go_of(model, x):
+    step(model, x)
+    (pool,) = pools_of(model)
+    kept = pool.nbytes
+    step(model, x[:1])
+    assert 0 < pool.nbytes < kept
+    model.set_grad_checkpointing()
+    step(model, x)
+    assert pool.nbytes == 0
+    model.set_grad_checkpointing(False)
+    step(model, x)
+    assert pool.nbytes == kept
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    assert pool.nbytes == 0
+
+
+@pytest.mark.usefixtures("all_pooled")
+def test_what_may_be_wanted_again_is_not_used_again(model, x):
+    output = model(x).square().sum()
+    first = torch.autograd.grad(output, list(model.parameters()), retain_graph=True)
+    (pool,) = pools_of(model)
+    other = model(x + 1).square().sum()
+    for maps in pool._free.values():
+        for map in maps:
+            map.fill_(torch.nan)
+    other.backward()
+    second = torch.autograd.grad(output, list(model.parameters()))
+    assert all(one.equal(two) for one, two in zip(first, second, strict=True))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda kept: kept):
+        step(copied_model := copy.deepcopy(model), x)
+    assert pools_of(copied_model)[0].nbytes == 0
 
 
 def test_a_model_that_has_trained_is_freed_at_once(x):

@@ -116,6 +116,7 @@ class FusedForward:
         while True:
             try:
                 plan, packed = self.prepare(model, x, head=head)
+                self._training.release()
                 if cuda_graphs.capturing(x.device):
                     # The caller's graph reads these weights whenever it is replayed.
                     self._captured[id(packed)] = packed

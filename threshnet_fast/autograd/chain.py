@@ -36,11 +36,14 @@ from .kernels import (
     Shape,
     Step,
 )
+from .memory import Pool
 
 __all__ = ["CHECKPOINTS", "Chain"]
 
 CHECKPOINTS = (None, "features")
 _MAX_SHAPES = 8
+# Maps of fewer bytes are left to the C library, which keeps what it gets back of them.
+_POOLED_BYTES = 8 << 20
 _PARAMETERS = ("weights", "gammas", "betas")
 _TENSORS = (*_PARAMETERS, "maps", "statistics", "fixed", "prologues")
 
@@ -67,6 +70,7 @@ class Chain:
         # Workspaces that no call uses, by what they depend on. Calls may come from several threads
         # at once.
         self._workspaces: dict[tuple[Any, ...], list[Tensor]] = {}
+        self.pool = Pool()
 
     @property
     def differentiable_input(self) -> bool:
@@ -179,6 +183,8 @@ class _Pass:
         self.from_batch = [_uses_batch(norm.module) for norm in graph.norms]
         self.eps = [norm.module.eps for norm in graph.norms]
         self.maps: list[Tensor | None] = [None] * len(graph.buffers)
+        # Whether large maps come from the chain's pool and go back there.
+        self.pooled = False
         self.maps[0] = x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
         self.statistics: list[Tensor | None] = [None] * len(graph.buffers)
         self.fixed: list[Tensor | None] = [None] * len(graph.norms)
@@ -240,6 +246,27 @@ class _Pass:
         """The map of a buffer, which a node before wrote."""
         return cast(Tensor, self.maps[index])
 
+    def new_map(self, index: int) -> Tensor:
+        """Memory for the map of a buffer, or for its gradient."""
+        pixels, channels = self.shapes[index].pixels, self.chain.graph.buffers[index].channels
+        if self._pools(index):
+            return self.chain.pool.take(pixels, channels)
+        return torch.empty(pixels, channels, **self.options)
+
+    def drop(self, index: int, map: Tensor | None) -> None:
+        """Lets go of a map or gradient of a buffer that :meth:`new_map` made."""
+        if map is not None and self._pools(index):
+            self.chain.pool.give(map)
+
+    def _pools(self, index: int) -> bool:
+        # Others see the chain's input and output.
+        floats = self.shapes[index].pixels * self.chain.graph.buffers[index].channels
+        return (
+            self.pooled
+            and 4 * floats >= _POOLED_BYTES
+            and index not in (0, self.chain.graph.output)
+        )
+
     def prepare_prologue(self, index: int, kernels: Kernels) -> None:
         """Makes the prologue of a node, once the statistics of what it reads are known."""
         node = self.chain.graph.nodes[index]
@@ -260,9 +287,7 @@ class _Pass:
         graph = self.chain.graph
         node = graph.nodes[index]
         if self.maps[node.buffer] is None:
-            self.maps[node.buffer] = torch.empty(
-                self.shapes[node.buffer].pixels, graph.buffers[node.buffer].channels, **self.options
-            )
+            self.maps[node.buffer] = self.new_map(node.buffer)
         kernels.forward(self.step(index), None if again else self.statistics[node.buffer])
 
     def update_running_statistics(self) -> None:
@@ -349,6 +374,13 @@ class _ChainFunction(torch.autograd.Function):
         graph = chain.graph
         run = _Pass(chain, x, parameters, reference)
         wanted = differentiating and any(ctx.needs_input_grad)
+        ctx.everything = _has_hooks_on_saved_tensors()
+        # Who asks for checkpoints would rather have the memory than the time.
+        if wanted and not ctx.everything and not reference and checkpoint is None:
+            run.pooled = True
+            chain.pool.begin(run.shapes[0])
+        elif wanted:
+            chain.pool.clear()
         last_reader = {
             read.buffer: index for index, node in enumerate(graph.nodes) for read in node.reads
         }
@@ -362,13 +394,13 @@ class _ChainFunction(torch.autograd.Function):
                 run.prepare_prologue(index, kernels)
                 run.run(index, kernels)
                 if index in dropped:
+                    run.drop(dropped[index], run.maps[dropped[index]])
                     run.maps[dropped[index]] = None
         run.update_running_statistics()
         output = run.map_of(graph.output)
         if wanted:
             # Autograd notices where one that it saves is changed before the backward pass, but lets
             # go of none of them before the end of it.
-            ctx.everything = _has_hooks_on_saved_tensors()
             ctx.save_for_backward(*run.take(ctx.everything))
             ctx.run = run
         shape = run.shapes[graph.output]
@@ -380,9 +412,10 @@ class _ChainFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         run = ctx.run.copy()
         run.put(ctx.saved_tensors, ctx.everything)
-        if not _keeps_graph():
+        keeps = _keeps_graph()
+        if not keeps:
             ctx.run.take(everything=True)
-        return _Backward(run, needs[1], needs[5:]).run(gradient)
+        return _Backward(run, needs[1], needs[5:], keeps).run(gradient)
 
 
 class _Backward:
@@ -392,6 +425,7 @@ class _Backward:
         run: The pass forward, whose tensors it lets go of as soon as it can.
         needs_input: Whether the gradient of the input is wanted.
         needs: Whether that of each parameter is.
+        keeps: Whether others may run the same pass backward again.
     """
 
     def __init__(
@@ -399,7 +433,9 @@ class _Backward:
         run: _Pass,
         needs_input: bool,
         needs: Sequence[bool],
+        keeps: bool,
     ) -> None:
+        self.keeps = keeps
         self.forward = run
         self.graph = run.chain.graph
         self.needs_input = needs_input
@@ -479,13 +515,15 @@ class _Backward:
         if inputs is not None:
             self._add_to_norms(node, inputs.sums, kernels)
         if index == graph.buffers[node.buffer].writers[0]:
+            run.drop(node.buffer, self.gradients[node.buffer])
+            if not self.keeps:
+                run.drop(node.buffer, run.maps[node.buffer])
             self.gradients[node.buffer] = run.maps[node.buffer] = None
 
     def _gradient(self, buffer: int) -> Tensor:
         gradient = self.gradients[buffer]
         if gradient is None:
-            shape = (self.forward.shapes[buffer].pixels, self.graph.buffers[buffer].channels)
-            gradient = self.gradients[buffer] = torch.empty(shape, **self.forward.options)
+            gradient = self.gradients[buffer] = self.forward.new_map(buffer)
         return gradient
 
     def _claim(self, read: Read) -> bool:

@@ -40,6 +40,7 @@ class FusedTraining:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._parts: _Parts | None = None
+        self._has_run = False
 
     def features(self, model: Network, x: Tensor, checkpoint: str | None) -> Tensor:
         """The last feature map of a model, with a history for autograd.
@@ -54,7 +55,21 @@ class FusedTraining:
             ValueError: ``checkpoint`` is neither None nor ``"features"``, or a norm in training
                 mode has only one value for each channel.
         """
-        return self.prepare(model, x, checkpoint).run(x, checkpoint)
+        parts = self.prepare(model, x, checkpoint)
+        self._has_run = True
+        return parts.run(x, checkpoint)
+
+    def release(self) -> None:
+        """Lets go of the memory that is kept for the next step."""
+        if self._has_run:
+            self._has_run = False
+            if self._parts is not None:
+                self._parts.release()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the memory that is kept for the next step."""
+        return 0 if self._parts is None else self._parts.kept_bytes
 
     def prepare(self, model: Network, x: Tensor, checkpoint: str | None) -> _Parts:
         """Makes sure that :meth:`features` can run, and runs nothing.
@@ -155,6 +170,17 @@ class _Parts:
                 raise CannotTrain(f"the model has a {name} of type {type(tensor).__name__}")
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise CannotTrain("the model has inference tensors")
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the memory that is kept for the next step."""
+        return sum(part.pool.nbytes for part in self._parts if isinstance(part, Chain))
+
+    def release(self) -> None:
+        """Lets go of the memory that is kept for the next step."""
+        for part in self._parts:
+            if isinstance(part, Chain):
+                part.pool.clear()
 
     def run(self, x: Tensor, checkpoint: str | None) -> Tensor:
         """The last feature map."""

@@ -75,7 +75,7 @@ TRAINING_COLUMNS: dict[str, str] = COLUMNS | {
     "gradient_error": "largest relative error, in the Euclidean norm, of a parameter's gradient or "
     "of a running statistic",
     "gradient_limit": "the largest that would have passed",
-    "live_bytes": "most that tensors allocated in one step hold at the same time, from the "
+    "live_bytes": "most that tensors allocated in one step or kept for it hold at once, from the "
     "profiler; empty where not measured",
 }
 """The same of a file of training steps; what differs from :data:`COLUMNS` has the same name."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backends import select
+from ..models.network import Network
 from .providers import (
     PROVIDERS,
     Job,
@@ -59,9 +60,12 @@ class TrainingProvider(Provider):
     Attributes:
         results: Runs the forward and the backward pass alone; returns what
             :func:`results_of` does.
+        kept: The bytes that are kept from one step for the next, other than weights, the
+            optimizer's state and what its kernels work in.
     """
 
     results: Callable[[], dict[str, Tensor]] = dict
+    kept: Callable[[], int] = int
 
 
 def targets(job: Job) -> Tensor:
@@ -122,7 +126,7 @@ def relative_errors(results: dict[str, Tensor], reference: dict[str, Tensor]) ->
 
 def checked_step(
     name: str, job: Job, reference: dict[str, Tensor]
-) -> tuple[Callable[[], object] | None, dict[str, object]]:
+) -> tuple[TrainingProvider | None, dict[str, object]]:
     """Builds a provider, compares what it computes, and makes two steps, as compilers want.
 
     Args:
@@ -131,7 +135,7 @@ def checked_step(
         reference: What :func:`reference_results` returned for them.
 
     Returns:
-        The step to time, None where it must not be timed; the columns of a row that say how it
+        The provider, None where it must not be timed; the columns of a row that say how it
         did.
 
     Raises:
@@ -165,7 +169,7 @@ def checked_step(
     elif not errors[worst] <= _GRADIENT_LIMIT:
         columns["status"] = f"wrong result: {worst}"
     else:
-        return built.run, columns
+        return built, columns
     return None, columns
 
 
@@ -234,7 +238,10 @@ def _provider(
         with select.use_backend(backend):
             return results_of(model, compute, x, classes)
 
-    return TrainingProvider(step, results=results)
+    def kept() -> int:
+        return model._fused._training.kept_bytes if isinstance(model, Network) else 0
+
+    return TrainingProvider(step, results=results, kept=kept)
 
 
 def _set_checkpoint(model: nn.Module, checkpoint: str) -> None:
