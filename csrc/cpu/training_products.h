@@ -1,0 +1,231 @@
+// The products of a band's pixels, or of its tiles, with packed weights. Free of torch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "training_bands.h"
+#include "training_fetch.h"
+#include "training_packing.h"
+
+namespace threshnet_fast::cpu {
+
+// Floats of one panel's weights that pass by while a band stays.
+constexpr int64_t kPanelFloats = 32 * 1024;
+// Input channels whose tiles are there at once.
+constexpr int64_t kTileChannels = 64;
+// Floats of a weight's gradient that stay in L2 while pixels pass by.
+constexpr int64_t kGradientFloats = 80 * 1024;
+
+// As long as the channels that are transformed at a time: those of a chunk, or of a small gradient.
+constexpr float kZeros[kGradientFloats / (winograd_positions(2) * kWinogradChannels) + 64] = {};
+
+// The pixels of a patch that a tile is taken from; what lies beyond the patch is zero.
+struct TilePixels {
+  const float* data[winograd_positions(kMostTile)];
+
+  TilePixels(const Patch& patch, int64_t tile, int64_t y, int64_t x, int64_t padding,
+             int64_t channel) {
+    const float** to = data;
+    for (int64_t row = y - padding; row < y - padding + tile + 2; ++row) {
+      for (int64_t column = x - padding; column < x - padding + tile + 2; ++column) {
+        const bool inside = row < patch.last_row && column < patch.width + patch.ring;
+        *to++ = inside ? patch.at(row, column) + channel : kZeros;
+      }
+    }
+  }
+};
+
+// Multiplies the patch of a band by packed weights: window by window, or tile by tile.
+class Convolution {
+ public:
+  Convolution(const Panels& panels, const UkernelTable<float>& table, int64_t tile)
+      : panels_(panels), table_(table), tile_(tile), bias_(panels.padded_outputs()) {
+    const int64_t most =
+        tile != 0
+            ? kTileChannels
+            : std::max<int64_t>(kPanelFloats / (panels.taps * kPanelVectors * panels.lanes), 16);
+    chunks_ = divide_up(panels.inputs, most);
+  }
+
+  // Floats of the memory that a band of so many tiles needs for so many output channels.
+  int64_t tile_floats(int64_t tiles, int64_t outputs) const {
+    if (tile_ == 0) return 0;
+    return round_up(winograd_positions(tile_) * tiles * (input_pitch() + scratch_pitch(outputs)),
+                    16);
+  }
+
+  // Where the products of a band go: by place, [place][pitch], or where there is a map, there.
+  // Chunks of input channels but the last add up by place.
+  struct Result {
+    float* places;
+    int64_t pitch;
+    float* map;
+    int64_t map_pitch;
+    float* tiles;  // memory for Winograd's tiles
+    FetchList* ahead;
+  };
+
+  // The words of a tile of pixels, at least, and how many tiles of some panels there are.
+  int64_t words() const { return panels_.inputs / chunks_; }
+  int64_t tile_calls(const Band& band, int64_t panels) const {
+    return chunks_ * panels * divide_up(band.pixels(), table_.tiling.tile_pixels[kPanelVectors]);
+  }
+
+  // The products of a patch with some panels; the result begins with the first panel's channels.
+  void multiply(const Band& band, const Patch& patch, const float* packed, int64_t first_panel,
+                int64_t last_panel, const Result& result) const {
+    if (tile_ != 0) return multiply_tiles(band, patch, packed, first_panel, last_panel, result);
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t channel = panels_.first(panel) - panels_.first(first_panel);
+        for_each_group(band, false, [&](const Group& group) {
+          Result to = result;
+          to.places += group.place * result.pitch + channel;
+          if (to.map != nullptr) to.map += group.pixel * result.map_pitch + channel;
+          multiply_group(band.window, patch, packed, panel, chunk, group, to);
+        });
+      }
+    }
+  }
+
+ private:
+  int64_t chunk_begin(int64_t chunk) const { return part_begin(panels_.inputs, chunks_, chunk); }
+  int64_t input_pitch() const { return scratch_pitch(divide_up(panels_.inputs, chunks_)); }
+
+  void multiply_tiles(const Band& band, const Patch& patch, const float* packed,
+                      int64_t first_panel, int64_t last_panel, const Result& result) const {
+    const int64_t tiles = tiles_of(band, tile_), positions = winograd_positions(tile_);
+    const WinogradFunctions<float>& winograd =
+        tile_ == 2 ? table_.winograd_2x2 : table_.winograd_4x4;
+    const int64_t first = panels_.first(first_panel);
+    const int64_t channels = std::min(panels_.first(last_panel), panels_.outputs) - first;
+    const int64_t pitch = scratch_pitch(round_up(channels, panels_.lanes));
+    const int64_t input_floats = tiles * input_pitch(), product_floats = tiles * pitch;
+    float* const inputs = result.tiles;
+    float* const products = inputs + positions * input_floats;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      const int64_t from = chunk_begin(chunk), count = chunk_begin(chunk + 1) - from;
+      for_each_tile(band, tile_, [&](int64_t number, int64_t y, int64_t x) {
+        const TilePixels pixels(patch, tile_, y, x, band.window.padding, from);
+        winograd.input(pixels.data, count, inputs + number * input_pitch(), input_floats);
+      });
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t weight_pitch = panels_.pitch(panel);
+        const float* const weights = packed + panels_.offset(panel) + from * weight_pitch;
+        for (int64_t position = 0; position < positions; ++position) {
+          ChannelRun<float> run = {inputs + position * input_floats,
+                                   weights + position * panels_.inputs * weight_pitch,
+                                   input_pitch(),
+                                   count,
+                                   {}};
+          Result to = result;
+          to.map = nullptr;
+          to.places = products + position * product_floats + panels_.first(panel) - first;
+          to.pitch = pitch;
+          multiply_pixels(&run, 1, panel, chunk, Group{0, 0, tiles, tiles, 0, 0, 1}, to);
+        }
+      }
+    }
+    for_each_tile(band, tile_, [&](int64_t number, int64_t y, int64_t x) {
+      float* outputs[kMostTile * kMostTile];
+      for (int64_t i = 0; i < tile_ * tile_; ++i) {
+        const int64_t row = y + i / tile_, column = x + i % tile_;
+        outputs[i] = nullptr;
+        if (row >= band.last || column >= band.window.output_width()) continue;
+        const int64_t place = (row - band.first) * band.window.output_width() + column;
+        outputs[i] = result.map != nullptr
+                         ? result.map + (band.first_pixel() + place) * result.map_pitch
+                         : result.places + place * result.pitch;
+      }
+      winograd.output(products + number * pitch, product_floats, bias_.data(), channels, kIdentity,
+                      outputs);
+    });
+  }
+
+  void multiply_group(const Window& window, const Patch& patch, const float* packed, int64_t panel,
+                      int64_t chunk, const Group& group, const Result& to) const {
+    const int64_t first_channel = chunk_begin(chunk);
+    const int64_t channels = chunk_begin(chunk + 1) - first_channel;
+    const int64_t weight_pitch = panels_.pitch(panel);
+    const float* const weights = packed + panels_.offset(panel) + first_channel * weight_pitch;
+    const int64_t distance = patch.by_position ? patch.pitch : window.stride * patch.pitch;
+    ChannelRun<float> runs[kMostTaps];
+    int64_t run_count = 0;
+    for (int64_t ky = 0; ky < window.kernel_height; ++ky) {
+      for (int64_t kx = 0; kx < window.kernel_width; ++kx) {
+        const int64_t y = group.row * window.stride - window.padding + ky;
+        const int64_t x = group.column * window.stride - window.padding + kx;
+        if (patch.by_position && (y < 0 || y >= patch.height || x < 0 || x >= patch.width))
+          continue;
+        const float* const input = patch.at(y, x) + first_channel;
+        const float* const tap_weights =
+            weights + (ky * window.kernel_width + kx) * panels_.inputs * weight_pitch;
+        if (run_count > 0) {
+          // Taps side by side whose channels follow each other are one run.
+          ChannelRun<float>& last = runs[run_count - 1];
+          if (input == last.input + last.channels &&
+              tap_weights == last.weights + last.channels * weight_pitch) {
+            last.channels += channels;
+            continue;
+          }
+        }
+        runs[run_count++] = {input, tap_weights, distance, channels, {}};
+      }
+    }
+    multiply_pixels(runs, run_count, panel, chunk, group, to);
+  }
+
+  // Multiplies pixels at equal distances, the runs being the first one's.
+  void multiply_pixels(ChannelRun<float>* runs, int64_t run_count, int64_t panel, int64_t chunk,
+                       const Group& group, const Result& to) const {
+    const int64_t pixels = group.count;
+    const int64_t vectors = panels_.vectors(panel);
+    const int64_t tile_pixels = table_.tiling.tile_pixels[vectors];
+    const int64_t tiles = divide_up(pixels, tile_pixels);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = part_begin(pixels, tiles, t);
+      const int64_t count = part_begin(pixels, tiles, t + 1) - first;
+      ConvTile<float> tile;
+      tile.runs = runs;
+      tile.run_count = run_count;
+      tile.weight_pitch = panels_.pitch(panel);
+      tile.input_pixels = kIota;
+      tile.output_rows = kIota;
+      tile.activation = kIdentity;
+      float* const places = to.places + first * to.pitch;
+      int32_t rows[kMaxTilePixels];
+      if (chunk + 1 == chunks_ && to.map != nullptr) {
+        tile.sums = nullptr;
+        tile.output = to.map + group.pixel_of(first) * to.map_pitch;
+        tile.output_pitch = group.step * to.map_pitch;
+        if (group.images < pixels) {
+          for (int64_t i = 0; i < count; ++i)
+            rows[i] = static_cast<int32_t>(group.pixel_of(first + i) - group.pixel_of(first));
+          tile.output_rows = rows;
+          tile.output_pitch = to.map_pitch;
+        }
+        tile.channels = panels_.channels(panel);
+      } else {
+        tile.sums = places;
+        tile.output = nullptr;
+        tile.output_pitch = to.pitch;
+        tile.channels = panels_.pitch(panel);
+      }
+      tile.initial = chunk == 0 ? kNoBias : places;
+      tile.initial_rows = kIota;
+      tile.initial_pitch = chunk == 0 ? 0 : to.pitch;
+      runs[0].fetches[0] = to.ahead->next();
+      table_.conv_tile[vectors][count](tile);
+      for (int64_t r = 0; r < run_count; ++r) runs[r].input += count * runs[r].pitch;
+    }
+  }
+
+  Panels panels_;
+  const UkernelTable<float>& table_;
+  int64_t tile_;             // size of Winograd's tiles, or 0
+  std::vector<float> bias_;  // zeros
+  int64_t chunks_;
+};
+
+}  // namespace threshnet_fast::cpu
