@@ -81,23 +81,24 @@ class Depthwise:
         self.dx = back(weight, given.dz)
         self.dx_magnitude = back(weight.abs(), given.dz_magnitude)
 
+    def given(self) -> list[object]:
+        """What both operators are called with first."""
+        case, given = self.case, self.operands
+        prologue = given.prologue
+        return [given.maps[0], case.segments, prologue, case.code, self.weight, case.window]
+
     def workspace(self, isa: int) -> Workspace:
         (channels,) = self.case.channels
         return Workspace(operators.training_depthwise_workspace(self.case.window, channels, isa))
 
     def forward(self, isa: int, *, with_statistics: bool = True):
         """Output and statistics of the operator, in poisoned memory."""
-        case, given = self.case, self.operands
+        case = self.case
         width = BEFORE + case.channels[0] + AFTER
         output, statistics = Poisoned(case.pixels_after, width), Poisoned(2, width)
         workspace = self.workspace(isa)
         operators.training_depthwise_forward(
-            given.maps[0],
-            case.segments,
-            given.prologue,
-            case.code,
-            self.weight,
-            case.window,
+            *self.given(),
             output.tensor,
             BEFORE,
             statistics.tensor if with_statistics else torch.empty(0),
@@ -118,12 +119,7 @@ class Depthwise:
         weight_gradient = torch.full_like(self.weight, torch.nan)
         workspace = self.workspace(isa)
         operators.training_depthwise_backward(
-            given.maps[0],
-            case.segments,
-            given.prologue,
-            case.code,
-            self.weight,
-            case.window,
+            *self.given(),
             given.output,
             given.gradient,
             BEFORE,

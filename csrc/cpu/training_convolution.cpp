@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "team.h"
 #include "training.h"
@@ -207,7 +206,7 @@ struct BackwardPlan {
   int64_t input_blocks, output_blocks;
   int64_t result_pitch;
   Bands block_bands;
-  int64_t input_patch, output_patch, tiles, scratch;
+  int64_t input_patch, output_patch, scratch;
 
   BackwardPlan(const ConvolutionBackward& step, const Workers& workers)
       : table(ukernel_table<float>(workers.isa)),
