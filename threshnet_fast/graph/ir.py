@@ -1,0 +1,255 @@
+"""The graph of a network: values, and the nodes that make one of others.
+
+Nothing is fused in it, nothing has a place in memory, and of the shapes only channels are known, so
+that one graph serves every input size, inference and training. Parameters are those of the modules
+that the nodes refer to: a graph copies none, and follows what an optimizer writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+__all__ = [
+    "Activate",
+    "Add",
+    "Concat",
+    "Conv",
+    "Dropout",
+    "Flatten",
+    "Foreign",
+    "Graph",
+    "Linear",
+    "Mean",
+    "Node",
+    "Norm",
+    "Pool",
+    "UnsupportedModule",
+]
+
+
+class UnsupportedModule(ValueError):
+    """A module, or a setting of it, that plans cannot express."""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """What makes one value of others.
+
+    Attributes:
+        name: The module that it comes from, for people.
+        inputs: Indices of the values that it reads.
+        output: Index of the value that it makes.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    output: int
+
+    @property
+    def input(self) -> int:
+        """The first value that it reads."""
+        return self.inputs[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(Node):
+    """``conv2d(x)``.
+
+    Attributes:
+        module: The convolution, whose weight, bias and settings these are.
+        unit: Name of the module that is this convolution and what belongs to it; its own where
+            it stands alone.
+    """
+
+    module: nn.Conv2d
+    unit: str
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every output channel reads one input channel, its own."""
+        conv = self.module
+        return 1 < conv.groups == conv.in_channels == conv.out_channels
+
+
+@dataclass(frozen=True, eq=False)
+class Norm(Node):
+    """``batch_norm(x)``, by the running statistics or by those of the batch, as the module has it.
+
+    Attributes:
+        module: The normalisation.
+    """
+
+    module: nn.BatchNorm2d
+
+
+@dataclass(frozen=True, eq=False)
+class Activate(Node):
+    """A function of every element.
+
+    Attributes:
+        kind: Its name in :mod:`torch.nn.functional`.
+    """
+
+    kind: str
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Node):
+    """Channels of several values, one after the other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Node):
+    """The sum of values of one shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pool(Node):
+    """Maximum or average over windows.
+
+    Attributes:
+        module: The pool, whose window and settings these are.
+    """
+
+    module: nn.MaxPool2d | nn.AvgPool2d
+
+    @property
+    def average(self) -> bool:
+        """Average rather than maximum."""
+        return isinstance(self.module, nn.AvgPool2d)
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Node):
+    """The average over the whole map, ``[N, C, 1, 1]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Flatten(Node):
+    """``[N, C, 1, 1]`` to ``[N, C]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(Node):
+    """``linear(x)``.
+
+    Attributes:
+        module: The layer, whose weight and bias these are.
+    """
+
+    module: nn.Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout(Node):
+    """The value itself in evaluation; in training, chance decides about its elements.
+
+    Attributes:
+        module: What drops them.
+    """
+
+    module: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign(Node):
+    """Something that no plan can express, run as it is.
+
+    Attributes:
+        module: What it is.
+        reason: Why no plan can express it, in one line that begins with its name.
+    """
+
+    module: nn.Module
+    reason: str
+
+
+class Graph:
+    """Nodes in an order in which they can run.
+
+    Args:
+        in_channels: Channels of the input, which is value 0.
+
+    Attributes:
+        channels: Channels of every value; None where what made it does not tell.
+        nodes: All nodes.
+        output: Index of the result.
+    """
+
+    def __init__(self, in_channels: int | None) -> None:
+        self.channels: list[int | None] = [in_channels]
+        self.nodes: list[Node] = []
+        self.output = 0
+        self._made = {0}
+
+    def value(self, channels: int | None) -> int:
+        """A new value, to be the output of the node that is added next."""
+        self.channels.append(channels)
+        return len(self.channels) - 1
+
+    def add(self, node: Node) -> int:
+        """Appends a node, which becomes the graph's result for now.
+
+        Returns:
+            The value that it makes.
+
+        Raises:
+            ValueError: The node reads a value that no node before it makes, or makes one that
+                another made.
+        """
+        if not self._made.issuperset(node.inputs) or node.output in self._made:
+            raise ValueError(
+                f"{node.name} reads values {node.inputs} and makes value {node.output}: expected "
+                "to read what nodes before it make, and to make what none of them does"
+            )
+        self._made.add(node.output)
+        self.nodes.append(node)
+        self.output = node.output
+        self.__dict__.pop("readers", None)
+        self.__dict__.pop("makers", None)
+        return node.output
+
+    @cached_property
+    def makers(self) -> dict[int, Node]:
+        """The node that makes each value but the input."""
+        return {node.output: node for node in self.nodes}
+
+    @cached_property
+    def readers(self) -> dict[int, list[Node]]:
+        """The nodes that read each value, in order."""
+        found: dict[int, list[Node]] = {value: [] for value in range(len(self.channels))}
+        for node in self.nodes:
+            for value in dict.fromkeys(node.inputs):
+                found[value].append(node)
+        return found
+
+    def sole_reader(self, value: int) -> Node | None:
+        """The one node that reads a value, or None; the result is read by others too."""
+        readers = self.readers[value]
+        return readers[0] if len(readers) == 1 and value != self.output else None
+
+    def check(self, node: Node) -> None:
+        """Refuses a node whose module reads another number of channels than there are.
+
+        Raises:
+            UnsupportedModule: It does.
+        """
+        expected: int | None = None
+        what = "channels"
+        if isinstance(node, Conv):
+            expected = node.module.in_channels
+        elif isinstance(node, Norm):
+            expected = node.module.num_features
+        elif isinstance(node, Linear):
+            expected, what = node.module.in_features, "features"
+        actual = self.channels[node.input]
+        if None not in (expected, actual) and expected != actual:
+            raise UnsupportedModule(f"{node.name} reads {expected} {what}, not {actual}")
+
+    def foreign(self) -> Iterable[Foreign]:
+        """The nodes that no plan can express."""
+        return (node for node in self.nodes if isinstance(node, Foreign))

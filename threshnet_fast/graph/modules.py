@@ -1,0 +1,256 @@
+"""Graphs of this package's modules: the one place that knows them by their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from torch import nn
+
+from ..models.network import Network
+from ..nn import (
+    ConvBNReLU,
+    DenseBlock,
+    DenseLayer,
+    DenseTransition,
+    DepthwiseConvBN,
+    HarmonicBlock,
+    PointwiseDepthwise,
+)
+from .ir import (
+    Activate,
+    Concat,
+    Conv,
+    Dropout,
+    Flatten,
+    Foreign,
+    Graph,
+    Linear,
+    Mean,
+    Norm,
+    Pool,
+    UnsupportedModule,
+)
+
+__all__ = ["graph_of_network", "graph_of_stages"]
+
+
+def graph_of_network(network: nn.Module, *, head: bool = True) -> Graph:
+    """The graph of a network of this package.
+
+    Args:
+        network: The network.
+        head: Whether to end with the logits rather than with the last features.
+
+    Raises:
+        UnsupportedModule: It is no network of this package, or does not run as its class says.
+    """
+    if not isinstance(network, Network):
+        raise UnsupportedModule(
+            f"module is a {type(network).__name__}: expected a {Network.__name__}"
+        )
+    for method in ("forward", "forward_features", "forward_head"):
+        if not _inherits(network, Network, method):
+            raise UnsupportedModule(f"module has a {method} of its own")
+    graph = graph_of_stages(network._stages(), network.in_chans)
+    if head and network.global_pool == "avg":
+        _Builder(graph).head(network)
+    return graph
+
+
+def graph_of_stages(stages: Iterable[tuple[str, nn.Module]], in_channels: int | None) -> Graph:
+    """The graph of modules that run one after the other.
+
+    Args:
+        stages: Their names and themselves.
+        in_channels: Channels of the first one's input, if known.
+    """
+    graph = Graph(in_channels)
+    builder = _Builder(graph)
+    value = 0
+    for name, module in stages:
+        value = builder.module(name, module, value)
+    return graph
+
+
+def _inherits(module: nn.Module, kind: type[nn.Module], method: str) -> bool:
+    """Whether a method of a module is that of a class, not one of a subclass or of the object."""
+    return method not in module.__dict__ and getattr(type(module), method) is getattr(kind, method)
+
+
+class _Builder:
+    """Adds what modules compute to a graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def module(self, name: str, module: nn.Module, value: int) -> int:
+        """Adds a module that reads a value; returns the value that it makes."""
+        for kind, add in _KINDS.items():
+            if isinstance(module, kind):
+                if not _inherits(module, kind, "forward"):
+                    reason = f"is not exactly a {kind.__name__}: it has a forward of its own"
+                    return self.foreign(name, module, value, reason)
+                return add(self, name, module, value)
+        reason = f"is a {type(module).__name__}, which no plan can express"
+        return self.foreign(name, module, value, reason)
+
+    def foreign(self, name: str, module: nn.Module, value: int, reason: str) -> int:
+        """Adds a module as it is."""
+        output = self.graph.value(_out_channels(module))
+        return self.graph.add(Foreign(name, (value,), output, module, f"{name} {reason}"))
+
+    def sequence(self, name: str, module: nn.Module, value: int) -> int:
+        """Adds the children of a module, one after the other."""
+        for child, part in module.named_children():
+            value = self.module(f"{name}.{child}", part, value)
+        return value
+
+    def conv(self, name: str, module: nn.Module, value: int, unit: str = "") -> int:
+        conv = cast(nn.Conv2d, module)
+        output = self.graph.value(conv.out_channels)
+        return self.graph.add(Conv(name, (value,), output, conv, unit or name))
+
+    def conv_of(self, unit: str, name: str, module: nn.Module, value: int) -> int:
+        """Adds the convolution that is the main part of a module."""
+        if isinstance(module, nn.Conv2d) and _inherits(module, nn.Conv2d, "forward"):
+            return self.conv(name, module, value, unit)
+        return self.module(name, module, value)
+
+    def norm(self, name: str, module: nn.Module, value: int) -> int:
+        norm = cast(nn.BatchNorm2d, module)
+        return self.graph.add(Norm(name, (value,), self.graph.value(norm.num_features), norm))
+
+    def activate(self, name: str, kind: str, value: int) -> int:
+        return self.graph.add(Activate(name, (value,), self._like(value), kind))
+
+    def concat(self, name: str, values: list[int]) -> int:
+        if len(values) == 1:
+            return values[0]
+        channels = [self.graph.channels[value] for value in values]
+        total = None if None in channels else sum(cast("list[int]", channels))
+        return self.graph.add(Concat(name, tuple(values), self.graph.value(total)))
+
+    def relu(self, name: str, module: nn.Module, value: int) -> int:
+        return self.activate(name, "relu", value)
+
+    def pool(self, name: str, module: nn.Module, value: int) -> int:
+        pool = cast("nn.MaxPool2d | nn.AvgPool2d", module)
+        return self.graph.add(Pool(name, (value,), self._like(value), pool))
+
+    def dropout(self, name: str, module: nn.Module, value: int) -> int:
+        return self.graph.add(Dropout(name, (value,), self._like(value), module))
+
+    def conv_bn_relu(self, name: str, module: nn.Module, value: int) -> int:
+        unit = cast(ConvBNReLU, module)
+        value = self.conv_of(name, f"{name}.conv", unit.conv, value)
+        value = self.module(f"{name}.norm", unit.norm, value)
+        return self.activate(name, unit.activation, value)
+
+    def depthwise_conv_bn(self, name: str, module: nn.Module, value: int) -> int:
+        unit = cast(DepthwiseConvBN, module)
+        conv, channels = unit.dwconv, self.graph.channels[value]
+        if isinstance(conv, nn.Conv2d) and conv.groups != channels:
+            reason = f"has groups {conv.groups}, expected {channels}"
+            return self.foreign(f"{name}.dwconv", module, value, reason)
+        value = self.conv_of(name, f"{name}.dwconv", unit.dwconv, value)
+        return self.module(f"{name}.norm", unit.norm, value)
+
+    def pointwise_depthwise(self, name: str, module: nn.Module, value: int) -> int:
+        unit = cast(PointwiseDepthwise, module)
+        value = self.module(f"{name}.layer1", unit.layer1, value)
+        return self.module(f"{name}.layer2", unit.layer2, value)
+
+    def dense_layer(self, name: str, module: nn.Module, value: int) -> int:
+        layer = cast(DenseLayer, module)
+        new = value
+        for norm, conv in ("norm1", "conv1"), ("norm2", "conv2"):
+            new = self.module(f"{name}.{norm}", getattr(layer, norm), new)
+            new = self.activate(f"{name}.{norm}", "relu", new)
+            new = self.module(f"{name}.{conv}", getattr(layer, conv), new)
+        return self.concat(name, [value, new])
+
+    def transition(self, name: str, module: nn.Module, value: int) -> int:
+        transition = cast(DenseTransition, module)
+        value = self.module(f"{name}.norm", transition.norm, value)
+        value = self.activate(f"{name}.relu", "relu", value)
+        value = self.module(f"{name}.conv", transition.conv, value)
+        return self.module(f"{name}.pool", transition.pool, value)
+
+    def harmonic_block(self, name: str, module: nn.Module, value: int) -> int:
+        block = cast(HarmonicBlock, module)
+        if self.graph.channels[value] not in (block.channels[0], None):
+            reason = f"reads {block.channels[0]} channels, not {self.graph.channels[value]}"
+            return self.foreign(name, module, value, reason)
+        values = [value]
+        for index, layer in enumerate(block.layers):
+            part = f"{name}.layers.{index}"
+            read = self.concat(part, [values[link] for link in block.links[index + 1]])
+            values.append(self.module(part, layer, read))
+        return self.concat(name, [values[layer] for layer in block.out_layers])
+
+    def head(self, network: Network) -> int:
+        """Adds pooling and the classifier of a network."""
+        value = self.graph.output
+        for part, module in network._pooling():
+            if not _is_global_pooling(module):
+                raise UnsupportedModule(f"{part} is no part of a global average pooling")
+        name, classifier = network.default_cfg["classifier"], network.get_classifier()
+        # Of the module that pools too, where there is one.
+        whole = name.rpartition(".")[0] or name
+        value = self.graph.add(Mean(whole, (value,), self._like(value)))
+        value = self.graph.add(Flatten(whole, (value,), self._like(value)))
+        if type(classifier) is nn.Identity and "forward" not in classifier.__dict__:
+            return value
+        return self.module(name, classifier, value)
+
+    def linear(self, name: str, module: nn.Module, value: int) -> int:
+        linear = cast(nn.Linear, module)
+        return self.graph.add(Linear(name, (value,), self.graph.value(linear.out_features), linear))
+
+    def _like(self, value: int) -> int:
+        """A new value with as many channels as another."""
+        return self.graph.value(self.graph.channels[value])
+
+
+def _out_channels(module: nn.Module) -> int | None:
+    """Channels of what a module makes, where it tells."""
+    for attribute in ("out_channels", "num_features", "out_features"):
+        channels = getattr(module, attribute, None)
+        if isinstance(channels, int):
+            return channels
+    return None
+
+
+def _is_global_pooling(module: nn.Module) -> bool:
+    """Whether a module is part of an average over whole maps."""
+    expected: dict[type[nn.Module], dict[str, Any]] = {
+        nn.AdaptiveAvgPool2d: {"output_size": 1},
+        nn.Flatten: {"start_dim": 1, "end_dim": -1},
+        nn.Identity: {},
+    }
+    for kind, settings in expected.items():
+        if isinstance(module, kind):
+            return _inherits(module, kind, "forward") and all(
+                getattr(module, name) == value for name, value in settings.items()
+            )
+    return False
+
+
+_KINDS: dict[type[nn.Module], Callable[[_Builder, str, Any, int], int]] = {
+    ConvBNReLU: _Builder.conv_bn_relu,
+    DenseBlock: _Builder.sequence,
+    DenseLayer: _Builder.dense_layer,
+    DenseTransition: _Builder.transition,
+    DepthwiseConvBN: _Builder.depthwise_conv_bn,
+    HarmonicBlock: _Builder.harmonic_block,
+    PointwiseDepthwise: _Builder.pointwise_depthwise,
+    nn.AvgPool2d: _Builder.pool,
+    nn.BatchNorm2d: _Builder.norm,
+    nn.Conv2d: _Builder.conv,
+    nn.Dropout: _Builder.dropout,
+    nn.Linear: _Builder.linear,
+    nn.MaxPool2d: _Builder.pool,
+    nn.ReLU: _Builder.relu,
+    nn.Sequential: _Builder.sequence,
+}
