@@ -10,7 +10,6 @@ which is the same and multiplies less often.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +29,7 @@ from ..graph.ir import (
     UnsupportedModule,
 )
 from ..graph.ir import Pool as PoolNode
+from .concatenations import find_blocks
 from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
 
 __all__ = ["fuse"]
@@ -75,36 +75,6 @@ class _Map:
         return self.height * self.width
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A value's place among those that are concatenated with it.
-
-    Attributes:
-        block: Number of the set of values that share a buffer.
-        channel: Its first channel there.
-    """
-
-    block: int
-    channel: int
-
-
-@dataclass
-class _Block:
-    """Values that share a buffer.
-
-    Attributes:
-        name: Of the buffer.
-        channels: Of the buffer.
-        growing: Whether every concatenation of them is one run of channels.
-        buffer: Its index, once the first of them has been written.
-    """
-
-    name: str
-    channels: int
-    growing: bool
-    buffer: int | None = None
-
-
 class _Fusion:
     def __init__(self, graph: Graph, input_shape: tuple[int, int, int, int], fold: bool) -> None:
         self.graph = graph
@@ -121,7 +91,9 @@ class _Fusion:
         self.bare_norms: dict[int, Norm] = {}
         for foreign in graph.foreign():
             raise UnsupportedModule(foreign.reason)
-        self.blocks, self.slots = _concatenations(graph)
+        self.blocks, self.slots = find_blocks(graph, _SLOT)
+        # The buffer of each block, once its first value has been written.
+        self.block_buffers: dict[int, int] = {}
         # Nodes that an earlier one took in.
         self.done: set[int] = set()
 
@@ -193,14 +165,17 @@ class _Fusion:
 
     def _concat(self, node: Concat) -> None:
         parts = [self._part(node, value) for value in node.inputs]
+        if any(segment.buffer == 0 for part in parts for segment in part.segments):
+            raise UnsupportedModule(f"{node.name} does not follow a convolution or a pool")
         sizes = {(part.height, part.width) for part in parts}
         if len(sizes) != 1:
             raise UnsupportedModule(f"{node.name} concatenates maps of sizes {sorted(sizes)}")
-        segments = tuple(segment for part in parts for segment in part.segments)
+        segments = [segment for part in parts for segment in part.segments]
         slot = self.slots.get(node.inputs[-1])
-        if slot is not None and self.blocks[slot.block].growing:
-            segments = (Segment(segments[0].buffer, 0, sum(s.channels for s in segments)),)
-        self.maps[node.output] = _Map(segments, parts[0].height, parts[0].width)
+        growing = slot is not None and self.blocks[slot.block].growing
+        self.maps[node.output] = _Map(
+            _joined(segments) if growing else tuple(segments), parts[0].height, parts[0].width
+        )
 
     def _part(self, node: Concat, value: int) -> _Map:
         if value in self.prologues:
@@ -366,11 +341,12 @@ class _Fusion:
         if slot is None:
             self.buffers.append(Buffer(height, width, channels, name))
             return _Map((Segment(len(self.buffers) - 1, 0, channels),), height, width)
-        block = self.blocks[slot.block]
-        if block.buffer is None:
+        buffer = self.block_buffers.get(slot.block)
+        if buffer is None:
+            block = self.blocks[slot.block]
             self.buffers.append(Buffer(height, width, block.channels, block.name))
-            block.buffer = len(self.buffers) - 1
-        return _Map((Segment(block.buffer, slot.channel, channels),), height, width)
+            buffer = self.block_buffers[slot.block] = len(self.buffers) - 1
+        return _Map((Segment(buffer, slot.channel, channels),), height, width)
 
     def _conv(
         self,
@@ -442,63 +418,16 @@ class _Fusion:
         return Plan(self.input_shape, tuple(self.buffers), tuple(self.steps), flat)
 
 
-def _concatenations(graph: Graph) -> tuple[list[_Block], dict[int, _Slot]]:
-    """Which values share a buffer because they are concatenated, and where in it each lies.
-
-    A concatenation that begins with another one extends it. Where all of a set do, their parts lie
-    side by side in the order in which they are read; otherwise in slots, in the order in which they
-    are written.
-    """
-    leaves: dict[int, tuple[int, ...]] = {}
-    blocks: list[_Block] = []
-    slots: dict[int, _Slot] = {}
-    for concats in _connected(graph, leaves):
-        name = concats[0].name
-        members = sorted({leaf for node in concats for leaf in leaves[node.output]})
-        if any(leaf == 0 or leaf in slots for leaf in members):
-            raise UnsupportedModule(f"{name} does not follow a convolution or a pool")
-        longest = leaves[concats[-1].output]
-        growing = len(set(longest)) == len(longest) == len(members) and all(
-            longest[: len(leaves[node.output])] == leaves[node.output] for node in concats
-        )
-        end = 0
-        for leaf in longest if growing else members:
-            channels = graph.channels[leaf]
-            if channels is None:
-                raise UnsupportedModule(f"{name} reads a map of unknown channels")
-            slots[leaf] = _Slot(len(blocks), end)
-            end += channels if growing else -(-channels // _SLOT) * _SLOT
-        if not growing:
-            name = concats[-1].name
-        blocks.append(_Block(name, end, growing))
-    return blocks, slots
-
-
-def _connected(graph: Graph, leaves: dict[int, tuple[int, ...]]) -> Iterator[list[Concat]]:
-    """Sets of concatenations that share parts; notes the parts of each that are none themselves."""
-    group_of: dict[int, list[Concat]] = {}
-    for node in graph.nodes:
-        if not isinstance(node, Concat):
-            continue
-        leaves[node.output] = tuple(
-            leaf for value in node.inputs for leaf in leaves.get(value, (value,))
-        )
-        group = [node]
-        for leaf in leaves[node.output]:
-            other = group_of.get(leaf)
-            if other is not None and other is not group:
-                group = other + [n for n in group if n not in other]
-                for n in other:
-                    for part in leaves[n.output]:
-                        group_of[part] = group
-        for n in group:
-            for part in leaves[n.output]:
-                group_of[part] = group
-    seen: list[list[Concat]] = []
-    for group in group_of.values():
-        if not any(group is other for other in seen):
-            seen.append(group)
-            yield group
+def _joined(segments: list[Segment]) -> tuple[Segment, ...]:
+    """Segments, with those that lie side by side made one."""
+    result = segments[:1]
+    for segment in segments[1:]:
+        last = result[-1]
+        if (segment.buffer, segment.channel) == (last.buffer, last.channel + last.channels):
+            result[-1] = Segment(last.buffer, last.channel, last.channels + segment.channels)
+        else:
+            result.append(segment)
+    return tuple(result)
 
 
 def _stands_alone(name: str) -> UnsupportedModule:
