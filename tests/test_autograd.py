@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 import threshnet_fast as tf
 from threshnet_fast.autograd import Chain
 from threshnet_fast.autograd import chain as chain_module
-from threshnet_fast.autograd.graph import Unsupported, split
 from threshnet_fast.autograd.kernels import CppKernels
 from threshnet_fast.backends import cpu
+from threshnet_fast.graph import UnsupportedModule, split_stages
 from threshnet_fast.nn import (
     ConvBNReLU,
     DenseBlock,
@@ -269,7 +269,7 @@ def norms(stages):
 
 def named(stages):
     """Names and modules."""
-    return split([(str(index), stage) for index, stage in enumerate(stages)])
+    return split_stages([(str(index), stage) for index, stage in enumerate(stages)])
 
 
 def parameters(stages):
@@ -386,7 +386,7 @@ def test_one_value_for_each_channel_is_refused_before_anything_has_changed():
         [nn.Conv2d(3, 4, 3, padding=1)],
         [nn.Conv2d(3, 4, 3, padding="same", bias=False)],
         [nn.Conv2d(3, 4, 3, padding=1, bias=False, padding_mode="reflect")],
-        [nn.Conv2d(3, 3, 3, padding=1, bias=False, groups=3)],
+        [nn.Conv2d(3, 6, 3, padding=1, bias=False, groups=3)],
         [nn.Conv2d(3, 4, 3, padding=2, dilation=2, bias=False)],
         [nn.Conv2d(3, 4, (3, 1), bias=False)],
         [nn.Conv2d(3, 4, 9, bias=False)],
@@ -410,7 +410,7 @@ def test_one_value_for_each_channel_is_refused_before_anything_has_changed():
     ids=lambda stages: "-".join(str(stage).partition("(")[0] for stage in stages),
 )
 def test_what_no_chain_can_hold(stages):
-    with pytest.raises(Unsupported):
+    with pytest.raises(UnsupportedModule):
         Chain([(str(index), stage) for index, stage in enumerate(stages)], 3)
 
 
@@ -419,11 +419,11 @@ def test_a_module_of_its_own_kind_is_in_no_chain():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    with pytest.raises(Unsupported, match="not exactly a ConvBNReLU"):
+    with pytest.raises(UnsupportedModule, match="not exactly a ConvBNReLU"):
         Chain([("conv", Doubled(3, 4))], 3)
     layer = DenseLayer(3, 4)
     layer.forward = lambda x: x
-    with pytest.raises(Unsupported, match="not exactly a DenseLayer"):
+    with pytest.raises(UnsupportedModule, match="not exactly a DenseLayer"):
         Chain([("layer", layer)], 3)
 
 

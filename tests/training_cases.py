@@ -17,8 +17,8 @@ from tolerance import assert_within, dot_bound
 from torch import Tensor
 from torch.nn import functional as F
 
-from threshnet_fast.autograd.graph import ACTIVATIONS
 from threshnet_fast.backends import cpu
+from threshnet_fast.plan.raw import ACTIVATIONS
 
 operators = torch.ops.threshnet_fast_cpu
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..backends import cpu
-from .graph import Convolution, Depthwise, Graph, Node, Read, trace
+from ..graph.modules import graph_of_stages
+from ..plan.raw import Convolution, Depthwise, Node, RawPlan, Read, raw
 from .kernels import (
     CppKernels,
     Gradients,
@@ -52,17 +53,17 @@ class Chain:
     """Modules that run one after the other, as one function of their input and parameters.
 
     Args:
-        stages: Their names and themselves, see :func:`threshnet_fast.autograd.graph.trace`.
-        in_channels: Channels of the first one's input.
+        stages: Their names and themselves, see :func:`threshnet_fast.graph.graph_of_stages`.
+        in_channels: Channels of the first one's input; None for those that it reads.
 
     Raises:
-        Unsupported: One of them cannot be part of a chain.
+        UnsupportedModule: One of them cannot be part of a chain.
     """
 
-    def __init__(self, stages: Sequence[tuple[str, nn.Module]], in_channels: int) -> None:
-        self.graph: Graph = trace(stages, in_channels)
-        self._norm_readers = [0] * len(self.graph.norms)
-        for node in self.graph.nodes:
+    def __init__(self, stages: Sequence[tuple[str, nn.Module]], in_channels: int | None) -> None:
+        self.plan: RawPlan = raw(graph_of_stages(stages, in_channels))
+        self._norm_readers = [0] * len(self.plan.norms)
+        for node in self.plan.nodes:
             for read in node.reads:
                 if read.norm is not None:
                     self._norm_readers[read.norm] += 1
@@ -77,7 +78,7 @@ class Chain:
         """Whether there is a gradient of the input: not through a stride or a smaller output."""
         return all(
             node.stride == 1 and 2 * node.padding == node.kernel - 1
-            for node in self.graph.nodes
+            for node in self.plan.nodes
             if isinstance(node, Convolution)
             and not isinstance(node, Depthwise)
             and any(read.buffer == 0 for read in node.reads)
@@ -109,9 +110,9 @@ class Chain:
     def _parameters(self) -> list[Tensor | None]:
         """Weights of the convolutions, then gamma and beta of the norms, None where they lack."""
         parameters: list[Tensor | None] = [
-            node.module.weight for node in self.graph.nodes if isinstance(node, Convolution)
+            node.module.weight for node in self.plan.nodes if isinstance(node, Convolution)
         ]
-        for norm in self.graph.norms:
+        for norm in self.plan.norms:
             parameters += [norm.module.weight, norm.module.bias]
         return parameters
 
@@ -123,8 +124,8 @@ class Chain:
             height: Rows of the chain's input.
             width: Columns of it.
         """
-        shapes: list[Shape] = [Shape(batch, height, width)] * len(self.graph.buffers)
-        for node in self.graph.nodes:
+        shapes: list[Shape] = [Shape(batch, height, width)] * len(self.plan.buffers)
+        for node in self.plan.nodes:
             shapes[node.buffer] = shapes[node.reads[0].buffer].after(node)
         return shapes
 
@@ -145,7 +146,7 @@ class Chain:
                 self._workspaces.pop(next(iter(self._workspaces)))
             workspace = free.pop() if free else None
         if workspace is None:
-            nodes = [(node, shapes[node.reads[0].buffer]) for node in self.graph.nodes]
+            nodes = [(node, shapes[node.reads[0].buffer]) for node in self.plan.nodes]
             workspace = CppKernels.create_workspace(isa, winograd, nodes)
         yield CppKernels(isa, winograd, workspace)
         free.append(workspace)
@@ -166,29 +167,29 @@ class _Pass:
     def __init__(
         self, chain: Chain, x: Tensor, parameters: Sequence[Tensor | None], reference: bool
     ) -> None:
-        graph = chain.graph
+        plan = chain.plan
         self.chain = chain
         self.reference = reference
         self.shapes = chain.shapes(x.shape[0], x.shape[2], x.shape[3])
         weights = iter(parameters)
         self.weights = [
-            next(weights) if isinstance(node, Convolution) else None for node in graph.nodes
+            next(weights) if isinstance(node, Convolution) else None for node in plan.nodes
         ]
         self.gammas: list[Tensor | None] = []
         self.betas: list[Tensor | None] = []
-        for _ in graph.norms:
+        for _ in plan.norms:
             self.gammas.append(next(weights))
             self.betas.append(next(weights))
         self.options: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
-        self.from_batch = [_uses_batch(norm.module) for norm in graph.norms]
-        self.eps = [norm.module.eps for norm in graph.norms]
-        self.maps: list[Tensor | None] = [None] * len(graph.buffers)
+        self.from_batch = [_uses_batch(norm.module) for norm in plan.norms]
+        self.eps = [norm.module.eps for norm in plan.norms]
+        self.maps: list[Tensor | None] = [None] * len(plan.buffers)
         # Whether large maps come from the chain's pool and go back there.
         self.pooled = False
         self.maps[0] = x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
-        self.statistics: list[Tensor | None] = [None] * len(graph.buffers)
-        self.fixed: list[Tensor | None] = [None] * len(graph.norms)
-        self.prologues: list[Tensor | None] = [None] * len(graph.nodes)
+        self.statistics: list[Tensor | None] = [None] * len(plan.buffers)
+        self.fixed: list[Tensor | None] = [None] * len(plan.norms)
+        self.prologues: list[Tensor | None] = [None] * len(plan.nodes)
         self._find_statistics()
 
     def _find_statistics(self) -> None:
@@ -197,8 +198,8 @@ class _Pass:
         Raises:
             ValueError: A norm in training mode has only one value for each channel.
         """
-        graph = self.chain.graph
-        for index, norm in enumerate(graph.norms):
+        plan = self.chain.plan
+        for index, norm in enumerate(plan.norms):
             module, shape = norm.module, self.shapes[norm.buffer]
             if not self.from_batch[index]:
                 running = [cast(Tensor, module.running_mean), cast(Tensor, module.running_var)]
@@ -210,7 +211,7 @@ class _Pass:
                     f"Expected more than 1 value per channel when training, got input size {size}"
                 )
             if self.statistics[norm.buffer] is None:
-                channels = graph.buffers[norm.buffer].channels
+                channels = plan.buffers[norm.buffer].channels
                 self.statistics[norm.buffer] = torch.empty(2, channels, **self.options)
         if self.statistics[0] is not None:
             assert self.maps[0] is not None
@@ -219,7 +220,7 @@ class _Pass:
 
     def normalization(self, index: int) -> Normalization:
         """A norm with the statistics that it takes."""
-        norm, fixed = self.chain.graph.norms[index], self.fixed[index]
+        norm, fixed = self.chain.plan.norms[index], self.fixed[index]
         batch = self.statistics[norm.buffer]
         return Normalization(
             cast(Tensor, batch) if fixed is None else fixed,
@@ -232,7 +233,7 @@ class _Pass:
 
     def step(self, index: int) -> Step:
         """A node with its tensors, which are there."""
-        node = self.chain.graph.nodes[index]
+        node = self.chain.plan.nodes[index]
         return Step(
             node,
             self.shapes[node.reads[0].buffer],
@@ -248,7 +249,7 @@ class _Pass:
 
     def new_map(self, index: int) -> Tensor:
         """Memory for the map of a buffer, or for its gradient."""
-        pixels, channels = self.shapes[index].pixels, self.chain.graph.buffers[index].channels
+        pixels, channels = self.shapes[index].pixels, self.chain.plan.buffers[index].channels
         if self._pools(index):
             return self.chain.pool.take(pixels, channels)
         return torch.empty(pixels, channels, **self.options)
@@ -260,16 +261,14 @@ class _Pass:
 
     def _pools(self, index: int) -> bool:
         # Others see the chain's input and output.
-        floats = self.shapes[index].pixels * self.chain.graph.buffers[index].channels
+        floats = self.shapes[index].pixels * self.chain.plan.buffers[index].channels
         return (
-            self.pooled
-            and 4 * floats >= _POOLED_BYTES
-            and index not in (0, self.chain.graph.output)
+            self.pooled and 4 * floats >= _POOLED_BYTES and index not in (0, self.chain.plan.output)
         )
 
     def prepare_prologue(self, index: int, kernels: Kernels) -> None:
         """Makes the prologue of a node, once the statistics of what it reads are known."""
-        node = self.chain.graph.nodes[index]
+        node = self.chain.plan.nodes[index]
         prologue = torch.empty(3, sum(read.channels for read in node.reads), **self.options)
         start = 0
         for read in node.reads:
@@ -284,8 +283,8 @@ class _Pass:
 
     def run(self, index: int, kernels: Kernels, *, again: bool = False) -> None:
         """Runs a node forward; ``again`` where the statistics of what it writes are known."""
-        graph = self.chain.graph
-        node = graph.nodes[index]
+        plan = self.chain.plan
+        node = plan.nodes[index]
         if self.maps[node.buffer] is None:
             self.maps[node.buffer] = self.new_map(node.buffer)
         kernels.forward(self.step(index), None if again else self.statistics[node.buffer])
@@ -293,7 +292,7 @@ class _Pass:
     def update_running_statistics(self) -> None:
         """Takes the batch's statistics into the running ones, as BatchNorm does."""
         means: dict[float, list[list[Tensor]]] = {}
-        for index, norm in enumerate(self.chain.graph.norms):
+        for index, norm in enumerate(self.chain.plan.norms):
             module = norm.module
             if not module.training or not module.track_running_stats:
                 continue
@@ -342,7 +341,7 @@ class _Pass:
             values = getattr(self, name)
             for index in range(len(values)):
                 shared = name in _PARAMETERS or (
-                    name == "maps" and index in (0, self.chain.graph.output)
+                    name == "maps" and index in (0, self.chain.plan.output)
                 )
                 if everything or shared:
                     yield values, index
@@ -371,7 +370,7 @@ class _ChainFunction(torch.autograd.Function):
         differentiating: bool,
         *parameters: Tensor | None,
     ) -> Tensor:
-        graph = chain.graph
+        plan = chain.plan
         run = _Pass(chain, x, parameters, reference)
         wanted = differentiating and any(ctx.needs_input_grad)
         ctx.everything = _has_hooks_on_saved_tensors()
@@ -382,28 +381,28 @@ class _ChainFunction(torch.autograd.Function):
         elif wanted:
             chain.pool.clear()
         last_reader = {
-            read.buffer: index for index, node in enumerate(graph.nodes) for read in node.reads
+            read.buffer: index for index, node in enumerate(plan.nodes) for read in node.reads
         }
         dropped = {
             last_reader[index]: index
-            for index, buffer in enumerate(graph.buffers)
+            for index, buffer in enumerate(plan.buffers)
             if buffer.temporary and (checkpoint == "features" or not wanted)
         }
         with chain.kernels(run.shapes, reference) as kernels:
-            for index in range(len(graph.nodes)):
+            for index in range(len(plan.nodes)):
                 run.prepare_prologue(index, kernels)
                 run.run(index, kernels)
                 if index in dropped:
                     run.drop(dropped[index], run.maps[dropped[index]])
                     run.maps[dropped[index]] = None
         run.update_running_statistics()
-        output = run.map_of(graph.output)
+        output = run.map_of(plan.output)
         if wanted:
             # Autograd notices where one that it saves is changed before the backward pass, but lets
             # go of none of them before the end of it.
             ctx.save_for_backward(*run.take(ctx.everything))
             ctx.run = run
-        shape = run.shapes[graph.output]
+        shape = run.shapes[plan.output]
         return output.view(shape.batch, shape.height, shape.width, -1).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -437,42 +436,42 @@ class _Backward:
     ) -> None:
         self.keeps = keeps
         self.forward = run
-        self.graph = run.chain.graph
+        self.plan = run.chain.plan
         self.needs_input = needs_input
         needed = iter(needs)
         self.needs_weight = [
-            next(needed) if isinstance(node, Convolution) else False for node in self.graph.nodes
+            next(needed) if isinstance(node, Convolution) else False for node in self.plan.nodes
         ]
-        self.needs_norm = [(next(needed), next(needed)) for _ in self.graph.norms]
-        self.gradients: list[Tensor | None] = [None] * len(self.graph.buffers)
+        self.needs_norm = [(next(needed), next(needed)) for _ in self.plan.norms]
+        self.gradients: list[Tensor | None] = [None] * len(self.plan.buffers)
         # Channels of each map whose gradient has been written.
-        self.written = [bytearray(buffer.channels) for buffer in self.graph.buffers]
+        self.written = [bytearray(buffer.channels) for buffer in self.plan.buffers]
         self.corrections = [
-            torch.zeros(2, buffer.channels, **run.options) for buffer in self.graph.buffers
+            torch.zeros(2, buffer.channels, **run.options) for buffer in self.plan.buffers
         ]
-        self.norm_sums: list[Tensor | None] = [None] * len(self.graph.norms)
+        self.norm_sums: list[Tensor | None] = [None] * len(self.plan.norms)
         self.readers = run.chain.norm_readers()
-        self.weight_gradients: list[Tensor | None] = [None] * len(self.graph.nodes)
-        self.norm_gradients: list[Tensor | None] = [None] * (2 * len(self.graph.norms))
+        self.weight_gradients: list[Tensor | None] = [None] * len(self.plan.nodes)
+        self.norm_gradients: list[Tensor | None] = [None] * (2 * len(self.plan.norms))
 
     def run(self, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of what the chain's function was called with."""
-        graph, run = self.graph, self.forward
+        plan, run = self.plan, self.forward
         rows = gradient.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
-        if any(read.buffer == graph.output for node in graph.nodes for read in node.reads):
+        if any(read.buffer == plan.output for node in plan.nodes for read in node.reads):
             # It is going to be added to.
             rows = rows.clone()
-        self.gradients[graph.output] = rows
-        self.written[graph.output][:] = b"\1" * len(self.written[graph.output])
+        self.gradients[plan.output] = rows
+        self.written[plan.output][:] = b"\1" * len(self.written[plan.output])
         with run.chain.kernels(run.shapes, run.reference) as kernels:
-            for index in reversed(range(len(graph.nodes))):
+            for index in reversed(range(len(plan.nodes))):
                 self._node(index, kernels)
         x_gradient = None
         if self.needs_input:
             x_gradient = self._input_gradient()
         weights = [
             gradient
-            for node, gradient in zip(graph.nodes, self.weight_gradients, strict=True)
+            for node, gradient in zip(plan.nodes, self.weight_gradients, strict=True)
             if isinstance(node, Convolution)
         ]
         return None, x_gradient, None, None, None, *weights, *self.norm_gradients
@@ -486,11 +485,11 @@ class _Backward:
         return rows.view(shape.batch, shape.height, shape.width, -1).permute(0, 3, 1, 2)
 
     def _node(self, index: int, kernels: Kernels) -> None:
-        graph, run = self.graph, self.forward
-        node = graph.nodes[index]
+        plan, run = self.plan, self.forward
+        node = plan.nodes[index]
         for read in node.reads:
             if run.maps[read.buffer] is None:
-                for writer in graph.buffers[read.buffer].writers:
+                for writer in plan.buffers[read.buffer].writers:
                     run.run(writer, kernels, again=True)
         weight_gradient = None
         if self.needs_weight[index]:
@@ -514,7 +513,7 @@ class _Backward:
         )
         if inputs is not None:
             self._add_to_norms(node, inputs.sums, kernels)
-        if index == graph.buffers[node.buffer].writers[0]:
+        if index == plan.buffers[node.buffer].writers[0]:
             run.drop(node.buffer, self.gradients[node.buffer])
             if not self.keeps:
                 run.drop(node.buffer, run.maps[node.buffer])
@@ -558,7 +557,7 @@ class _Backward:
 
     def _finish_norm(self, index: int, sums: Tensor, kernels: Kernels) -> None:
         """Turns what all readers of a norm found into its gradients and the map's correction."""
-        run, norm = self.forward, self.graph.norms[index]
+        run, norm = self.forward, self.plan.norms[index]
         needs_gamma, needs_beta = self.needs_norm[index]
         gamma, beta = run.gammas[index], run.betas[index]
         gamma_gradient = torch.empty_like(cast(Tensor, gamma)) if needs_gamma else None

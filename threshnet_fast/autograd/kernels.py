@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from .graph import ACTIVATIONS, AveragePool, Depthwise, MaxPool, Node
+from ..plan.raw import ACTIVATIONS, AveragePool, Depthwise, MaxPool, Node
 
 __all__ = [
     "CppKernels",

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..backends import cpu
-from ..nn import ConvBNReLU, DenseBlock, DenseLayer, DepthwiseConvBN, HarmonicBlock
+from ..graph.ir import UnsupportedModule
+from ..graph.modules import split_stages
+from ..nn import ConvBNReLU
+from ..plan.raw import Convolution
 from .chain import CHECKPOINTS, Chain
-from .graph import Convolution, Unsupported, split
 
 if TYPE_CHECKING:
     from ..models.network import Network
@@ -129,7 +131,7 @@ class _Parts:
             for name, tensor in tensors.items()
             if tensor is not None and name != "num_batches_tracked"
         ]
-        self._parts = _divide(split(model._stages()))
+        self._parts = _divide(split_stages(model._stages()))
         if not any(isinstance(part, Chain) for part in self._parts):
             raise CannotTrain("no part of the model can be trained fused")
 
@@ -229,33 +231,14 @@ def _longest_chain(
     """The longest chain from a stage on, and where the stages begin that are not part of it."""
     best: Chain | None = None
     end = begin
-    in_channels = _in_channels(stages[begin][1])
-    if in_channels is None:
-        return None, begin
     for last in range(begin + 1, len(stages) + 1):
         try:
-            chain = Chain(stages[begin:last], in_channels)
-        except Unsupported:
+            chain = Chain(stages[begin:last], None)
+        except UnsupportedModule:
             # A stage that cannot end a chain may be part of one: a BatchNorm before its ReLU can
             # do both, so none that fails is passed over.
             break
-        useful = any(isinstance(node, Convolution) for node in chain.graph.nodes)
+        useful = any(isinstance(node, Convolution) for node in chain.plan.nodes)
         if useful and (chain.differentiable_input or not differentiable):
             best, end = chain, last
     return best, end
-
-
-def _in_channels(module: nn.Module) -> int | None:
-    if isinstance(module, ConvBNReLU):
-        return module.conv.in_channels
-    if isinstance(module, DenseBlock):
-        return _in_channels(next(iter(module.children())))
-    if isinstance(module, DenseLayer):
-        return module.norm1.num_features
-    if isinstance(module, HarmonicBlock):
-        return module.channels[0]
-    if isinstance(module, DepthwiseConvBN):
-        return module.dwconv.in_channels
-    if isinstance(module, nn.Conv2d):
-        return module.in_channels
-    return module.num_features if isinstance(module, nn.BatchNorm2d) else None

@@ -21,7 +21,7 @@ from .ir import (
     Pool,
     UnsupportedModule,
 )
-from .modules import graph_of_network, graph_of_stages
+from .modules import graph_of_network, graph_of_stages, split_stages
 
 __all__ = [
     "Activate",
@@ -40,4 +40,5 @@ __all__ = [
     "UnsupportedModule",
     "graph_of_network",
     "graph_of_stages",
+    "split_stages",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -32,7 +32,7 @@ from .ir import (
     UnsupportedModule,
 )
 
-__all__ = ["graph_of_network", "graph_of_stages"]
+__all__ = ["graph_of_network", "graph_of_stages", "split_stages"]
 
 
 def graph_of_network(network: nn.Module, *, head: bool = True) -> Graph:
@@ -63,14 +63,34 @@ def graph_of_stages(stages: Iterable[tuple[str, nn.Module]], in_channels: int | 
 
     Args:
         stages: Their names and themselves.
-        in_channels: Channels of the first one's input, if known.
+        in_channels: Channels of the first one's input; None for those that it reads.
     """
+    stages = list(stages)
+    if in_channels is None:
+        in_channels = _in_channels(stages)
     graph = Graph(in_channels)
     builder = _Builder(graph)
     value = 0
     for name, module in stages:
         value = builder.module(name, module, value)
     return graph
+
+
+def split_stages(stages: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Takes those modules apart of which a plan of training may hold a part.
+
+    Args:
+        stages: Names and modules that run one after the other.
+    """
+    result: list[tuple[str, nn.Module]] = []
+    for name, module in stages:
+        if isinstance(module, DenseTransition) and _inherits(module, DenseTransition, "forward"):
+            parts = module.norm, nn.ReLU(), module.conv, module.pool
+            names = "norm", "relu", "conv", "pool"
+            result += [(f"{name}.{part}", child) for part, child in zip(names, parts, strict=True)]
+        else:
+            result.append((name, module))
+    return result
 
 
 def _inherits(module: nn.Module, kind: type[nn.Module], method: str) -> bool:
@@ -211,6 +231,16 @@ class _Builder:
     def _like(self, value: int) -> int:
         """A new value with as many channels as another."""
         return self.graph.value(self.graph.channels[value])
+
+
+def _in_channels(stages: Sequence[tuple[str, nn.Module]]) -> int | None:
+    """Channels that the first module reads, where it tells."""
+    for module in stages[0][1].modules() if stages else ():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+        if isinstance(module, nn.BatchNorm2d):
+            return module.num_features
+    return None
 
 
 def _out_channels(module: nn.Module) -> int | None:

@@ -314,11 +314,11 @@ class _Raw:
             buffer = self.block_buffers[slot.block] = self.features[value].reads[0].buffer
             self.raw.buffers[buffer].channels = block.channels
             return
+        # Stored values that were activated stay what they are when they are activated again.
         several = len(self.features[value].reads) > 1
-        if several or self.features[value].activation != self._activation(block):
-            # Stored values that were activated stay what they are when they are activated again.
-            if not self._stored(value):
-                self._store(block.name, value)
+        other = self.features[value].activation != self._activation(block)
+        if (several or other) and not self._stored(value):
+            self._store(block.name, value)
 
     def _grows_raw(self, block: Block) -> bool:
         """Whether what a growing block appends is what convolutions leave."""
