@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,90 +297,22 @@ def _difference(names: Mapping[str, str], trunk: list[str], matches: list[Match]
 
 def _load(checkpoint: Checkpoint, model: nn.Module, new_classifier: bool) -> CheckpointReport:
     own = model.state_dict()
-    by_canonical = {canonical(name): name for name in own}
-    kind = type(model).__name__
-    found, tensors = checkpoint.found, checkpoint.tensors
-    mapped = {checkpoint.names[name]: by_canonical[target] for name, target in found.mapped.items()}
-    ignored: dict[str, str] = {}
-    problems: list[str] = []
-
-    classifier = _own_classifier(model)
-    if checkpoint.classifier is not None:
-        if classifier is None:
-            ignored |= dict.fromkeys(checkpoint.classifier, "the model has no classifier")
-        else:
-            targets = [by_canonical[classifier + part] for part in ("weight", "bias")]
-            pairs = dict(zip(checkpoint.classifier, targets, strict=True))
-            differs = any(
-                tensors[name].shape != own[target].shape for name, target in pairs.items()
-            )
-            if differs and new_classifier:
-                outputs = len(tensors[checkpoint.classifier[1]])
-                reason = (
-                    f"a classifier of {outputs} outputs, the model's has {len(own[targets[1]])}"
-                )
-                ignored |= dict.fromkeys(pairs, reason)
-            else:
-                mapped |= pairs
-    elif classifier is not None and not new_classifier:
-        problems.append("it has no classifier of its own (new_classifier=True keeps the model's)")
-
-    roots = {name.removeprefix(found.prefix).partition(".")[0] for name in found.mapped}
-    unknown = []
-    for name, source in checkpoint.names.items():
-        if source in mapped or source in ignored:
-            continue
-        inner = name.removeprefix(found.prefix)
-        if name.startswith(found.prefix) and inner in _IGNORED:
-            ignored[source] = _IGNORED[inner]
-        elif new_classifier and not (
-            name.startswith(found.prefix) and inner.partition(".")[0] in roots
-        ):
-            ignored[source] = "not of the network"
-        else:
-            unknown.append(source)
-    if unknown:
-        problems.append(f"{len(unknown)} of its tensors are none of the model ({_some(unknown)})")
-
-    shapes = []
-    for name, target in mapped.items():
-        value, parameter = tensors[name], own[target]
-        if value.shape != parameter.shape:
-            shapes.append(
-                f"{_quote(name)} is {tuple(value.shape)}, {target} {tuple(parameter.shape)}"
-            )
-    if shapes:
-        text = "; ".join(shapes[:_SHOWN])
-        more = f"; {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
-        problems.append(f"{len(shapes)} shapes differ: {text}{more}")
+    mapped, ignored, problems = _assign(checkpoint, model, own, new_classifier)
+    tensors = checkpoint.tensors
+    problems += _shape_problems({name: (tensors[name], own[mapped[name]]) for name in mapped})
     problems += [
         problem
         for name, target in mapped.items()
         if (problem := _value_problem(name, tensors[name], own[target])) is not None
     ][:_SHOWN]
     if problems:
+        kind = type(model).__name__
         raise ValueError(f"{checkpoint.source} does not fit {kind}: {'; '.join(problems)}")
 
-    values, notes = {}, [found.note] if found.note else []
-    not_finite = []
-    for name, target in mapped.items():
-        value = tensors[name].detach()
-        converted = value.to(own[target].dtype)
-        if converted.is_floating_point():
-            finite = bool(converted.isfinite().all())
-            if not finite and bool((converted.isinf() & value.isfinite()).any()):
-                raise ValueError(
-                    f"{checkpoint.source}: {_quote(name)} does not fit {own[target].dtype}"
-                )
-            if not finite:
-                not_finite.append(name)
-        values[target] = converted
-    if not_finite:
-        notes.append(f"{len(not_finite)} tensors hold NaN or infinity: {_some(not_finite)}")
-    kinds = Counter(str(tensors[name].dtype) for name in mapped if COUNTER not in name)
-    if any(tensors[name].dtype != own[target].dtype for name, target in mapped.items()):
-        notes.append(f"values were converted from {', '.join(sorted(kinds))}")
-    initialised = tuple(name for name in own if name not in values and COUNTER not in name)
+    found = checkpoint.found
+    values, notes = _converted(checkpoint, mapped, own)
+    if found.note:
+        notes.insert(0, found.note)
     counters = sum(name not in values and COUNTER in name for name in own)
     if counters:
         notes.append(f"the file lacks {counters} counters {COUNTER}, which are left as they are")
@@ -394,9 +325,93 @@ def _load(checkpoint: Checkpoint, model: nn.Module, new_classifier: bool) -> Che
         found.prefix,
         mapped,
         {**ignored, **checkpoint.others},
-        initialised,
+        tuple(name for name in own if name not in values and COUNTER not in name),
         tuple(notes),
     )
+
+
+def _assign(
+    checkpoint: Checkpoint, model: nn.Module, own: Mapping[str, Tensor], new_classifier: bool
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """The model's name of each tensor of the file, why others are left out, and what is wrong."""
+    found, tensors = checkpoint.found, checkpoint.tensors
+    by_canonical = {canonical(name): name for name in own}
+    mapped = {checkpoint.names[name]: by_canonical[target] for name, target in found.mapped.items()}
+    ignored: dict[str, str] = {}
+    problems: list[str] = []
+    classifier = _own_classifier(model)
+    if checkpoint.classifier is None:
+        if classifier is not None and not new_classifier:
+            problems.append(
+                "there is no classifier, or none that is one linear layer of "
+                f"{own[by_canonical[classifier + 'weight']].shape[1]} inputs "
+                "(new_classifier=True keeps the model's)"
+            )
+    elif classifier is None:
+        ignored |= dict.fromkeys(checkpoint.classifier, "the model has no classifier")
+    else:
+        targets = [by_canonical[classifier + part] for part in ("weight", "bias")]
+        pairs = dict(zip(checkpoint.classifier, targets, strict=True))
+        if new_classifier and any(tensors[a].shape != own[b].shape for a, b in pairs.items()):
+            outputs = len(tensors[checkpoint.classifier[1]])
+            reason = f"a classifier of {outputs} outputs, where the model's has"
+            ignored |= dict.fromkeys(pairs, f"{reason} {len(own[targets[1]])}")
+        else:
+            mapped |= pairs
+
+    roots = {name.removeprefix(found.prefix).partition(".")[0] for name in found.mapped}
+    unknown = []
+    for name, source in checkpoint.names.items():
+        if source in mapped or source in ignored:
+            continue
+        inside = name.startswith(found.prefix)
+        inner = name.removeprefix(found.prefix)
+        if inside and inner in _IGNORED:
+            ignored[source] = _IGNORED[inner]
+        elif new_classifier and not (inside and inner.partition(".")[0] in roots):
+            ignored[source] = "not of the network"
+        else:
+            unknown.append(source)
+    if unknown:
+        problems.append(f"{len(unknown)} of its tensors are none of the model ({_some(unknown)})")
+    return mapped, ignored, problems
+
+
+def _shape_problems(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """What shapes differ, in one text if any do."""
+    shapes = [
+        f"{_quote(name)} is {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+        for name, (value, parameter) in pairs.items()
+        if value.shape != parameter.shape
+    ]
+    if not shapes:
+        return []
+    more = f"; {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
+    return [f"{len(shapes)} shapes differ: {'; '.join(shapes[:_SHOWN])}{more}"]
+
+
+def _converted(
+    checkpoint: Checkpoint, mapped: Mapping[str, str], own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The values in the model's dtypes, by the model's names, and what to say about them."""
+    tensors, values = checkpoint.tensors, {}
+    not_finite, dtypes = [], set()
+    for name, target in mapped.items():
+        value = tensors[name].detach()
+        converted = value.to(own[target].dtype)
+        if converted.is_floating_point() and not bool(converted.isfinite().all()):
+            if bool((converted.isinf() & value.isfinite()).any()):
+                raise ValueError(
+                    f"{checkpoint.source}: {_quote(name)} does not fit {converted.dtype}"
+                )
+            not_finite.append(name)
+        if value.dtype != converted.dtype:
+            dtypes.add(f"{value.dtype} to {converted.dtype}")
+        values[target] = converted
+    notes = [f"values were converted from {text}" for text in sorted(dtypes)]
+    if not_finite:
+        notes.append(f"tensors that hold NaN or infinity: {_some(not_finite)}")
+    return values, notes
 
 
 def _value_problem(name: str, value: Tensor, parameter: Tensor) -> str | None:
