@@ -15,6 +15,7 @@ from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import foreign
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -614,6 +615,17 @@ class TestFiles:
         with pytest.raises(ValueError, match="no file of weights"):
             tf.load_checkpoint(path, densenet())
         assert not trace.exists()
+
+    def test_numbers_of_numpy_stand_beside_the_weights(self, tmp_path):
+        beside = {"best": np.float64(0.5), "epoch": np.int64(3), "losses": np.arange(3.0)}
+        path = tmp_path / "a.pth"
+        path.write_bytes(saved({"state_dict": STATE, **beside}))
+        report = tf.load_checkpoint(path, densenet())
+        assert report.container == "state_dict"
+        assert set(beside) <= set(report.ignored)
+        path.write_bytes(saved({name: np.ones(3) for name in STATE}))
+        with pytest.raises(ValueError, match="holds no tensors"):
+            tf.load_checkpoint(path, densenet())
 
     @pytest.mark.filterwarnings("ignore")
     def test_torchscript(self, tmp_path):

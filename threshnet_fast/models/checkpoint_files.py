@@ -24,8 +24,28 @@ _BEGINNINGS = (
 )
 
 
+class _NumPyValue:
+    """Stands where a file has a number or an array of NumPy, such as its best accuracy.
+
+    NumPy's own types are not made of what a file says of them: their state can break memory.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_STAND_INS = [
+    (_NumPyValue, f"numpy{name}")
+    for core in (".core.multiarray", "._core.multiarray")
+    for name in (".dtype", ".ndarray", f"{core}.scalar", f"{core}._reconstruct")
+]
+
+
 def read_checkpoint(path: Path) -> Mapping[Any, Any]:
-    """Reads what ``torch.save`` or safetensors wrote, on the CPU.
+    """Reads what ``torch.save`` or safetensors wrote, on the CPU: tensors, and plain Python values.
 
     Args:
         path: The file; its content tells what it is, not its name.
@@ -50,7 +70,8 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_STAND_INS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     # An unpickler raises whatever a malformed file leads it to.
     except Exception as error:
         raise ValueError(f"{path} {_reason(error)}") from error
