@@ -51,6 +51,8 @@ INFO = ModelInfo(
     extra={"note": "kept"},
 )
 
+FOLDER = ("--dataset", "folder", "--image-size", "32", "--workers", "0", "--batch-size", "8")
+
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch) -> str:
@@ -63,6 +65,26 @@ def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     training.write_cifar10(root)
     return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Twice as many pictures of one class as of the other."""
+    root = tmp_path_factory.mktemp("pictures")
+    training.write_folder(root, {"kind 0": 16, "kind 1": 8}, "train")
+    return training.write_folder(root, {"kind 0": 4, "kind 1": 4}, "val")
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Asks this process to end when a step begins."""
+    original = loop.learning_rate
+
+    def interrupt(recipe, number, steps_per_epoch):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(recipe, number, steps_per_epoch)
+
+    monkeypatch.setattr(loop, "learning_rate", interrupt)
 
 
 def rows(output: Path) -> list[dict[str, str]]:
@@ -435,18 +457,11 @@ class TestRun:
             torch.testing.assert_close(states[1][name], tensor, atol=2e-4, rtol=2e-3)
 
     def test_folder_of_images(self, tmp_path):
-        from PIL import Image
-
         for split in ("train", "test"):
-            images, labels = training.pictures(24, 2, seed=len(split))
-            for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-                folder = tmp_path / "data" / split / f"kind {label}"
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{number}.png")
+            training.write_folder(tmp_path / "data", {"kind 0": 12, "kind 1": 12}, split)
         output = tmp_path / "run"
-        arguments = training.command(tmp_path / "data", output, "--dataset", "folder")
-        options = ["--image-size", "32", "--workers", "0", "--batch-size", "8", "--epochs", "4"]
-        assert main([*arguments, *options]) == 0
+        arguments = training.command(tmp_path / "data", output, *FOLDER)
+        assert main([*arguments, "--epochs", "4"]) == 0
         info = read_info(output)
         assert info.classes == ("kind 0", "kind 1")
         assert info.crop_fraction == 0.875
@@ -523,22 +538,28 @@ class TestResume:
 
     def test_asked_to_stop(self, data, tmp_path, whole, monkeypatch, capsys):
         output = tmp_path / "run"
-        original = loop.learning_rate
-
-        def interrupt(recipe, step, steps_per_epoch):
-            if step == 8:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(recipe, step, steps_per_epoch)
-
         before = signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "learning_rate", interrupt)
+            stop_at(patch, 8)
             assert main(training.command(data, output)) == 130
         assert signal.getsignal(signal.SIGTERM) is before
         assert "--resume goes on" in capsys.readouterr().err
         assert (output / "checkpoints" / "epoch-0001-batch-000003").is_dir()
         assert main([*training.command(data, output), "--resume"]) == 0
         self.same(whole, output)
+
+    @pytest.mark.parametrize("workers", ["0", "2"])
+    def test_folder_within_an_epoch(self, folder, tmp_path, workers, monkeypatch):
+        """The network has dropout, whose numbers a loader of pictures must not shift."""
+        options = (*FOLDER, "--workers", workers)
+        assert main(training.command(folder, tmp_path / "whole", *options)) == 0
+        arguments = training.command(folder, tmp_path / "run", *options)
+        for step in (1, 4):
+            with monkeypatch.context() as patch:
+                stop_at(patch, step)
+                assert main([*arguments, "--resume"]) == 130
+        assert main([*arguments, "--resume"]) == 0
+        self.same(tmp_path / "whole", tmp_path / "run")
 
     def test_after_the_end(self, data, tmp_path, whole):
         output = tmp_path / "run"

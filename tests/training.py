@@ -54,6 +54,19 @@ def write_cifar10(root: Path, count: int = 20) -> Path:
     return folder
 
 
+def write_folder(root: Path, counts: dict[str, int], split: str = "train") -> Path:
+    """Writes a folder of pictures with as many of each class; returns the data set's folder."""
+    from PIL import Image
+
+    for label, (name, count) in enumerate(counts.items()):
+        images, _ = pictures(count * len(counts), len(counts), seed=len(split))
+        folder = root / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images[label :: len(counts)]):
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{number}.png")
+    return root
+
+
 def command(data: Path, output: Path, *more: str) -> list[str]:
     """Arguments that train the small network for two epochs of six steps."""
     return [

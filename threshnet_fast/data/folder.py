@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from .augment import Augmentation, Preparation
 from .dataset import DataSet
 from .errors import DataError
-from .images import Shard, augmentation_generator, epoch_order
+from .images import Shard, augmentation_generator, epoch_order, generator
 
 __all__ = ["CROP_FRACTION", "FolderBatches", "FolderSet", "load_folder"]
 
@@ -288,6 +288,8 @@ class FolderBatches:
             batch_sampler=batches,
             num_workers=min(self._workers, len(batches)),
             pin_memory=self._device.type == "cuda",
+            # The loader seeds its workers by it: the default one is the network's, of dropout.
+            generator=generator(self._seed),
         )
         for images, labels in loader:
             images = images.to(self._device, non_blocking=True)
