@@ -599,6 +599,20 @@ class TestErrors:
         self.fails(capsys, misspelt, 2, "did you mean 'threshnet79'")
         self.fails(capsys, [word for word in arguments if word != "--no-verify"], 1, "61460 bytes")
 
+    @pytest.mark.parametrize("workers", ["0", "2"])
+    def test_unreadable_picture(self, tmp_path, capsys, workers):
+        for split in ("train", "val"):
+            training.write_folder(tmp_path, {"a": 4, "b": 4}, split)
+        picture = tmp_path / "train" / "b" / "2.png"
+        picture.write_bytes(picture.read_bytes()[:100])
+        arguments = training.command(tmp_path, tmp_path / "run", *FOLDER, "--workers", workers)
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert str(picture) in error
+        assert "Traceback" not in error
+        assert len(error) < 300 + len(str(picture))
+
     def test_output(self, data, tmp_path, capsys):
         file = tmp_path / "file"
         file.touch()

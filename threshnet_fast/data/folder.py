@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from .augment import Augmentation, Preparation
@@ -170,7 +170,15 @@ def random_box(
     return middle(width, height, size, 1.0)
 
 
-class _Pictures(TorchDataset[tuple[Tensor, int]]):
+def _collate(items: list[tuple[Tensor, int] | DataError]) -> Any:
+    """A batch, or the first error: raised in a worker, its traceback would become its message."""
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+    return default_collate(items)
+
+
+class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
     """Reads pictures; the key of one is its index and, for training, its epoch."""
 
     def __init__(
@@ -189,7 +197,14 @@ class _Pictures(TorchDataset[tuple[Tensor, int]]):
         self._augmentation = augmentation
         self._load = _loader()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | DataError:
+        """The pixels and the label, or why there are none."""
+        try:
+            return self._read(key)
+        except DataError as error:
+            return error
+
+    def _read(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         from PIL import Image
 
         epoch, index = key
@@ -290,7 +305,11 @@ class FolderBatches:
             pin_memory=self._device.type == "cuda",
             # The loader seeds its workers by it: the default one is the network's, of dropout.
             generator=generator(self._seed),
+            collate_fn=_collate,
         )
-        for images, labels in loader:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            images, labels = batch
             images = images.to(self._device, non_blocking=True)
             yield self._preparation(images), labels.to(self._device, non_blocking=True)
