@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -277,13 +278,21 @@ class TestCheckpoint:
         tensors = {"model.a": torch.full((3,), float(batch))}
         return checkpoint.save(output, checkpoint.Checkpoint(tensors, state), 1, batch)
 
+    def load(self, output: Path) -> tuple[checkpoint.Checkpoint, Path, list[str]] | None:
+        taken = []
+        found = checkpoint.load_latest(output, taken.append)
+        return None if found is None else (taken[-1], *found)
+
+    def names(self, output: Path) -> list[str]:
+        return sorted(path.name for path in (output / "checkpoints").iterdir())
+
     def test_the_last_two_stay(self, tmp_path):
-        assert checkpoint.load_latest(tmp_path) is None
+        assert self.load(tmp_path) is None
         for batch in (8, 9, 10):
             self.save(tmp_path, batch)
-        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        names = self.names(tmp_path)
         assert names == ["epoch-0001-batch-000009", "epoch-0001-batch-000010"]
-        found, folder, problems = checkpoint.load_latest(tmp_path)
+        found, folder, problems = self.load(tmp_path)
         assert found.state["number"] == 10
         assert found.part("model")["a"].tolist() == [10.0] * 3
         assert folder.name == names[-1]
@@ -292,20 +301,115 @@ class TestCheckpoint:
     def test_damage_is_passed_over(self, tmp_path):
         self.save(tmp_path, 1)
         (self.save(tmp_path, 2) / "state.safetensors").write_bytes(b"damaged")
-        found, _, problems = checkpoint.load_latest(tmp_path)
+        found, _, problems = self.load(tmp_path)
         assert found.state["number"] == 1
         assert "batch-000002: state.safetensors is damaged" in problems[0]
         for path in (tmp_path / "checkpoints").iterdir():
             (path / "state.json").unlink()
         with pytest.raises(ValueError, match="no checkpoint is whole"):
-            checkpoint.load_latest(tmp_path)
+            self.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("", "is no JSON"),
+            ("[1, 2]", "holds a list"),
+            ("[" * 100000, "is no JSON"),
+            ("{}", "version None"),
+            (b"\xff", "is no JSON"),
+            ({"number": 3}, "its checksum is another"),
+            ({"sha256": None}, "its checksum is another"),
+            ({"tensors_sha256": "0"}, "its checksum is another"),
+            ({"version": 3}, "version 3"),
+            ({"version": 1}, "that of None"),
+        ],
+        ids=str,
+    )
+    def test_changed_state_is_passed_over(self, tmp_path, content, message):
+        self.save(tmp_path, 1)
+        state = self.save(tmp_path, 2) / "state.json"
+        if isinstance(content, dict):
+            content = json.dumps({**json.loads(state.read_text()), **content})
+        state.write_bytes(content if isinstance(content, bytes) else content.encode())
+        found, folder, problems = self.load(tmp_path)
+        assert found.state["number"] == 1
+        assert folder.name.endswith("000001")
+        assert message in problems[0]
+        assert len(problems) == 1
+
+    def test_what_cannot_be_restored_is_passed_over(self, tmp_path):
+        self.save(tmp_path, 1)
+        self.save(tmp_path, 2)
+
+        def restore(saved: checkpoint.Checkpoint) -> None:
+            if saved.state["number"] == 2:
+                raise ValueError("of another run")
+
+        folder, problems = checkpoint.load_latest(tmp_path, restore)
+        assert folder.name.endswith("000001")
+        assert problems == [f"{folder.with_name('epoch-0001-batch-000002')}: of another run"]
+
+    def test_further_ones_are_void_after_an_older_one(self, tmp_path):
+        for batch in (1, 2):
+            self.save(tmp_path, batch)
+        (tmp_path / "checkpoints" / "epoch-0001-batch-000002" / "state.safetensors").unlink()
+        (self.save(tmp_path, 9) / "state.safetensors").write_bytes(b"damaged")
+        self.save(tmp_path, 4)
+        assert self.names(tmp_path) == ["epoch-0001-batch-000002", "epoch-0001-batch-000004"]
 
     def test_what_a_killed_process_left_is_removed(self, tmp_path):
         left = tmp_path / "checkpoints" / "epoch-0001-batch-000001.tmp"
         left.mkdir(parents=True)
-        assert checkpoint.load_latest(tmp_path) is None
-        self.save(tmp_path, 1)
+        (left / "state.safetensors.tmp").touch()
+        assert self.load(tmp_path) is None
+        self.save(tmp_path, 2)
         assert not left.exists()
+
+    def test_what_the_user_keeps_there_stays(self, tmp_path):
+        parent = tmp_path / "checkpoints"
+        first = self.save(tmp_path, 1)
+        copies = [parent / name for name in ("mine", "epoch-0001-batch-000001-good", "a.tmp")]
+        # Under a checkpoint's name, but not its own.
+        copies += [parent / "epoch-0000-batch-000007", parent / "epoch-9999-batch-000007"]
+        for copy in copies:
+            shutil.copytree(first, copy)
+        noted = self.save(tmp_path, 2)
+        (noted / "notes.txt").write_text("the good one")
+        (parent / "notes.txt").write_text("mine")
+        (parent / "epoch-0001-batch-000003").symlink_to(tmp_path)
+        (parent / "epoch-0001-batch-000004.tmp").mkdir()
+        (parent / "epoch-0001-batch-000004.tmp" / "mine.txt").touch()
+        before = {path.relative_to(parent) for path in parent.rglob("*")}
+        for batch in range(3, 9):
+            self.save(tmp_path, batch)
+        after = {path.relative_to(parent) for path in parent.rglob("*")}
+        lost = {str(path) for path in before - after if path.parent == Path()}
+        moved = {"epoch-0001-batch-000003", "epoch-0001-batch-000004.tmp"}
+        assert lost == {first.name, *moved}
+        assert (parent / "epoch-0001-batch-000003.kept-1").is_symlink()
+        assert (parent / "epoch-0001-batch-000004.tmp.kept-1" / "mine.txt").exists()
+        assert (noted / "notes.txt").exists()
+        found, folder, _ = self.load(tmp_path)
+        assert folder.name == "epoch-0001-batch-000008"
+        assert found.state["number"] == 8
+
+    def test_progress_is_checked(self):
+        row = {"epoch": 1}
+        good = {"epoch": 1, "batch": 2, "step": 7, "sums": [1.5, 2, 3], "rows": [row]}
+        good |= {"seconds": 1.5, "epoch_seconds": 0.5}
+        loop.Progress.from_json(good).check(6, 2)
+        for wrong in (
+            *(None, [], {}, {**good, "more": 1}, {**good, "epoch": True}, {**good, "step": -1}),
+            *({**good, "batch": "2"}, {**good, "batch": 2.0}, {**good, "seconds": math.nan}),
+            *({**good, "sums": [1, 2]}, {**good, "sums": ["a", 1, 2]}, {**good, "rows": [1]}),
+            *({**good, "rows": {}}, {**good, "rows": [row, {"a": 1}]}),
+            {name: value for name, value in good.items() if name != "seconds"},
+        ):
+            with pytest.raises(ValueError, match="of the run"):
+                loop.Progress.from_json(wrong)
+        for wrong in ({"epoch": 2}, {"batch": 3}, {"batch": 14}, {"step": 8}, {"rows": []}):
+            with pytest.raises(ValueError, match="contradict"):
+                loop.Progress.from_json({**good, **wrong}).check(6, 2)
 
     @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
     def test_optimizer_goes_on(self, name, tmp_path):
@@ -349,8 +453,9 @@ class TestCheckpoint:
             checkpoint.restore_optimizer(optimizer, {"999.momentum_buffer": torch.zeros(1)})
         with pytest.raises(ValueError, match="shape"):
             checkpoint.restore_optimizer(optimizer, {"0.momentum_buffer": torch.zeros(1)})
-        with pytest.raises(ValueError, match="does not fit the network"):
+        with pytest.raises(ValueError, match="does not fit the network") as caught:
             checkpoint.load_module(training.build(), {"a": torch.zeros(1)})
+        assert len(str(caught.value)) < 200
 
 
 class TestWritingFiles:
@@ -560,6 +665,49 @@ class TestResume:
                 assert main([*arguments, "--resume"]) == 130
         assert main([*arguments, "--resume"]) == 0
         self.same(tmp_path / "whole", tmp_path / "run")
+
+    def test_changed_checkpoints(self, data, tmp_path, whole, capsys):
+        """Counters that were changed are not believed; with no checkpoint left, that is said."""
+        output = tmp_path / "run"
+        arguments = [*training.command(data, output), "--resume"]
+        assert main(arguments) == 0
+        capsys.readouterr()
+        first, last = sorted((output / "checkpoints").iterdir())
+        state = json.loads((last / "state.json").read_text())
+        state["progress"]["step"] = 3
+        (last / "state.json").write_text(json.dumps(state))
+        assert main(arguments) == 0
+        notes = capsys.readouterr().err.splitlines()
+        assert f"passed over {last}: state.json is damaged" in notes[0]
+        assert notes[1] == f"resumed from {first}"
+        self.same(whole, output)
+        for path in (output / "checkpoints").iterdir():
+            (path / "state.json").write_text("[]")
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "no checkpoint is whole" in error
+
+    def test_checkpoint_of_the_first_version(self, data, tmp_path, whole, capsys):
+        """It has no checksum of its own: its counters are compared with each other."""
+        output = tmp_path / "run"
+        arguments = [*training.command(data, output), "--resume"]
+        assert main(arguments) == 0
+        first, last = sorted((output / "checkpoints").iterdir())
+        shutil.rmtree(last)
+        state = json.loads((first / "state.json").read_text())
+        for name in ("format", "name", "sha256"):
+            del state[name]
+        state["version"] = 1
+        (first / "state.json").write_text(json.dumps(state))
+        assert main(arguments) == 0
+        assert f"resumed from {first}" in capsys.readouterr().err
+        self.same(whole, output)
+        shutil.rmtree(last)
+        state["progress"]["step"] += 1
+        (first / "state.json").write_text(json.dumps(state))
+        assert main(arguments) == 1
+        assert "contradict each other" in capsys.readouterr().err
 
     def test_after_the_end(self, data, tmp_path, whole):
         output = tmp_path / "run"

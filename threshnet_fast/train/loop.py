@@ -142,6 +142,61 @@ class Progress:
     epoch_seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    @classmethod
+    def from_json(cls, content: Any) -> Progress:
+        """What a checkpoint holds of it.
+
+        Raises:
+            ValueError: A value is missing, unknown, of another type or out of range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or not content.keys() <= fields.keys():
+            raise ValueError("the progress of the run is malformed")
+        missing = [name for name in _COUNTERS | _SECONDS | _LISTS if name not in content]
+        if missing:
+            raise ValueError(f"the progress of the run has no {', '.join(sorted(missing))}")
+        rows, sums = content["rows"], content["sums"]
+        sound = {
+            **{name: _is_count(content[name]) for name in _COUNTERS},
+            **{name: _is_amount(content[name]) for name in _SECONDS},
+            "sums": isinstance(sums, list) and len(sums) == 3 and all(map(_is_amount, sums)),
+            "rows": isinstance(rows, list)
+            and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows),
+        }
+        for name, good in sound.items():
+            if not good:
+                raise ValueError(f"{name} of the run is {content[name]!r:.80}: expected another")
+        return cls(**content)
+
+    def check(self, steps_per_epoch: int, accumulate: int) -> None:
+        """Raises ValueError where the counters do not belong to one another."""
+        steps, rest = divmod(self.batch, accumulate)
+        if (
+            rest
+            or steps > steps_per_epoch
+            or self.step != self.epoch * steps_per_epoch + steps
+            or len(self.rows) != self.epoch
+        ):
+            raise ValueError(
+                f"epoch {self.epoch}, batch {self.batch}, step {self.step} and {len(self.rows)} "
+                f"rows of the log contradict each other at {steps_per_epoch} steps an epoch"
+            )
+
+
+# Of a run's progress, by what they must be.
+_COUNTERS = {"epoch", "batch", "step"}
+_SECONDS = {"seconds", "epoch_seconds"}
+_LISTS = {"sums", "rows"}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_amount(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
+
 
 def _wide(logits: Tensor) -> Tensor:
     """In a precision in which a loss can be added up."""
@@ -253,24 +308,36 @@ class Trainer:
         Raises:
             ValueError: No checkpoint is whole, or they belong to another network.
         """
-        found = checkpoint.load_latest(self._output)
+        found = checkpoint.load_latest(self._output, self._restore)
         if found is None:
             return False
-        saved, folder, problems = found
+        folder, problems = found
         for problem in problems:
             self._reporter.note(f"passed over {problem}")
+        self._reporter.note(f"resumed from {folder}")
+        return True
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Takes over a checkpoint, or raises ValueError; the next one then replaces all of it."""
+        progress = Progress.from_json(saved.state.get("progress"))
+        progress.check(self._steps_per_epoch, self.settings.accumulate)
+        updates = saved.state.get("average_updates", 0)
+        scaler = saved.state.get("scaler")
+        if not isinstance(updates, int) or updates < 0 or not isinstance(scaler, dict):
+            raise ValueError("the state of the moving average or of the scaler is malformed")
         checkpoint.load_module(self._model, saved.part("model"))
         checkpoint.restore_optimizer(self._optimizer, saved.part("optimizer"))
         if self._average is not None:
             checkpoint.load_module(self._average.module, saved.part("average"))
-            self._average.updates = saved.state["average_updates"]
-        self._scaler.load_state_dict(saved.state["scaler"])
-        self.progress = Progress(**saved.state["progress"])
+            self._average.updates = updates
+        try:
+            self._scaler.load_state_dict(scaler)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"the state of the scaler is malformed: {error}") from error
+        self.progress = progress
         if self._processes.first:
             # A checkpoint has those of all processes together.
-            self._sums.copy_(torch.tensor(self.progress.sums, dtype=torch.float64))
-        self._reporter.note(f"resumed from {folder}")
-        return True
+            self._sums.copy_(torch.tensor(progress.sums, dtype=torch.float64))
 
     def save(self) -> None:
         """Writes a checkpoint.
