@@ -19,6 +19,7 @@ from torch import nn
 
 import threshnet_fast as tf
 from threshnet_fast.cli import main
+from threshnet_fast.data import images
 from threshnet_fast.models import registry
 from threshnet_fast.train import (
     ModelInfo,
@@ -32,6 +33,7 @@ from threshnet_fast.train import (
     loop,
     progress,
     read_info,
+    recipes,
     save_model,
 )
 from threshnet_fast.train.recipes import RECIPES, learning_rate, make_optimizer
@@ -248,6 +250,101 @@ class TestRecipes:
             dataclasses.replace(RECIPES["modern"], **change).check()
 
 
+class TestBalance:
+    def test_weights(self):
+        labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+        weights = recipes.balanced_weights(labels, 3)
+        # images / (classes * images of the class)
+        assert weights.tolist() == [10 / 18, 10 / 9, 10 / 3]
+        assert weights[labels].sum().item() == pytest.approx(10)
+        with pytest.raises(ValueError, match="class 1 has no training images"):
+            recipes.balanced_weights(torch.tensor([0, 2]), 3)
+
+    def test_loss_is_weighed(self, folder, tmp_path, monkeypatch):
+        """The first step's loss, from the logits that it was taken of."""
+        seen = []
+        original = loop.F.cross_entropy
+
+        def keep(logits, labels, *more, **options):
+            loss = original(logits, labels, *more, **options)
+            if logits.requires_grad:
+                seen.append((logits.detach(), labels, loss.detach()))
+            return loss
+
+        monkeypatch.setattr(loop.F, "cross_entropy", keep)
+        options = (*FOLDER, "--class-weights", "balanced", "--label-smoothing", "0")
+        assert main([*training.command(folder, tmp_path / "run", *options), "--epochs", "1"]) == 0
+        for logits, labels, loss in seen:
+            # 16 and 8 of 24 images: 24 / (2 * 16) and 24 / (2 * 8).
+            weights = torch.tensor([0.75, 1.5])[labels].double()
+            losses = -logits.double().log_softmax(1).gather(1, labels[:, None]).flatten()
+            expected = (weights * losses).sum() / weights.sum()
+            torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
+        assert len(seen) == 3
+        assert read_info(tmp_path / "run").recipe["class_weights"] == "balanced"
+
+    def test_order_shows_all_classes_alike(self):
+        labels = torch.tensor([0] * 14 + [1] * 5 + [3] * 2)[torch.randperm(21)]
+        orders = [images.epoch_order(labels, 3, epoch, balanced=True) for epoch in range(4)]
+        for order in orders:
+            assert len(order) == 21
+            assert torch.bincount(labels[order]).tolist() == [7, 7, 0, 7]
+            times = torch.bincount(order, minlength=21)
+            assert times[labels == 0].max() == 1
+            assert sorted(times[labels == 1].tolist()) == [1, 1, 1, 2, 2]
+            assert sorted(times[labels == 3].tolist()) == [3, 4]
+        assert len({tuple(order.tolist()) for order in orders}) == 4
+        again = images.epoch_order(labels, 3, 2, balanced=True)
+        assert torch.equal(again, orders[2])
+        assert not torch.equal(images.epoch_order(labels, 4, 2, balanced=True), again)
+        # One image more or less where the classes do not divide the images.
+        counts = torch.bincount(images.epoch_order(labels[:20], 3, 0, balanced=True), minlength=20)
+        parts = [int(counts[labels[:20] == label].sum()) for label in (0, 1, 3)]
+        assert sorted(parts) == [6, 7, 7]
+
+    def test_order_is_shared_out(self, folder):
+        """Parts of two processes are what one process sees, pictures and augmentation."""
+        from threshnet_fast.data import augment
+        from threshnet_fast.data import folder as pictures
+
+        data = pictures.load_folder(folder).train
+        prepare = augment.Preparation((0.5,) * 3, (0.5,) * 3, (32, 32))
+        shown = augment.Augmentation(smallest=0.25)
+
+        def batches(shard: images.Shard) -> pictures.FolderBatches:
+            return pictures.FolderBatches(data, prepare, 8, shard, 0, shown, balanced=True)
+
+        whole = list(batches(images.Shard()).epoch(1))
+        parts = [list(batches(images.Shard(rank, 2)).epoch(1)) for rank in (0, 1)]
+        for (x, labels), *halves in zip(whole, *parts, strict=True):
+            assert torch.equal(torch.cat([half for half, _ in halves]), x)
+            assert torch.equal(torch.cat([half for _, half in halves]), labels)
+        labels = torch.cat([labels for _, labels in whole])
+        assert torch.bincount(labels).tolist() == [12, 12]
+        # Of 8 pictures of the small class some come twice, each time otherwise.
+        small = torch.cat([x for x, _ in whole])[labels == 1].flatten(1)
+        assert len(small.unique(dim=0)) == 12
+        rest = list(batches(images.Shard()).epoch(1, start=2))
+        assert len(rest) == 1
+        assert torch.equal(rest[0][0], whole[2][0])
+
+    def test_visits(self):
+        assert list(images.visits([4, 2, 4, 4, 2])) == [(4, 0), (2, 0), (4, 1), (4, 2), (2, 1)]
+
+    def test_sampling_of_a_run(self, data, tmp_path, monkeypatch):
+        seen = []
+        original = images.epoch_order
+
+        def keep(labels, seed, epoch, balanced):
+            seen.append(balanced)
+            return original(labels, seed, epoch, balanced)
+
+        monkeypatch.setattr(images, "epoch_order", keep)
+        arguments = training.command(data, tmp_path / "run", "--sampling", "balanced")
+        assert main([*arguments, "--epochs", "1"]) == 0
+        assert seen == [True]
+
+
 class TestMovingAverage:
     def test_is_the_average(self):
         model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
@@ -397,12 +494,15 @@ class TestCheckpoint:
         row = {"epoch": 1}
         good = {"epoch": 1, "batch": 2, "step": 7, "sums": [1.5, 2, 3], "rows": [row]}
         good |= {"seconds": 1.5, "epoch_seconds": 0.5}
+        good |= {"best": {"epoch": 1, "accuracy": 0.5}, "class_rows": [[1, 0.5, None]]}
         loop.Progress.from_json(good).check(6, 2)
         for wrong in (
             *(None, [], {}, {**good, "more": 1}, {**good, "epoch": True}, {**good, "step": -1}),
             *({**good, "batch": "2"}, {**good, "batch": 2.0}, {**good, "seconds": math.nan}),
             *({**good, "sums": [1, 2]}, {**good, "sums": ["a", 1, 2]}, {**good, "rows": [1]}),
             *({**good, "rows": {}}, {**good, "rows": [row, {"a": 1}]}),
+            *({**good, "best": {}}, {**good, "best": {"epoch": 1, "accuracy": "1"}}),
+            *({**good, "class_rows": {}}, {**good, "class_rows": [1]}),
             {name: value for name, value in good.items() if name != "seconds"},
         ):
             with pytest.raises(ValueError, match="of the run"):
@@ -709,6 +809,41 @@ class TestResume:
         assert main(arguments) == 1
         assert "contradict each other" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("recipe", ["modern", "paper"])
+    def test_more_epochs(self, data, tmp_path, recipe):
+        """The schedule is that of the new number of epochs, from the next step on."""
+        output = tmp_path / "run"
+        arguments = training.command(data, output, "--recipe", recipe)
+        assert main(arguments) == 0
+        assert main([*arguments, "--resume", "--epochs", "4"]) == 0
+        used = dataclasses.replace(RECIPES[recipe], learning_rate=0.02)
+        expected = [
+            learning_rate(dataclasses.replace(used, epochs=epochs), 6 * epoch + 5, 6)
+            for epoch, epochs in enumerate((2, 2, 4, 4))
+        ]
+        assert [float(row["learning_rate"]) for row in rows(output)] == expected
+        assert json.loads((output / "config.json").read_text())["recipe"]["epochs"] == 4
+        assert read_info(output).epochs == 4
+        assert read_info(output).recipe["epochs"] == 4
+
+    def test_more_epochs_keep_the_optimizer(self, data, tmp_path, monkeypatch):
+        """At a constant rate they are the same as if they had been wanted from the start."""
+        monkeypatch.setattr(loop, "learning_rate", lambda *arguments: 0.02)
+        output, whole = tmp_path / "run", tmp_path / "whole"
+        assert main([*training.command(data, output), "--epochs", "1"]) == 0
+        assert main([*training.command(data, output), "--resume"]) == 0
+        assert main(training.command(data, whole)) == 0
+        self.same(whole, output)
+
+    def test_fewer_epochs(self, data, tmp_path, capsys):
+        arguments = training.command(data, tmp_path / "run")
+        assert main(arguments) == 0
+        capsys.readouterr()
+        before = (tmp_path / "run" / "config.json").read_bytes()
+        assert main([*arguments, "--resume", "--epochs", "1"]) == 1
+        assert "2 epochs of the run are done or begun: 1 is fewer" in capsys.readouterr().err
+        assert (tmp_path / "run" / "config.json").read_bytes() == before
+
     def test_after_the_end(self, data, tmp_path, whole):
         output = tmp_path / "run"
         arguments = training.command(data, output)
@@ -717,6 +852,112 @@ class TestResume:
         assert main([*arguments, "--resume"]) == 0
         assert (output / "confusion.png").exists()
         self.same(whole, output)
+
+
+class Scripted:
+    """Evaluations with accuracies of the test's choice, epoch by epoch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, right: list[int]) -> None:
+        self.right = right
+
+        def evaluate(trainer: loop.Trainer) -> loop.Evaluation:
+            epoch = trainer.progress.step // 6
+            number = right[epoch - 1]
+            # Class 9 has no images.
+            confusion = torch.zeros(10, 10, dtype=torch.int64)
+            confusion[0, 0], confusion[8, 0] = number, 20 - number
+            return loop.Evaluation(1.0, confusion)
+
+        monkeypatch.setattr(loop.Trainer, "_evaluate", evaluate)
+
+
+class TestBestEpoch:
+    def test_earliest_best_is_kept(self, data, tmp_path, monkeypatch):
+        Scripted(monkeypatch, [5, 12, 12, 3])
+        output = tmp_path / "run"
+        arguments = training.command(data, output, "--epochs", "4", "--ema-decay", "0")
+        states = {}
+        original = loop.Trainer.save
+
+        def save(trainer):
+            original(trainer)
+            states[trainer.progress.epoch] = {
+                name: tensor.clone() for name, tensor in trainer.trained.state_dict().items()
+            }
+
+        monkeypatch.setattr(loop.Trainer, "save", save)
+        assert main(arguments) == 0
+        for name, epoch, accuracy in (("best", 2, 0.6), ("model", 4, 0.15)):
+            path = output / f"{name}.safetensors"
+            info = read_info(path)
+            assert (info.epochs, info.accuracy) == (epoch, accuracy)
+            assert info.extra["test_images"] == 20
+            assert info.extra["class_accuracy"]["class 0"] == 1.0
+            assert info.extra["class_accuracy"]["class 9"] is None
+            state = load_state(path)
+            for key, tensor in states[epoch].items():
+                assert torch.equal(state[key], tensor), key
+        assert "NaN" not in (output / "best.json").read_text()
+        with (output / "class_accuracy.csv").open(encoding="utf-8", newline="") as file:
+            classes = list(csv.DictReader(file))
+        assert [row["epoch"] for row in classes] == ["1", "2", "3", "4"]
+        assert {row["class 0"] for row in classes} == {"1.0"}
+        assert {row["class 8"] for row in classes} == {"0.0"}
+        assert {row["class 9"] for row in classes} == {""}
+
+    @pytest.mark.parametrize("moment", ["killed before it was written", "of a later epoch"])
+    def test_after_resuming(self, data, tmp_path, monkeypatch, capsys, moment):
+        Scripted(monkeypatch, [5, 12, 3])
+        output = tmp_path / "run"
+        arguments = [*training.command(data, output, "--epochs", "3"), "--resume"]
+        whole = tmp_path / "whole"
+        assert main(training.command(data, whole, "--epochs", "3")) == 0
+        with monkeypatch.context() as patch:
+            stop_at(patch, 13)
+            assert main(arguments) == 130
+        if moment.startswith("killed"):
+            # As if the process had ended between the second checkpoint and the best epoch's files.
+            shutil.rmtree(output / "checkpoints" / "epoch-0002-batch-000002")
+            for name in ("best.safetensors", "best.json"):
+                (output / name).unlink()
+        else:
+            info = json.loads((output / "best.json").read_text())
+            info["epochs"], info["accuracy"] = 3, 0.9
+            (output / "best.json").write_text(json.dumps(info))
+        capsys.readouterr()
+        assert main(arguments) == 0
+        if moment.startswith("killed"):
+            for name in ("best.safetensors", "best.json"):
+                assert (output / name).read_bytes() == (whole / name).read_bytes()
+        else:
+            assert "the best epoch so far are not in best.safetensors" in capsys.readouterr().err
+            assert read_info(output / "best.safetensors").epochs == 3
+
+    def test_patience(self, data, tmp_path, monkeypatch, capsys):
+        Scripted(monkeypatch, [5, 12, 12, 3, 12, 13, 1, 1, 1, 1])
+        output = tmp_path / "run"
+        arguments = training.command(data, output, "--epochs", "10")
+        assert main([*arguments, "--patience", "3"]) == 0
+        assert "has not risen for 3 epochs; the best was 60.00% after epoch 2" in (
+            capsys.readouterr().err
+        )
+        assert len(rows(output)) == 5
+        # The same again ends at once; more patience goes on, and counts from the best so far.
+        assert main([*arguments, "--patience", "3", "--resume"]) == 0
+        assert len(rows(output)) == 5
+        with monkeypatch.context() as patch:
+            stop_at(patch, 40)
+            assert main([*arguments, "--patience", "4", "--resume"]) == 130
+        assert main([*arguments, "--patience", "4", "--resume"]) == 0
+        assert len(rows(output)) == 10
+        assert read_info(output / "best.safetensors").epochs == 6
+
+    def test_patience_looks_at_evaluations(self, data, tmp_path, monkeypatch):
+        Scripted(monkeypatch, [0, 12, 0, 3, 0, 2, 0, 1])
+        output = tmp_path / "run"
+        arguments = training.command(data, output, "--epochs", "8", "--evaluate-every", "2")
+        assert main([*arguments, "--patience", "3"]) == 0
+        assert len(rows(output)) == 6
 
 
 class TestErrors:
@@ -775,8 +1016,13 @@ class TestErrors:
         assert main(arguments) == 0
         capsys.readouterr()
         self.fails(capsys, arguments, 2, "holds a run already", "--resume")
-        changed = [*arguments, "--resume", "--epochs", "3", "--seed", "1"]
-        self.fails(capsys, changed, 2, "recipe.epochs was 1, not 3", "seed was 0, not 1")
+        changed = [*arguments, "--resume", "--seed", "1", "--sampling", "balanced"]
+        messages = ("seed was 0, not 1", "recipe.sampling was 'uniform', not 'balanced'")
+        self.fails(capsys, changed, 2, *messages)
+        recorded = json.loads((output / "config.json").read_text())
+        recorded["classes"].reverse()
+        (output / "config.json").write_text(json.dumps(recorded))
+        self.fails(capsys, [*arguments, "--resume"], 2, "classes was ['class 9'")
         (output / "config.json").write_text("{}")
         self.fails(capsys, [*arguments, "--resume"], 1, "does not describe a training run")
 
@@ -788,6 +1034,33 @@ class TestErrors:
         with (output / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self.fails(capsys, training.command(data, output), 1, "another process is training")
+
+    def test_weight_that_is_no_number(self, data, tmp_path, capsys, monkeypatch):
+        """After the last step of an epoch, of which no loss tells."""
+        original = loop.Trainer._read_sums
+
+        def spoil(trainer):
+            original(trainer)
+            if trainer.progress.step == 12:
+                trainer._model.base[0].conv.weight.data[0] = math.nan
+
+        monkeypatch.setattr(loop.Trainer, "_read_sums", spoil)
+        output = tmp_path / "run"
+        arguments = training.command(data, output, "--ema-decay", "0", "--evaluate-every", "2")
+        self.fails(capsys, arguments, 1, "the loss on the test images is no number any more")
+        assert not (output / "model.safetensors").exists()
+        assert [path.name for path in (output / "checkpoints").iterdir()] == [
+            "epoch-0001-batch-000000"
+        ]
+        # With an average of the weights, which is what is evaluated, the weights alone are wrong.
+        arguments = training.command(data, tmp_path / "other")
+        self.fails(capsys, arguments, 1, "a weight is no number any more at step 12")
+
+    def test_class_without_training_images(self, tmp_path, capsys):
+        training.write_cifar10(tmp_path, 9)
+        arguments = training.command(tmp_path, tmp_path / "run", "--class-weights", "balanced")
+        self.fails(capsys, arguments, 2, "class 9 has no training images")
+        assert not (tmp_path / "run").exists()
 
     def test_diverged(self, data, tmp_path, capsys):
         output = tmp_path / "run"
@@ -806,6 +1079,12 @@ class TestErrors:
         del recorded["sync_batchnorm"], recorded["recipe"]["crop_scale"]
         recorded["recipe"]["momentum"] = 0.5
         assert differences(recorded, settings) == ["recipe.momentum was 0.5, not 0.9"]
+        # Known to have been otherwise before there was the setting.
+        recorded = settings.to_json()
+        del recorded["recipe"]["sampling"], recorded["in_chans"]
+        balanced = dataclasses.replace(RECIPES["modern"], sampling="balanced")
+        other = dataclasses.replace(settings, recipe=balanced, in_chans=1)
+        assert len(differences(recorded, other)) == 2
 
 
 def test_evaluation_counts():
@@ -818,6 +1097,8 @@ def test_evaluation_counts():
     assert result.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
     assert result.count == 3
     assert result.accuracy == pytest.approx(2 / 3)
+    assert result.class_accuracy == [1.0, None, 0.5]
+    assert result.describe("abc")["class_accuracy"] == {"a": 1.0, "b": None, "c": 0.5}
     right = math.log(1 + 2 * math.exp(-5))
     assert result.loss == pytest.approx((3 * right + 5) / 3)
     with pytest.raises(ValueError, match="no test images"):

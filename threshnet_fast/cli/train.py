@@ -29,7 +29,7 @@ from .arguments import (
 from .errors import CommandError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..data.dataset import DataSet
     from ..train.distributed import Processes
@@ -118,7 +118,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="modern",
         help="what the options below default to (default %(default)s)",
     )
-    how.add_argument("--epochs", type=positive_integer, metavar="N")
+    how.add_argument(
+        "--epochs", type=positive_integer, metavar="N", help="can be raised with --resume"
+    )
+    how.add_argument(
+        "--patience",
+        type=positive_integer,
+        metavar="N",
+        help="stop after N epochs without a better test accuracy (default: never)",
+    )
     how.add_argument(
         "--batch-size", type=positive_integer, metavar="N", help="images of each process's batch"
     )
@@ -143,6 +151,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--clip-norm", type=_number, metavar="X", help="of the gradient; 0 for none")
     how.add_argument("--drop-rate", type=_number, metavar="X", help="dropout before the classifier")
+    how.add_argument(
+        "--class-weights",
+        choices=("none", "balanced"),
+        help="of the loss: balanced makes up for the classes' numbers of images",
+    )
+    how.add_argument(
+        "--sampling",
+        choices=("uniform", "balanced"),
+        help="of an epoch's images: balanced shows as many of each class",
+    )
     how.add_argument("--seed", type=_integer, default=0, metavar="N", help="default 0")
     how.add_argument(
         "--accumulate",
@@ -269,13 +287,14 @@ def _train(
     recorded = processes.together(lambda: _recorded(arguments))
     data = processes.after_first(lambda: _load_data(arguments))
     settings = processes.together(lambda: _settings(arguments, recipe, data, processes, recorded))
+    weights = processes.together(lambda: _class_weights(recipe, data))
     model = processes.together(lambda: _model(settings, processes.device))
     processes.together(lambda: _lock(output, stack) if processes.first else None)
     try:
-        trainer = _trainer(arguments, settings, data, model, reporter, processes)
+        trainer = _trainer(arguments, settings, data, model, weights, reporter, processes)
         if recorded is not None:
             processes.together(trainer.resume)
-        elif processes.first:
+        if processes.first and recorded != settings.to_json():
             write_settings(output, settings)
         with _signals(trainer):
             trainer.run()
@@ -379,6 +398,7 @@ def _settings(
         accumulate=arguments.accumulate,
         amp=arguments.amp or "",
         sync_batchnorm=arguments.sync_batchnorm,
+        classes=data.classes,
     )
     if settings.train_images < settings.images_per_step:
         raise CommandError(
@@ -393,6 +413,17 @@ def _settings(
             status=2,
         )
     return settings
+
+
+def _class_weights(recipe: Recipe, data: DataSet) -> Tensor | None:
+    from ..train.recipes import balanced_weights
+
+    if recipe.class_weights != "balanced":
+        return None
+    try:
+        return balanced_weights(data.train.labels, len(data.classes))
+    except ValueError as error:
+        raise CommandError(f"--class-weights balanced: {error}", status=2) from error
 
 
 def _model(settings: Settings, place: torch.device) -> nn.Module:
@@ -424,6 +455,7 @@ def _trainer(
     settings: Settings,
     data: DataSet,
     model: nn.Module,
+    class_weights: Tensor | None,
     reporter: SilentReporter,
     processes: Processes,
 ) -> Trainer:
@@ -446,6 +478,7 @@ def _trainer(
         Augmentation(recipe.flip, recipe.padding, recipe.crop_scale),
         device,
         arguments.workers,
+        balanced=recipe.sampling == "balanced",
     )
     test = make_batches(
         data.test, preparation, _TEST_BATCH, shard, device=device, workers=arguments.workers
@@ -468,9 +501,19 @@ def _trainer(
         checkpoint_seconds=60 * arguments.checkpoint_minutes,
         evaluate_every=arguments.evaluate_every,
         half=arguments.half,
+        patience=arguments.patience,
     )
     return Trainer(
-        settings, model, train, test, info, arguments.output, options, reporter, processes
+        settings,
+        model,
+        train,
+        test,
+        info,
+        arguments.output,
+        options,
+        reporter,
+        processes,
+        class_weights,
     )
 
 
@@ -480,7 +523,8 @@ def _finish(trainer: Trainer, classes: tuple[str, ...], output: Path) -> None:
 
     assert trainer.evaluation is not None
     confusion = trainer.evaluation.confusion
-    written = ["model.safetensors", "model.json", "log.csv", "confusion.csv"]
+    written = ["model.safetensors", "model.json", "best.safetensors", "best.json"]
+    written += ["log.csv", "class_accuracy.csv", "confusion.csv"]
     figures.write_confusion(output / "confusion.csv", confusion, classes)
     try:
         figures.draw_curves(output / "curves.png", trainer.progress.rows)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from .augment import Augmentation, Preparation
 from .dataset import DataSet
 from .errors import DataError
-from .images import Shard, augmentation_generator, epoch_order, generator
+from .images import Shard, augmentation_generator, epoch_order, generator, visits
 
 __all__ = ["CROP_FRACTION", "FolderBatches", "FolderSet", "load_folder"]
 
@@ -179,7 +179,7 @@ def _collate(items: list[tuple[Tensor, int] | DataError]) -> Any:
 
 
 class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
-    """Reads pictures; the key of one is its index and, for training, its epoch."""
+    """Reads pictures; the key of one is its epoch, its index, and its visit in the epoch."""
 
     def __init__(
         self,
@@ -197,17 +197,17 @@ class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
         self._augmentation = augmentation
         self._load = _loader()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | DataError:
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int] | DataError:
         """The pixels and the label, or why there are none."""
         try:
             return self._read(key)
         except DataError as error:
             return error
 
-    def _read(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def _read(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
         from PIL import Image
 
-        epoch, index = key
+        epoch, index, visit = key
         try:
             picture = self._load(self._paths[index])
         except (OSError, ValueError, SyntaxError) as error:
@@ -217,7 +217,7 @@ class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
         if self._augmentation is None:
             box = middle(width, height, self._size, CROP_FRACTION)
         else:
-            random = augmentation_generator(self._seed, epoch, index)
+            random = augmentation_generator(self._seed, epoch, index, visit)
             box = random_box(width, height, self._size, self._augmentation.smallest, random)
             mirrored = self._augmentation.flip and bool(
                 torch.randint(0, 2, (), generator=random).item()
@@ -244,6 +244,7 @@ class FolderBatches:
         augmentation: None for evaluation.
         device: Where the batches are wanted.
         workers: Processes that read; 0 reads in this one.
+        balanced: As :func:`~threshnet_fast.data.images.epoch_order` takes it.
     """
 
     def __init__(
@@ -256,7 +257,10 @@ class FolderBatches:
         augmentation: Augmentation | None = None,
         device: torch.device | str = "cpu",
         workers: int = 0,
+        balanced: bool = False,
     ) -> None:
+        self._labels = data.labels
+        self._balanced = balanced
         self._count = len(data)
         self._preparation = preparation
         self._batch_size = batch_size
@@ -279,12 +283,10 @@ class FolderBatches:
             epoch: Number of the epoch.
             start: Number of the first batch that is wanted.
         """
-        order = epoch_order(self._count, self._seed, epoch).tolist()
+        order = epoch_order(self._labels, self._seed, epoch, self._balanced)
+        keys = [(epoch, index, visit) for index, visit in visits(order.tolist())]
         return self._read(
-            [
-                [(epoch, index) for index in order[self._shard.of(batch, self._batch_size)]]
-                for batch in range(start, len(self))
-            ]
+            [keys[self._shard.of(batch, self._batch_size)] for batch in range(start, len(self))]
         )
 
     def all(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -292,12 +294,12 @@ class FolderBatches:
         indices = range(self._count)[self._shard.rank :: self._shard.count]
         return self._read(
             [
-                [(0, index) for index in indices[first : first + self._batch_size]]
+                [(0, index, 0) for index in indices[first : first + self._batch_size]]
                 for first in range(0, len(indices), self._batch_size)
             ]
         )
 
-    def _read(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, batches: list[list[tuple[int, int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             self._pictures,
             batch_sampler=batches,

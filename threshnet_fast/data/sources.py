@@ -50,10 +50,13 @@ def make_batches(
     augmentation: Augmentation | None = None,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    balanced: bool = False,
 ) -> ImageBatches | FolderBatches:
     """Batches of the training or the test images of a data set; arguments as of the two classes."""
     if isinstance(images, FolderSet):
         return FolderBatches(
-            images, preparation, batch_size, shard, seed, augmentation, device, workers
+            images, preparation, batch_size, shard, seed, augmentation, device, workers, balanced
         )
-    return ImageBatches(images, preparation, batch_size, shard, seed, augmentation, device)
+    return ImageBatches(
+        images, preparation, batch_size, shard, seed, augmentation, device, balanced
+    )

@@ -23,6 +23,7 @@ __all__ = ["ModelInfo", "load_model", "load_state", "read_info", "save_model"]
 FORMAT = "threshnet_fast model"
 VERSION = 1
 DEFAULT_NAME = "model.safetensors"
+BEST_NAME = "best.safetensors"
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
