@@ -4,6 +4,7 @@ from . import nn, ops, plan
 from .backends.select import use_backend
 from .config import show_config
 from .models import (
+    CheckpointReport,
     DenseNet,
     DenseNet121,
     DenseNet161,
@@ -20,11 +21,13 @@ from .models import (
     ThreshNet95,
     create_model,
     list_models,
+    load_checkpoint,
 )
 from .optimize import optimize
 from .plan import explain, save_plan
 
 __all__ = [
+    "CheckpointReport",
     "DenseNet",
     "DenseNet121",
     "DenseNet161",
@@ -43,6 +46,7 @@ __all__ = [
     "create_model",
     "explain",
     "list_models",
+    "load_checkpoint",
     "nn",
     "ops",
     "optimize",

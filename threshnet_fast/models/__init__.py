@@ -1,5 +1,6 @@
 """Networks, and the registry that builds them by name."""
 
+from .checkpoints import CheckpointReport, load_checkpoint
 from .densenet import (
     DenseNet,
     DenseNet121,
@@ -15,6 +16,7 @@ from .threshnet import ThreshNet, ThreshNet79, ThreshNet95
 from .validate import check_input
 
 __all__ = [
+    "CheckpointReport",
     "DenseNet",
     "DenseNet121",
     "DenseNet161",
@@ -33,5 +35,6 @@ __all__ = [
     "check_input",
     "create_model",
     "list_models",
+    "load_checkpoint",
     "register_model",
 ]

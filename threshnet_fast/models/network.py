@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..nn import ConvBNReLU
 from .arguments import integer, probability
+from .layouts import rename_keys
 from .validate import check_input
 
 __all__ = ["FlatNetwork", "Network", "Options"]
@@ -168,6 +169,12 @@ class Network(nn.Module):
         self._replace_head()
         self.default_cfg["num_classes"] = self.num_classes
         self._initialise_classifier()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        # As BatchNorm does for older files. A hook would be bound to this instance, and a shallow
+        # copy would call it after the instance is gone.
+        rename_keys(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
     def _first_weight(self) -> Tensor:

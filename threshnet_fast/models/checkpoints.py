@@ -1,0 +1,439 @@
+"""Weights of other packages and of training runs, loaded into the networks of this one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint_files import read_checkpoint
+from .layouts import COUNTER, Match, canonical, is_dotted, match
+
+__all__ = ["Checkpoint", "CheckpointReport", "load_checkpoint", "open_checkpoint"]
+
+# Averaged weights first: they are what the accuracy of a run that keeps them is measured with.
+_CONTAINERS = (
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "network",
+    "params",
+    "weights",
+    "module",
+)
+_MAX_DEPTH = 3
+_SHOWN = 3
+_SHOWN_LETTERS = 100
+
+# Buffers of other packages' networks that no parameter of these corresponds to.
+_IGNORED = {
+    "op_threshs": "thresholds by which torchxrayvision rescales probabilities; "
+    "this model returns logits"
+}
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What :func:`load_checkpoint` did.
+
+    Attributes:
+        source: The file, or ``"the dict"``.
+        container: The key under which the weights were found; empty where they were not wrapped.
+        layout: Of whom the names in the file are.
+        prefix: What they begin with, after those of ``DataParallel`` and ``torch.compile``.
+        mapped: The model's name of each tensor that was loaded, by the file's.
+        ignored: Why each entry of the file that was not loaded was not, by its name.
+        initialised: The model's parameters that were left as they were.
+        notes: What else there is to know.
+    """
+
+    source: str
+    container: str
+    layout: str
+    prefix: str
+    mapped: Mapping[str, str]
+    ignored: Mapping[str, str]
+    initialised: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        where = f" ({_quote(self.container)} of it)" if self.container else ""
+        prefix = f", prefix {_quote(self.prefix)}" if self.prefix else ""
+        lines = [f"{self.source}{where}: layout {self.layout}{prefix}"]
+        renamed = sum(name != own for name, own in self.mapped.items())
+        lines.append(f"  loaded: {len(self.mapped)} tensors, {renamed} of them under another name")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.ignored.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines += [f"  ignored: {_some(names)}: {reason}" for reason, names in by_reason.items()]
+        if self.initialised:
+            lines.append(f"  left as initialised: {_some(self.initialised)}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in a file, and how their names correspond to those of a model.
+
+    Attributes:
+        source: As in :class:`CheckpointReport`.
+        container: As there.
+        tensors: The weights, by their names in the file.
+        others: Why each other entry of the file is none of them.
+        found: The correspondence of all but the classifier.
+        names: The file's name, by its canonical form.
+        classifier: The names in the file of the weight and the bias of its classifier, if it has
+            one.
+    """
+
+    source: str
+    container: str
+    tensors: Mapping[str, Tensor]
+    others: Mapping[str, str]
+    found: Match
+    names: Mapping[str, str]
+    classifier: tuple[str, str] | None
+
+    def source_name(self, own: str) -> str:
+        """The name in the file of one of the model's parameters, which the file has."""
+        return next(self.names[name] for name, target in self.found.mapped.items() if target == own)
+
+
+def load_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    model: nn.Module,
+    *,
+    new_classifier: bool = False,
+) -> CheckpointReport:
+    """Loads weights of another package, of another layout, or of a run into a model.
+
+    Every parameter and buffer of the model, but for the counters ``num_batches_tracked``, must be
+    in the file, and every tensor of the file is used or reported with the reason why not. Names
+    are translated by rules for each layout (docs/checkpoints.md), never by order. Values become of
+    the model's dtype. Everything is checked first: where this raises, the model is as it was.
+
+    Args:
+        source: A file of ``torch.save`` or safetensors, of which nothing but tensors is read; what
+            ``threshnet-fast train`` wrote (its folder, or the file of weights); or a ``state_dict``
+            or a dict with one in it.
+        model: A network of this package, or any module.
+        new_classifier: Leave the model's classifier as it is where the file's has another size or
+            there is none in it, and ignore what else the file has beside the network: to train on.
+
+    Returns:
+        What was loaded from where.
+
+    Raises:
+        TypeError: ``source`` or ``model`` is of the wrong type.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no file of weights, is damaged, or would run code; its weights are
+            not those of the model, in one line that says what differs.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    checkpoint = open_checkpoint(source, model)
+    return _load(checkpoint, model, new_classifier)
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any], model: nn.Module
+) -> Checkpoint:
+    """Reads weights, and finds the names of a model's parameters among theirs.
+
+    The classifier may have another size than the model's, or be absent.
+
+    Args:
+        source: As in :func:`load_checkpoint`.
+        model: As there; it needs no values.
+
+    Raises:
+        TypeError: As :func:`load_checkpoint`.
+        FileNotFoundError: As there.
+        ValueError: As there; sizes are not compared.
+    """
+    label, content = _read(source)
+    own = {canonical(name): value for name, value in model.state_dict().items()}
+    classifier = _own_classifier(model)
+    trunk = [name for name in own if classifier is None or not name.startswith(classifier)]
+    best: tuple[int, str] | None = None
+    for container, tensors, others in _candidates(content):
+        names = _canonical_names(label, tensors)
+        matches = match(names, trunk)
+        if len(matches) > 1:
+            prefixes = " and ".join(_quote(m.prefix) for m in matches[:_SHOWN])
+            raise ValueError(
+                f"{label} holds such a network more than once, with names that begin with "
+                f"{prefixes}: pass a dict with one of them"
+            )
+        if matches and not matches[0].missing:
+            found = matches[0]
+            rest = {name: names[name] for name in names if name not in found.mapped}
+            head = _find_classifier(tensors, rest, found, own, classifier)
+            return Checkpoint(label, container, tensors, others, found, names, head)
+        score = len(matches[0].mapped) if matches else 0
+        if best is None or score > best[0]:
+            best = (score, _difference(names, trunk, matches))
+    kind = type(model).__name__
+    if best is None:
+        raise ValueError(f"{label} holds no tensors: expected the state_dict of a {kind}")
+    raise ValueError(f"{label} does not fit {kind}: {best[1]}")
+
+
+def _read(source: Any) -> tuple[str, Mapping[Any, Any]]:
+    if isinstance(source, Mapping):
+        return "the dict", source
+    if isinstance(source, nn.Module):
+        raise TypeError(f"source is a {type(source).__name__}: pass its state_dict()")
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source is a {type(source).__name__}: expected a path or a dict")
+    path = Path(source)
+    if path.is_dir() or path.suffix == ".json":
+        from ..train.weights import load_state
+
+        return str(path), load_state(path, None)
+    return str(path), read_checkpoint(path)
+
+
+def _candidates(
+    content: Mapping[Any, Any], name: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
+    """Yields the dicts of tensors in a file: key, tensors, and why the rest is none of them."""
+    tensors = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if len(tensors) > 1:
+        others = {
+            str(key): "no tensor"
+            for key, value in content.items()
+            if not isinstance(value, Tensor) or not isinstance(key, str)
+        }
+        yield name, tensors, others
+    if depth == _MAX_DEPTH:
+        return
+    keys = [key for key in _CONTAINERS if isinstance(content.get(key), Mapping)]
+    for key in keys:
+        inner = f"{name}.{key}" if name else key
+        rest = {
+            f"{name}.{other}" if name else str(other): _other_reason(other, key)
+            for other in content
+            if other != key
+        }
+        for container, tensors, others in _candidates(content[key], inner, depth + 1):
+            yield container, tensors, {**rest, **others}
+
+
+def _other_reason(key: Any, chosen: str) -> str:
+    if key in _CONTAINERS:
+        return f"{_quote(chosen)} of the file was taken"
+    return "not among the weights"
+
+
+def _canonical_names(label: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name in tensors:
+        other = names.setdefault(canonical(name), name)
+        if other != name:
+            raise ValueError(f"{label} holds both {_quote(other)} and {_quote(name)}")
+    return names
+
+
+def _own_classifier(model: nn.Module) -> str | None:
+    """What the names of the classifier's parameters begin with, or None without a classifier."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return canonical(linear[-1] + ".") if linear else None
+
+
+def _find_classifier(
+    tensors: Mapping[str, Tensor],
+    rest: Mapping[str, str],
+    found: Match,
+    own: Mapping[str, Tensor],
+    classifier: str | None,
+) -> tuple[str, str] | None:
+    """The classifier's weight and bias: of its own name, or else the only linear layer left."""
+    pairs = []
+    for name, source in rest.items():
+        bias = rest.get(name.removesuffix("weight") + "bias")
+        if name.endswith("weight") and bias is not None:
+            weight, offset = tensors[source], tensors[bias]
+            if weight.ndim == 2 and offset.shape == weight.shape[:1]:
+                pairs.append((name, (source, bias)))
+    if classifier is not None:
+        for name, pair in pairs:
+            if name == f"{found.prefix}{classifier}weight":
+                return pair
+        width = own[f"{classifier}weight"].shape[1]
+        pairs = [item for item in pairs if tensors[item[1][0]].shape[1] == width]
+    return pairs[0][1] if len(pairs) == 1 else None
+
+
+def _difference(names: Mapping[str, str], trunk: list[str], matches: list[Match]) -> str:
+    """Why the names in a file are not those of a model."""
+    if not matches:
+        return (
+            f"no layout that is known has its names; the file has {_some(list(names.values()))}, "
+            f"the model {_some(trunk)}"
+        )
+    best = matches[0]
+    extra = [names[name] for name in names if name not in best.mapped]
+    return (
+        f"{len(best.missing)} of its {len(trunk)} tensors are missing ({_some(best.missing)}), and "
+        f"{len(extra)} of the file are none of it" + (f" ({_some(extra)})" if extra else "")
+    )
+
+
+def _load(checkpoint: Checkpoint, model: nn.Module, new_classifier: bool) -> CheckpointReport:
+    own = model.state_dict()
+    mapped, ignored, problems = _assign(checkpoint, model, own, new_classifier)
+    tensors = checkpoint.tensors
+    problems += _shape_problems({name: (tensors[name], own[mapped[name]]) for name in mapped})
+    problems += [
+        problem
+        for name, target in mapped.items()
+        if (problem := _value_problem(name, tensors[name], own[target])) is not None
+    ][:_SHOWN]
+    if problems:
+        kind = type(model).__name__
+        raise ValueError(f"{checkpoint.source} does not fit {kind}: {'; '.join(problems)}")
+
+    found = checkpoint.found
+    values, notes = _converted(checkpoint, mapped, own)
+    if found.note:
+        notes.insert(0, found.note)
+    counters = sum(name not in values and COUNTER in name for name in own)
+    if counters:
+        notes.append(f"the file lacks {counters} counters {COUNTER}, which are left as they are")
+    model.load_state_dict(values, strict=False)
+    old = any(is_dotted(name) for name in mapped)
+    return CheckpointReport(
+        checkpoint.source,
+        checkpoint.container,
+        f"{found.layout}, old names" if old else found.layout,
+        found.prefix,
+        mapped,
+        {**ignored, **checkpoint.others},
+        tuple(name for name in own if name not in values and COUNTER not in name),
+        tuple(notes),
+    )
+
+
+def _assign(
+    checkpoint: Checkpoint, model: nn.Module, own: Mapping[str, Tensor], new_classifier: bool
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """The model's name of each tensor of the file, why others are left out, and what is wrong."""
+    found, tensors = checkpoint.found, checkpoint.tensors
+    by_canonical = {canonical(name): name for name in own}
+    mapped = {checkpoint.names[name]: by_canonical[target] for name, target in found.mapped.items()}
+    ignored: dict[str, str] = {}
+    problems: list[str] = []
+    classifier = _own_classifier(model)
+    if checkpoint.classifier is None:
+        if classifier is not None and not new_classifier:
+            problems.append(
+                "there is no classifier, or none that is one linear layer of "
+                f"{own[by_canonical[classifier + 'weight']].shape[1]} inputs "
+                "(new_classifier=True keeps the model's)"
+            )
+    elif classifier is None:
+        ignored |= dict.fromkeys(checkpoint.classifier, "the model has no classifier")
+    else:
+        targets = [by_canonical[classifier + part] for part in ("weight", "bias")]
+        pairs = dict(zip(checkpoint.classifier, targets, strict=True))
+        if new_classifier and any(tensors[a].shape != own[b].shape for a, b in pairs.items()):
+            outputs = len(tensors[checkpoint.classifier[1]])
+            reason = f"a classifier of {outputs} outputs, where the model's has"
+            ignored |= dict.fromkeys(pairs, f"{reason} {len(own[targets[1]])}")
+        else:
+            mapped |= pairs
+
+    roots = {name.removeprefix(found.prefix).partition(".")[0] for name in found.mapped}
+    unknown = []
+    for name, source in checkpoint.names.items():
+        if source in mapped or source in ignored:
+            continue
+        inside = name.startswith(found.prefix)
+        inner = name.removeprefix(found.prefix)
+        if inside and inner in _IGNORED:
+            ignored[source] = _IGNORED[inner]
+        elif new_classifier and not (inside and inner.partition(".")[0] in roots):
+            ignored[source] = "not of the network"
+        else:
+            unknown.append(source)
+    if unknown:
+        problems.append(f"{len(unknown)} of its tensors are none of the model ({_some(unknown)})")
+    return mapped, ignored, problems
+
+
+def _shape_problems(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """What shapes differ, in one text if any do."""
+    shapes = [
+        f"{_quote(name)} is {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+        for name, (value, parameter) in pairs.items()
+        if value.shape != parameter.shape
+    ]
+    if not shapes:
+        return []
+    more = f"; {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
+    return [f"{len(shapes)} shapes differ: {'; '.join(shapes[:_SHOWN])}{more}"]
+
+
+def _converted(
+    checkpoint: Checkpoint, mapped: Mapping[str, str], own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The values in the model's dtypes, by the model's names, and what to say about them."""
+    tensors, values = checkpoint.tensors, {}
+    not_finite, dtypes = [], set()
+    for name, target in mapped.items():
+        value = tensors[name].detach()
+        converted = value.to(own[target].dtype)
+        if converted.is_floating_point() and not bool(converted.isfinite().all()):
+            if bool((converted.isinf() & value.isfinite()).any()):
+                raise ValueError(
+                    f"{checkpoint.source}: {_quote(name)} does not fit {converted.dtype}"
+                )
+            not_finite.append(name)
+        if value.dtype != converted.dtype:
+            dtypes.add(f"{value.dtype} to {converted.dtype}")
+        values[target] = converted
+    notes = [f"values were converted from {text}" for text in sorted(dtypes)]
+    if not_finite:
+        notes.append(f"tensors that hold NaN or infinity: {_some(not_finite)}")
+    return values, notes
+
+
+def _value_problem(name: str, value: Tensor, parameter: Tensor) -> str | None:
+    """Why a tensor's values cannot become a parameter's, if they cannot."""
+    if parameter.is_meta:
+        return "the model has no values (it is on the meta device): call to_empty first"
+    if value.is_quantized or value.layout is not torch.strided:
+        kind = "quantized" if value.is_quantized else "sparse"
+        return f"{_quote(name)} is {kind}: expected a dense tensor"
+    if value.is_meta:
+        return f"{_quote(name)} has no values (it is on the meta device)"
+    if value.is_floating_point() != parameter.is_floating_point() or value.is_complex():
+        return f"{_quote(name)} is of {value.dtype}: expected {parameter.dtype}"
+    return None
+
+
+def _quote(name: str) -> str:
+    text = repr(name)
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[: _SHOWN_LETTERS - 4]}...'"
+
+
+def _some(names: Any) -> str:
+    """The first few names."""
+    shown = ", ".join(_quote(name) for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
