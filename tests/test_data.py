@@ -265,7 +265,7 @@ class TestFolder:
         with pytest.raises(DataError, match="has no folder train"):
             load_folder(root / "train")
         (root / "val" / "cow").mkdir()
-        with pytest.raises(DataError, match=r"2 classes and .* 3; only one of them has cow"):
+        with pytest.raises(DataError, match=r"val has classes that .*train does not: cow"):
             load_folder(root)
         (root / "train" / "cow").mkdir()
         with pytest.raises(DataError, match="cow has no images"):
@@ -274,7 +274,7 @@ class TestFolder:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_damaged_image(self, root, workers):
         (root / "train" / "dog" / "2.png").write_bytes(b"no image")
-        with pytest.raises(DataError, match=r"dog.2.png cannot be read"):
+        with pytest.raises(DataError, match=r"dog.2.png: not a picture"):
             list(self.batches(root, workers).epoch(0))
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,16 +16,24 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .augment import Augmentation, Preparation
 from .dataset import DataSet
-from .errors import DataError
+from .errors import DataError, PictureError
 from .images import Shard, augmentation_generator, epoch_order, generator, visits
+from .pictures import check_pictures, list_folders, list_pictures, quiet_decoder, read_picture
 
-__all__ = ["CROP_FRACTION", "FolderBatches", "FolderSet", "load_folder"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["CROP_FRACTION", "FolderBatches", "FolderSet", "leave_out_unreadable", "load_folder"]
 
 _TRAIN = ("train",)
 _TEST = ("val", "test", "valid", "validation")
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+# Mean and standard deviation of ImageNet by channels; those of grey are the averages of the others.
+_IMAGENET: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    1: ((0.449,), (0.226,)),
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+_KINDS = "pictures such as .jpg, .png or .tif"
+_Box = tuple[float, float, float, float]
 # Of a random crop, as is customary.
 _RATIO = 4 / 3
 _ATTEMPTS = 10
@@ -41,25 +49,40 @@ class FolderSet:
     Attributes:
         paths: The files.
         labels: ``(N,)``, int64.
+        channels: 3 if they are read as RGB, 1 if as grey.
     """
 
     paths: tuple[Path, ...]
     labels: Tensor
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def without(self, paths: Collection[Path]) -> FolderSet:
+        """The others."""
+        kept = [number for number, path in enumerate(self.paths) if path not in paths]
+        return FolderSet(
+            tuple(self.paths[number] for number in kept), self.labels[kept], self.channels
+        )
 
-def load_folder(root: Path, name: str = "folder") -> DataSet:
+
+def load_folder(root: Path, name: str = "folder", channels: int = 3) -> DataSet:
     """Finds the images of a folder; every folder of ``train`` is a class.
 
     Args:
-        root: The folder that has ``train`` and ``val`` (or ``test``, ``valid``, ``validation``).
+        root: The folder that has ``train`` and ``val`` (or ``test``, ``valid``, ``validation``),
+            which may lack classes.
         name: What the data set is called.
+        channels: Of the pictures: 3 for RGB, 1 for grey.
 
     Raises:
-        DataError: A folder is missing or empty, or the two have other classes.
+        DataError: A folder is missing or cannot be read, a class has no training images, there are
+            no test images, or some are of a class that ``train`` does not have.
+        ValueError: ``channels`` is neither 1 nor 3.
     """
+    if channels not in _IMAGENET:
+        raise ValueError(f"channels is {channels}: expected 1 or 3")
     folders = []
     for names in (_TRAIN, _TEST):
         found = [root / name for name in names if (root / name).is_dir()]
@@ -67,66 +90,91 @@ def load_folder(root: Path, name: str = "folder") -> DataSet:
             raise DataError(f"{root} has no folder {' or '.join(names)}")
         folders.append(found[0])
     train, test = folders
-    classes = _classes(train)
+    classes = list_folders(train)
     if not classes:
         raise DataError(f"{train} has no folders: expected one for each class")
-    if _classes(test) != classes:
-        only = sorted(set(classes) ^ set(_classes(test)))
+    tested = list_folders(test)
+    unknown = sorted(set(tested) - set(classes))
+    if unknown:
         raise DataError(
-            f"{train} has {len(classes)} classes and {test} {len(_classes(test))}; only one of "
-            f"them has {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
+            f"{test} has classes that {train} does not: {', '.join(unknown[:5])}"
+            f"{', ...' if len(unknown) > 5 else ''}"
         )
+    train_set, train_others = _scan(train, classes, classes, channels)
+    test_set, test_others = _scan(test, tested, classes, channels)
+    without = set(range(len(classes))) - set(train_set.labels.tolist())
+    if without:
+        raise DataError(f"{train / classes[min(without)]} has no images: expected {_KINDS}")
+    if not len(test_set):
+        raise DataError(f"{test} has no images: expected {_KINDS}, in a folder for each class")
+    mean, std = _IMAGENET[channels]
     return DataSet(
         name=name,
-        classes=classes,
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
+        classes=tuple(classes),
+        mean=mean,
+        std=std,
         source_size=None,
-        train=_scan(train, classes),
-        test=_scan(test, classes),
+        train=train_set,
+        test=test_set,
+        skipped=train_others + test_others,
     )
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
-    return tuple(
-        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    )
-
-
-def _scan(folder: Path, classes: Sequence[str]) -> FolderSet:
+def _scan(
+    folder: Path, present: Sequence[str], classes: Sequence[str], channels: int
+) -> tuple[FolderSet, int]:
+    """The pictures of the classes that are present, and the number of other files."""
     paths: list[Path] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = sorted(
-            path
-            for path in (folder / name).rglob("*")
-            if path.suffix.lower() in _SUFFIXES and path.is_file()
-        )
-        if not files:
-            raise DataError(f"{folder / name} has no images: expected {', '.join(_SUFFIXES)}")
-        paths += files
-        labels += [label] * len(files)
-    return FolderSet(tuple(paths), torch.tensor(labels))
+    others = 0
+    for name in present:
+        pictures, rest = list_pictures(folder / name)
+        paths += pictures
+        labels += [classes.index(name)] * len(pictures)
+        others += rest
+    return FolderSet(tuple(paths), torch.tensor(labels, dtype=torch.int64), channels), others
 
 
-def _pillow_loader(path: str) -> Any:
-    from PIL import Image
+def leave_out_unreadable(
+    data: DataSet, workers: int | None = None, progress: bool = True
+) -> tuple[DataSet, list[PictureError]]:
+    """Reads all pictures of a folder, and leaves out those that cannot be read.
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    Args:
+        data: What :func:`load_folder` returned.
+        workers: As of :func:`threshnet_fast.data.pictures.check_pictures`.
+        progress: Likewise.
+
+    Returns:
+        The rest, and what was left out and why. Without any of it, ``data`` itself.
+
+    Raises:
+        DataError: No training image of a class, or no test image, can be read.
+        TypeError: ``data`` is not of a folder.
+    """
+    if not isinstance(data.train, FolderSet) or not isinstance(data.test, FolderSet):
+        raise TypeError(f"data is {data.name}: expected a folder of images")
+    sets = (data.train, data.test)
+    paths = [path for part in sets for path in part.paths]
+    unreadable = check_pictures(paths, workers, data.train.channels, progress)
+    if not unreadable:
+        return data, []
+    train, test = (part.without({path for path, _ in unreadable}) for part in sets)
+    errors = [PictureError(path, reason) for path, reason in unreadable]
+    for label, name in enumerate(data.classes):
+        if label not in train.labels:
+            raise DataError(f"no training image of {name} can be read, for example {errors[0]}")
+    if not len(test):
+        raise DataError(f"no test image can be read, for example {errors[0]}")
+    return replace(data, train=train, test=test), errors
 
 
-def _loader() -> Callable[[str], Any]:
-    """Torchvision's loader, which may be told to decode otherwise, or else Pillow's."""
-    try:
-        from torchvision.datasets.folder import default_loader
-    except ImportError:
-        return _pillow_loader
-    loader: Callable[[str], Any] = default_loader
-    return loader
+def _pillow_loader(path: str, channels: int = 3) -> Image.Image:
+    with quiet_decoder():
+        return read_picture(path, channels)
 
 
-def middle(width: int, height: int, size: tuple[int, int], fraction: float) -> tuple[float, ...]:
+def middle(width: int, height: int, size: tuple[int, int], fraction: float) -> _Box:
     """The largest box of the shape of ``size`` in the middle of a picture, reduced by a fraction.
 
     Args:
@@ -146,7 +194,7 @@ def middle(width: int, height: int, size: tuple[int, int], fraction: float) -> t
 
 def random_box(
     width: int, height: int, size: tuple[int, int], smallest: float, random: torch.Generator
-) -> tuple[float, ...]:
+) -> _Box:
     """A random box of at least a share of a picture's area, of about the shape of ``size``.
 
     Args:
@@ -195,7 +243,7 @@ class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
         self._interpolation = interpolation
         self._seed = seed
         self._augmentation = augmentation
-        self._load = _loader()
+        self._channels = data.channels
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int] | DataError:
         """The pixels and the label, or why there are none."""
@@ -208,10 +256,7 @@ class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
         from PIL import Image
 
         epoch, index, visit = key
-        try:
-            picture = self._load(self._paths[index])
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{self._paths[index]} cannot be read: {error}") from error
+        picture = _pillow_loader(self._paths[index], self._channels)
         width, height = picture.size
         mirrored = False
         if self._augmentation is None:
@@ -224,7 +269,7 @@ class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
             )
         resampling = getattr(Image.Resampling, self._interpolation.upper())
         picture = picture.resize((self._size[1], self._size[0]), resampling, box)
-        pixels = np.array(picture)
+        pixels = np.array(picture).reshape(*self._size, self._channels)
         if mirrored:
             pixels = pixels[:, ::-1].copy()
         return torch.from_numpy(pixels), self._labels[index]

@@ -11,11 +11,22 @@ from torch import Tensor
 
 from .augment import Augmentation, Preparation
 
-__all__ = ["ImageBatches", "ImageSet", "Shard", "generator"]
+__all__ = ["ImageBatches", "ImageSet", "Shard", "generator", "to_grey"]
 
 # Domains of random numbers, so that no two uses of one seed see the same ones.
 _ORDER, _AUGMENTATION = 1, 2
 _MASK = (1 << 63) - 1
+
+
+# Of red, green and blue in what the eye sees as brightness (ITU-R 601), in 65536ths, as in Pillow.
+_LUMINANCE = (19595, 38470, 7471)
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """Brightness of ``(..., 3)`` uint8 as ``(..., 1)``, equal to what Pillow's mode ``L`` is."""
+    red, green, blue = images.to(torch.int32).unbind(-1)
+    levels = red * _LUMINANCE[0] + green * _LUMINANCE[1] + blue * _LUMINANCE[2] + (1 << 15)
+    return (levels >> 16).to(torch.uint8)[..., None]
 
 
 def generator(seed: int, *position: int) -> torch.Generator:

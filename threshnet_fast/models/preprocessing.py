@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["preprocess"]
 
-# Of red, green and blue in what the eye sees as brightness (ITU-R 601).
-_LUMINANCE = (0.299, 0.587, 0.114)
-
 
 def preprocess(pixels: Tensor, info: ModelInfo) -> Tensor:
     """Turns a picture into what a network was trained on.
@@ -25,7 +22,7 @@ def preprocess(pixels: Tensor, info: ModelInfo) -> Tensor:
     it is normalised and resized to ``info.image_size``, as in training.
 
     Args:
-        pixels: ``(3, H, W)``, uint8.
+        pixels: ``(3, H, W)``, uint8; for a network of one channel also ``(1, H, W)``.
         info: What :func:`threshnet_fast.train.read_info` returned.
 
     Returns:
@@ -38,20 +35,20 @@ def preprocess(pixels: Tensor, info: ModelInfo) -> Tensor:
     if not isinstance(pixels, Tensor) or pixels.dtype is not torch.uint8:
         kind = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
         raise TypeError(f"pixels is of {kind}: expected a tensor of torch.uint8")
-    if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
+    channels = len(info.mean)
+    if channels not in (1, 3):
+        raise ValueError(f"info is of a network that takes {channels} channels: expected 1, 3")
+    if pixels.ndim != 3 or pixels.shape[0] not in (3, channels) or not pixels.numel():
         raise ValueError(f"pixels has shape {tuple(pixels.shape)}: expected (3, H, W)")
     from ..data.augment import Preparation
+    from ..data.images import to_grey
 
     side = max(1, round(info.crop_fraction * min(pixels.shape[1:])))
     top, left = ((length - side) // 2 for length in pixels.shape[1:])
-    image = pixels[:, top : top + side, left : left + side].to(torch.float32)
-    if len(info.mean) == 1:
-        image = (image * torch.tensor(_LUMINANCE).view(3, 1, 1)).sum(0, keepdim=True)
-    elif len(info.mean) != 3:
-        raise ValueError(
-            f"info is of a network that takes {len(info.mean)} channels: expected 1, 3"
-        )
-    image = image[None]
+    image = pixels[:, top : top + side, left : left + side]
+    if channels < image.shape[0]:
+        image = to_grey(image.permute(1, 2, 0)).permute(2, 0, 1)
+    image = image.to(torch.float32)[None]
     if info.source_size is not None and side > max(info.source_size):
         image = F.interpolate(
             image, info.source_size, mode="bilinear", antialias=True, align_corners=False
