@@ -18,7 +18,7 @@ import training
 from torch import nn
 
 import threshnet_fast as tf
-from threshnet_fast.cli import main
+from threshnet_fast.cli import build_parser, main
 from threshnet_fast.data import images
 from threshnet_fast.models import registry
 from threshnet_fast.train import (
@@ -76,6 +76,15 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("pictures")
     training.write_folder(root, {"kind 0": 16, "kind 1": 8}, "train")
     return training.write_folder(root, {"kind 0": 4, "kind 1": 4}, "val")
+
+
+def write_damaged(root: Path) -> Path:
+    """Writes a folder with a picture that is cut off; returns that."""
+    for split in ("train", "val"):
+        training.write_folder(root, {"a": 6, "b": 6}, split)
+    picture = root / "train" / "b" / "2.png"
+    picture.write_bytes(picture.read_bytes()[:1000])
+    return picture
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -990,17 +999,61 @@ class TestErrors:
 
     @pytest.mark.parametrize("workers", ["0", "2"])
     def test_unreadable_picture(self, tmp_path, capsys, workers):
-        for split in ("train", "val"):
-            training.write_folder(tmp_path, {"a": 4, "b": 4}, split)
-        picture = tmp_path / "train" / "b" / "2.png"
-        picture.write_bytes(picture.read_bytes()[:100])
+        """Unchecked, its error is that of the step that it belongs to, in whatever process."""
+        picture = write_damaged(tmp_path)
         arguments = training.command(tmp_path, tmp_path / "run", *FOLDER, "--workers", workers)
-        assert main(arguments) == 1
+        self.fails(capsys, [*arguments, "--no-check"], 1, str(picture))
+        assert (tmp_path / "run").exists()
+        shutil.rmtree(tmp_path / "run")
+        assert main([*arguments, "--no-check"]) == 1
         error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert str(picture) in error
         assert "Traceback" not in error
         assert len(error) < 300 + len(str(picture))
+
+    def test_unreadable_picture_is_found_first(self, tmp_path, capsys):
+        picture = write_damaged(tmp_path)
+        other = tmp_path / "val" / "a" / "1.png"
+        other.write_bytes(b"")
+        arguments = training.command(tmp_path, tmp_path / "run", *FOLDER)
+        expected = ("2 of 24 pictures cannot be read", f"{picture}: ", f"{other}: ")
+        self.fails(capsys, [*arguments, "--no-skip-unreadable"], 1, *expected)
+        assert not (tmp_path / "run").exists()
+        assert main(arguments) == 0
+        listed = capsys.readouterr().err.splitlines()
+        assert [line.split(": ")[:2] for line in listed] == [
+            ["left out", str(picture)],
+            ["left out", str(other)],
+        ]
+        with (tmp_path / "run" / "confusion.csv").open(encoding="utf-8", newline="") as file:
+            matrix = [list(map(int, row[1:])) for row in list(csv.reader(file))[1:]]
+        assert [sum(row) for row in matrix] == [5, 6]
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["train_images"] == 11
+        contradicting = [*arguments, "--skip-unreadable", "--no-check"]
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(contradicting)
+        for path in (tmp_path / "train" / "b").iterdir():
+            path.write_bytes(b"")
+        assert main([*arguments, "--skip-unreadable", "--resume"]) == 1
+        assert "no training image of b can be read" in capsys.readouterr().err.splitlines()[-1]
+
+    def test_class_missing_from_the_test_images(self, tmp_path, capsys):
+        training.write_folder(tmp_path, {"a": 6, "b": 6, "c": 6}, "train")
+        training.write_folder(tmp_path, {"a": 4, "c": 4}, "val")
+        (tmp_path / "val" / "b").mkdir()
+        output = tmp_path / "run"
+        assert main(training.command(tmp_path, output, *FOLDER)) == 0
+        for name in ("model.json", "best.json"):
+            info = json.loads((output / name).read_text())
+            assert info["classes"] == ["a", "b", "c"]
+            assert info["test_images"] == 8
+            assert info["class_accuracy"]["b"] is None
+            right = info["class_accuracy"]["a"] + info["class_accuracy"]["c"]
+            assert info["accuracy"] == pytest.approx(right / 2)
+        with (output / "class_accuracy.csv").open(encoding="utf-8", newline="") as file:
+            assert [row["b"] for row in csv.DictReader(file)] == ["", ""]
+        for name in ("class_accuracy.csv", "log.csv", "confusion.csv", "model.json"):
+            assert "nan" not in (output / name).read_text().lower(), name
+        assert "nan" not in capsys.readouterr().out.lower()
 
     def test_output(self, data, tmp_path, capsys):
         file = tmp_path / "file"

@@ -27,6 +27,7 @@ from .arguments import (
     positive_integer,
 )
 from .errors import CommandError
+from .unreadable import add_check_arguments, find_unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept files of the data set that are not as large as the published ones",
     )
+    add_check_arguments(what)
     what.add_argument(
         "--workers",
         type=_integer,
@@ -286,6 +288,7 @@ def _train(
     reporter = processes.together(lambda: _reporter(arguments, recipe, processes))
     recorded = processes.together(lambda: _recorded(arguments))
     data = processes.after_first(lambda: _load_data(arguments))
+    data = _checked(arguments, data, processes)
     settings = processes.together(lambda: _settings(arguments, recipe, data, processes, recorded))
     weights = processes.together(lambda: _class_weights(recipe, data))
     model = processes.together(lambda: _model(settings, processes.device))
@@ -372,6 +375,22 @@ def _load_data(arguments: argparse.Namespace) -> DataSet:
         return sources.load(
             arguments.dataset, arguments.data, not arguments.no_verify, arguments.download
         )
+    except DataError as error:
+        raise CommandError(str(error)) from error
+
+
+def _checked(arguments: argparse.Namespace, data: DataSet, processes: Processes) -> DataSet:
+    """The data set without pictures that cannot be read, where those are to be left out."""
+    from ..data.folder import FolderSet, leave_out_unreadable
+
+    if not isinstance(data.train, FolderSet) or not isinstance(data.test, FolderSet):
+        return data
+    if data.skipped and processes.first:
+        print(f"{data.skipped} files are no pictures by their names", file=sys.stderr)
+    paths = (*data.train.paths, *data.test.paths)
+    unreadable = find_unreadable(arguments, paths, data.train.channels, processes)
+    try:
+        return leave_out_unreadable(data, unreadable=unreadable)[0]
     except DataError as error:
         raise CommandError(str(error)) from error
 

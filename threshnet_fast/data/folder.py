@@ -136,7 +136,10 @@ def _scan(
 
 
 def leave_out_unreadable(
-    data: DataSet, workers: int | None = None, progress: bool = True
+    data: DataSet,
+    workers: int | None = None,
+    progress: bool = True,
+    unreadable: Sequence[tuple[Path, str]] | None = None,
 ) -> tuple[DataSet, list[PictureError]]:
     """Reads all pictures of a folder, and leaves out those that cannot be read.
 
@@ -144,6 +147,7 @@ def leave_out_unreadable(
         data: What :func:`load_folder` returned.
         workers: As of :func:`threshnet_fast.data.pictures.check_pictures`.
         progress: Likewise.
+        unreadable: What that function returned, where it was called already.
 
     Returns:
         The rest, and what was left out and why. Without any of it, ``data`` itself.
@@ -155,8 +159,9 @@ def leave_out_unreadable(
     if not isinstance(data.train, FolderSet) or not isinstance(data.test, FolderSet):
         raise TypeError(f"data is {data.name}: expected a folder of images")
     sets = (data.train, data.test)
-    paths = [path for part in sets for path in part.paths]
-    unreadable = check_pictures(paths, workers, data.train.channels, progress)
+    if unreadable is None:
+        paths = [path for part in sets for path in part.paths]
+        unreadable = check_pictures(paths, workers, data.train.channels, progress)
     if not unreadable:
         return data, []
     train, test = (part.without({path for path, _ in unreadable}) for part in sets)
