@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import training
@@ -861,6 +862,162 @@ class TestResume:
         assert main([*arguments, "--resume"]) == 0
         assert (output / "confusion.png").exists()
         self.same(whole, output)
+
+
+class TestStartingWeights:
+    @pytest.fixture
+    def first_state(self, monkeypatch) -> list[dict[str, torch.Tensor]]:
+        """The weights that each run begins with."""
+        seen = []
+        original = loop.Trainer.run
+
+        def run(trainer):
+            state = trainer._model.state_dict()
+            seen.append({name: tensor.clone() for name, tensor in state.items()})
+            original(trainer)
+
+        monkeypatch.setattr(loop.Trainer, "run", run)
+        return seen
+
+    @pytest.mark.parametrize("kind", ["run", "safetensors", "json", "pth", "bare"])
+    def test_other_number_of_classes(self, folder, tmp_path, randomised, first_state, kind, capsys):
+        model = randomised(training.build())
+        info = dataclasses.replace(INFO, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+        source = tmp_path / "from" / "model.safetensors"
+        source.parent.mkdir()
+        save_model(source, model, info)
+        if kind == "pth":
+            source = tmp_path / "a.pth.tar"
+            wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
+            torch.save({"state_dict": wrapped, "epoch": 3}, source)
+        if kind == "bare":
+            source.with_suffix(".json").unlink()
+        if kind == "json":
+            source = source.with_suffix(".json")
+        if kind == "run":
+            source = source.parent
+        output = tmp_path / "run"
+        arguments = training.command(folder, output, *FOLDER, "--weights", str(source))
+        assert main(arguments) == 0
+        assert "; new: base.9.2.weight, base.9.2.bias" in capsys.readouterr().err
+        fresh = training.build(2).state_dict()
+        for name, tensor in first_state[0].items():
+            if fresh[name].shape == model.state_dict()[name].shape:
+                assert torch.equal(tensor, model.state_dict()[name]), name
+            else:
+                assert tensor.shape == fresh[name].shape
+        described = kind in ("run", "safetensors", "json")
+        assert read_info(output).mean == (info.mean if described else (0.485, 0.456, 0.406))
+        assert read_info(output).std == (info.std if described else (0.229, 0.224, 0.225))
+
+    def test_same_classes_keep_the_classifier(self, data, tmp_path, randomised, first_state):
+        model = randomised(training.build())
+        source = save_model(tmp_path / "a.safetensors", model, INFO)
+        assert main(training.command(data, tmp_path / "run", "--weights", str(source))) == 0
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(first_state[0][name], tensor), name
+
+    def test_shipped(self, tmp_path, first_state, data):
+        arguments = training.command(data, tmp_path / "run", "--epochs", "1")
+        arguments[1] = "threshnet79"
+        assert main([*arguments, "--weights", "cifar10", "--batch-size", "50"]) == 0
+        shipped = tf.create_model("threshnet79", pretrained="cifar10").state_dict()
+        assert all(torch.equal(first_state[0][name], shipped[name]) for name in shipped)
+
+    def test_resuming_needs_them_only_at_the_start(
+        self, folder, tmp_path, randomised, monkeypatch, capsys
+    ):
+        source = tmp_path / "a.safetensors"
+        info = dataclasses.replace(INFO, mean=(0.4, 0.5, 0.6))
+        save_model(source, randomised(training.build()), info)
+        output, whole = tmp_path / "run", tmp_path / "whole"
+        arguments = training.command(folder, output, *FOLDER)
+        given = ["--weights", str(source)]
+        assert main([*training.command(folder, whole, *FOLDER), *given]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Trainer, "run", lambda trainer: (_ for _ in ()).throw(OSError()))
+            assert main([*arguments, *given]) == 1
+        capsys.readouterr()
+        assert main([*arguments, "--resume"]) == 2
+        assert "--weights must name again" in capsys.readouterr().err
+        other = save_model(tmp_path / "b.safetensors", training.build(), info)
+        assert main([*arguments, "--resume", "--weights", str(other)]) == 2
+        assert "starts from others" in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            stop_at(patch, 4)
+            assert main([*arguments, "--resume", *given]) == 130
+        source.unlink()
+        assert main([*arguments, "--resume"]) == 0
+        assert files.sha256(output / "model.safetensors") == files.sha256(
+            whole / "model.safetensors"
+        )
+        assert (output / "model.json").read_bytes() == (whole / "model.json").read_bytes()
+
+    def test_refused(self, data, tmp_path, capsys):
+        output = tmp_path / "run"
+        arguments = training.command(data, output)
+
+        def fails(weights: object, *parts: str, options: tuple[str, ...] = ()) -> None:
+            assert main([*arguments, "--weights", str(weights), *options]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert len(error) < 1000
+            for part in parts:
+                assert part in error
+            assert not output.exists()
+
+        fails(tmp_path / "none.pth", "none.pth", "no such file")
+        fails("cifar100", "no trained weights of tiny are shipped")
+        fails(tmp_path, "model.safetensors")
+        info = dataclasses.replace(INFO, model="threshnet79")
+        source = save_model(tmp_path / "a.safetensors", training.build(), info)
+        fails(source, "those of threshnet79, not of tiny")
+        save_model(source, training.build(), INFO)
+        fails(source, "expected --in-chans 3", options=("--in-chans", "1"))
+        content = bytearray(source.read_bytes())
+        source.write_bytes(content[:200])
+        fails(source, "a.safetensors")
+        torch.save({"a": torch.zeros(3), "b": torch.zeros(3)}, tmp_path / "a.pth")
+        fails(tmp_path / "a.pth", "a.pth")
+
+
+class TestGrey:
+    @pytest.mark.parametrize("kind", ["folder", "cifar10"])
+    def test_one_channel(self, kind, folder, data, tmp_path, capsys):
+        output = tmp_path / "run"
+        options = (*FOLDER, "--workers", "2") if kind == "folder" else ()
+        root = folder if kind == "folder" else data
+        assert main([*training.command(root, output, *options), "--in-chans", "1"]) == 0
+        model, info = load_model(output)
+        assert info.arguments["in_chans"] == 1
+        assert len(info.mean) == len(info.std) == 1
+        if kind == "folder":
+            assert info.mean[0] == pytest.approx(sum((0.485, 0.456, 0.406)) / 3, abs=1e-3)
+        assert model.in_chans == 1
+        assert model(torch.randn(1, 1, 32, 32)).shape == (1, len(info.classes))
+        if kind == "folder":
+            picture = folder / "val" / "kind 1" / "1.png"
+            capsys.readouterr()
+            assert main(["predict", str(picture), "--checkpoint", str(output), "--json"]) == 0
+            answer = json.loads(capsys.readouterr().out)["results"][0]["predictions"]
+            from PIL import Image
+
+            # 0.875 of 32 pixels in the middle, enlarged to 32, grey and normalised.
+            grey = torch.from_numpy(np.array(Image.open(picture).convert("L"))[2:30, 2:30])
+            x = grey[None, None].float()
+            x = torch.nn.functional.interpolate(x, (32, 32), mode="bilinear")
+            with torch.no_grad():
+                shares = model((x / 255 - info.mean[0]) / info.std[0]).softmax(1)[0]
+            for entry in answer:
+                expected = shares[entry["index"]].item()
+                assert entry["probability"] == pytest.approx(expected, abs=1e-3)
+
+    def test_other_channels_do_not_resume(self, folder, tmp_path, capsys):
+        arguments = training.command(folder, tmp_path / "run", *FOLDER, "--epochs", "1")
+        assert main([*arguments, "--in-chans", "1"]) == 0
+        capsys.readouterr()
+        assert main([*arguments, "--resume"]) == 2
+        assert "in_chans was 1, not 3" in capsys.readouterr().err
 
 
 class Scripted:

@@ -17,7 +17,7 @@ NAME = "tiny"
 CIFAR10_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
 
 
-def build(num_classes: int = 10, drop_rate: float = 0.0) -> tf.ThreshNet:
+def build(num_classes: int = 10, drop_rate: float = 0.0, in_chans: int = 3) -> tf.ThreshNet:
     """A network that trains in milliseconds."""
     return tf.ThreshNet(
         first_channels=(8, 16),
@@ -28,6 +28,7 @@ def build(num_classes: int = 10, drop_rate: float = 0.0) -> tf.ThreshNet:
         growth_rates=(8, 12),
         num_classes=num_classes,
         drop_rate=drop_rate,
+        in_chans=in_chans,
     )
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ..train.progress import SilentReporter
     from ..train.recipes import Recipe
     from ..train.settings import Settings
+    from ..train.weights import ModelInfo
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -101,6 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that read a folder's images (default 2)",
     )
     what.add_argument(
+        "--in-chans",
+        type=int,
+        choices=(1, 3),
+        default=3,
+        help="channels of the pictures and of the network's input: 3 colours (default), or 1, grey",
+    )
+    what.add_argument(
         "--image-size",
         type=image_size,
         metavar="SIZE",
@@ -114,6 +123,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     how = parser.add_argument_group("recipe")
+    how.add_argument(
+        "--weights",
+        metavar="PATH|NAME",
+        help="start from trained weights, with a new classifier where they have another number of "
+        "classes: a file or a folder of a run, of another package, or the name of shipped ones, "
+        "such as cifar10",
+    )
     how.add_argument(
         "--recipe",
         choices=("modern", "paper"),
@@ -289,9 +305,12 @@ def _train(
     recorded = processes.together(lambda: _recorded(arguments))
     data = processes.after_first(lambda: _load_data(arguments))
     data = _checked(arguments, data, processes)
-    settings = processes.together(lambda: _settings(arguments, recipe, data, processes, recorded))
+    start = processes.together(lambda: _start(arguments, recorded))
+    settings = processes.together(
+        lambda: _settings(arguments, recipe, data, processes, recorded, start)
+    )
     weights = processes.together(lambda: _class_weights(recipe, data))
-    model = processes.together(lambda: _model(settings, processes.device))
+    model = processes.together(lambda: _model(settings, start, reporter, processes.device))
     processes.together(lambda: _lock(output, stack) if processes.first else None)
     try:
         trainer = _trainer(arguments, settings, data, model, weights, reporter, processes)
@@ -373,7 +392,11 @@ def _load_data(arguments: argparse.Namespace) -> DataSet:
 
     try:
         return sources.load(
-            arguments.dataset, arguments.data, not arguments.no_verify, arguments.download
+            arguments.dataset,
+            arguments.data,
+            not arguments.no_verify,
+            arguments.download,
+            arguments.in_chans,
         )
     except DataError as error:
         raise CommandError(str(error)) from error
@@ -389,10 +412,71 @@ def _checked(arguments: argparse.Namespace, data: DataSet, processes: Processes)
         print(f"{data.skipped} files are no pictures by their names", file=sys.stderr)
     paths = (*data.train.paths, *data.test.paths)
     unreadable = find_unreadable(arguments, paths, data.train.channels, processes)
+    return processes.together(lambda: leave_out_unreadable(data, unreadable=unreadable)[0])
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The trained weights that a run starts from.
+
+    Attributes:
+        path: The file or folder; None where there are none, or a checkpoint goes before them.
+        sha256: Of the file of weights; also of those that a resumed run has started from.
+        info: What is known of them, if anything is.
+    """
+
+    path: Path | None = None
+    sha256: str = ""
+    info: ModelInfo | None = None
+
+
+def _start(arguments: argparse.Namespace, recorded: dict[str, Any] | None) -> _Start:
+    from ..models.pretrained import find_pretrained
+    from ..train import checkpoint
+    from ..train.files import sha256
+    from ..train.weights import DEFAULT_NAME, read_info
+
+    before = "" if recorded is None else str(recorded.get("weights", ""))
+    if recorded is not None and checkpoint.exists(arguments.output):
+        return _Start(sha256=before)
+    if arguments.weights is None:
+        if before:
+            raise CommandError(
+                f"--output {arguments.output} has no checkpoint yet: its run starts from weights, "
+                "which --weights must name again",
+                status=2,
+            )
+        return _Start()
+    path = Path(arguments.weights)
     try:
-        return leave_out_unreadable(data, unreadable=unreadable)[0]
-    except DataError as error:
-        raise CommandError(str(error)) from error
+        if not path.exists():
+            if len(path.parts) > 1 or path.suffix:
+                raise FileNotFoundError("there is no such file or folder")
+            path = find_pretrained(arguments.model, arguments.weights).path
+        file = path / DEFAULT_NAME if path.is_dir() else path.with_suffix(".safetensors")
+        described = path.is_dir() or file.with_suffix(".json").is_file()
+        info = read_info(path) if described else None
+        digest = sha256(file if described else path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--weights {arguments.weights}: {error}", status=2) from error
+    if info is not None:
+        _check_description(arguments, info)
+    if recorded is not None and digest != before:
+        raise CommandError(
+            f"--weights {arguments.weights}: the run in {arguments.output} starts from others",
+            status=2,
+        )
+    return _Start(path, digest, info)
+
+
+def _check_description(arguments: argparse.Namespace, info: ModelInfo) -> None:
+    problem = None
+    if info.model != arguments.model:
+        problem = f"they are those of {info.model}, not of {arguments.model}"
+    elif len(info.mean) != arguments.in_chans:
+        problem = f"they are for {len(info.mean)} channels: expected --in-chans {len(info.mean)}"
+    if problem is not None:
+        raise CommandError(f"--weights {arguments.weights}: {problem}", status=2)
 
 
 def _settings(
@@ -401,9 +485,15 @@ def _settings(
     data: DataSet,
     processes: Processes,
     recorded: dict[str, Any] | None,
+    start: _Start,
 ) -> Settings:
     from ..train.settings import Settings, differences
 
+    mean, std = data.mean, data.std
+    if start.info is not None:
+        mean, std = start.info.mean, start.info.std
+    elif start.path is None and recorded is not None and start.sha256:
+        mean, std = tuple(recorded["mean"]), tuple(recorded["std"])
     settings = Settings(
         model=arguments.model,
         dataset=data.name,
@@ -418,6 +508,10 @@ def _settings(
         amp=arguments.amp or "",
         sync_batchnorm=arguments.sync_batchnorm,
         classes=data.classes,
+        in_chans=arguments.in_chans,
+        mean=mean,
+        std=std,
+        weights=start.sha256,
     )
     if settings.train_images < settings.images_per_step:
         raise CommandError(
@@ -445,20 +539,26 @@ def _class_weights(recipe: Recipe, data: DataSet) -> Tensor | None:
         raise CommandError(f"--class-weights balanced: {error}", status=2) from error
 
 
-def _model(settings: Settings, place: torch.device) -> nn.Module:
+def _model(
+    settings: Settings, start: _Start, reporter: SilentReporter, place: torch.device
+) -> nn.Module:
     """Builds the network, and sees that it takes what it is going to be given."""
     from ..models import create_model
 
     torch.manual_seed(settings.seed)
-    drop_rate = settings.recipe.drop_rate
-    dropout: dict[str, Any] = {"drop_rate": drop_rate} if drop_rate else {}
+    arguments = _network_arguments(settings)
+    if settings.recipe.drop_rate:
+        arguments["drop_rate"] = settings.recipe.drop_rate
     try:
-        model = create_model(settings.model, num_classes=settings.num_classes, **dropout)
+        model = create_model(settings.model, **arguments)
+        if start.path is not None:
+            _load_weights(model, start.path, reporter)
         model.to(place)
         # Missing from the annotations of Module.to.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        image = torch.zeros(1, settings.in_chans, *settings.image_size, device=place)
         with use_backend("reference"), torch.no_grad():
-            outputs = model.eval()(torch.zeros(1, 3, *settings.image_size, device=place))
+            outputs = model.eval()(image)
     except (TypeError, ValueError) as error:
         raise CommandError(f"{settings.model} cannot be trained so: {error}", status=2) from error
     if outputs.shape != (1, settings.num_classes):
@@ -467,6 +567,23 @@ def _model(settings: Settings, place: torch.device) -> nn.Module:
             f"{settings.num_classes} classes"
         )
     return model
+
+
+def _network_arguments(settings: Settings) -> dict[str, Any]:
+    """Keywords for ``create_model``, as the description of the trained model has them."""
+    channels = {} if settings.in_chans == 3 else {"in_chans": settings.in_chans}
+    return {"num_classes": settings.num_classes, **channels}
+
+
+def _load_weights(model: nn.Module, path: Path, reporter: SilentReporter) -> None:
+    from ..models import load_checkpoint
+
+    try:
+        report = load_checkpoint(path, model, new_classifier=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise CommandError(f"--weights {path}: {error}", status=2) from error
+    new = f"; new: {', '.join(report.initialised)}" if report.initialised else ""
+    reporter.note(f"starts from {len(report.mapped)} tensors of {report.source}{new}")
 
 
 def _trainer(
@@ -486,7 +603,9 @@ def _trainer(
     from ..train.weights import ModelInfo
 
     recipe, device = settings.recipe, processes.device
-    preparation = Preparation(data.mean, data.std, settings.image_size, settings.interpolation)
+    preparation = Preparation(
+        settings.mean, settings.std, settings.image_size, settings.interpolation
+    )
     shard = Shard(processes.rank, processes.count)
     train = make_batches(
         data.train,
@@ -505,15 +624,16 @@ def _trainer(
     info = ModelInfo(
         model=settings.model,
         classes=data.classes,
-        mean=data.mean,
-        std=data.std,
+        mean=settings.mean,
+        std=settings.std,
         image_size=settings.image_size,
-        arguments={"num_classes": settings.num_classes},
+        arguments=_network_arguments(settings),
         source_size=data.source_size,
         interpolation=settings.interpolation,
         crop_fraction=CROP_FRACTION if data.source_size is None else 1.0,
         dataset=data.name,
         recipe=settings.to_json()["recipe"],
+        extra={"initial_weights_sha256": settings.weights} if settings.weights else {},
     )
     options = Options(
         backend=arguments.backend,

@@ -73,13 +73,17 @@ def find_unreadable(
         found |= dict(check_pictures(unreadable, channels=channels, progress=False))
     reasons = [(path, found.get(path, "cannot be read")) for path in unreadable]
     lines = [f"{printable(path)}: {reason}" for path, reason in reasons]
-    if lines and not arguments.skip_unreadable:
-        rest = f"; {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        raise CommandError(
-            f"{len(lines)} of {len(paths)} pictures cannot be read: {'; '.join(lines[:_SHOWN])}"
-            f"{rest}; mend or remove them, or leave them out by --skip-unreadable"
-        )
-    if processes.first:
+
+    def tell() -> None:
+        if lines and not arguments.skip_unreadable:
+            rest = f"; {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+            raise CommandError(
+                f"{len(lines)} of {len(paths)} pictures cannot be read: "
+                f"{'; '.join(lines[:_SHOWN])}{rest}; mend or remove them, or leave them out by "
+                "--skip-unreadable"
+            )
         for line in lines:
             print(f"left out: {line}", file=sys.stderr)
+
+    processes.together(lambda: tell() if processes.first else None)
     return reasons

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .files import sha256, sync_folder, write_json, write_tensors
 
-__all__ = ["Checkpoint", "load_latest", "optimizer_tensors", "restore_optimizer", "save"]
+__all__ = ["Checkpoint", "exists", "load_latest", "optimizer_tensors", "restore_optimizer", "save"]
 
 FORMAT = "threshnet_fast checkpoint"
 # The first version has neither the format nor a checksum of state.json: it is still read.
@@ -139,6 +139,11 @@ def _folders(output: Path) -> Iterator[Path]:
         numbered = [(tuple(map(int, match.groups())), path) for match, path in found if match]
         for _, path in sorted(numbered, reverse=True):
             yield path
+
+
+def exists(output: Path) -> bool:
+    """Whether a run has a checkpoint, whole or not."""
+    return next(_folders(output), None) is not None
 
 
 def load_latest(
