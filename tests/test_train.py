@@ -1304,6 +1304,7 @@ def test_evaluation_counts():
             yield torch.tensor([[0.0, 0, 5]]), torch.tensor([2])
 
     result = loop.evaluate(nn.Identity(), Batches(), 3)
+    assert result.top5_accuracy == 1.0
     assert result.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
     assert result.count == 3
     assert result.accuracy == pytest.approx(2 / 3)

@@ -16,6 +16,7 @@ __all__ = [
     "check_model",
     "device",
     "image_size",
+    "natural_number",
     "positive_float",
     "positive_integer",
 ]
@@ -32,6 +33,13 @@ def positive_integer(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
     return number
+
+
+def natural_number(text: str) -> int:
+    """An integer from 0 up."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 0 up")
+    return int(text)
 
 
 def positive_float(text: str) -> float:

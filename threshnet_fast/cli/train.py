@@ -24,6 +24,7 @@ from .arguments import (
     check_model,
     device,
     image_size,
+    natural_number,
     positive_float,
     positive_integer,
 )
@@ -69,13 +70,6 @@ def _number(text: str) -> float:
     return number
 
 
-def _integer(text: str) -> int:
-    """An integer from 0 up."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 0 up")
-    return int(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument(
@@ -97,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_check_arguments(what)
     what.add_argument(
         "--workers",
-        type=_integer,
+        type=natural_number,
         default=2,
         metavar="N",
         help="processes that read a folder's images (default 2)",
@@ -155,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--momentum", type=_number, metavar="X")
     how.add_argument("--weight-decay", type=_number, metavar="X")
     how.add_argument(
-        "--padding", type=_integer, metavar="N", help="pixels of random shifts; 0 for none"
+        "--padding", type=natural_number, metavar="N", help="pixels of random shifts; 0 for none"
     )
     how.add_argument(
         "--crop-scale",
@@ -179,7 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("uniform", "balanced"),
         help="of an epoch's images: balanced shows as many of each class",
     )
-    how.add_argument("--seed", type=_integer, default=0, metavar="N", help="default 0")
+    how.add_argument("--seed", type=natural_number, default=0, metavar="N", help="default 0")
     how.add_argument(
         "--accumulate",
         type=positive_integer,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
+from ..text import printable
 from .augment import Augmentation, Preparation
 from .dataset import DataSet
 from .errors import DataError, PictureError
@@ -23,7 +24,14 @@ from .pictures import check_pictures, list_folders, list_pictures, quiet_decoder
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CROP_FRACTION", "FolderBatches", "FolderSet", "leave_out_unreadable", "load_folder"]
+__all__ = [
+    "CROP_FRACTION",
+    "FolderBatches",
+    "FolderSet",
+    "leave_out_unreadable",
+    "load_folder",
+    "load_test_folder",
+]
 
 _TRAIN = ("train",)
 _TEST = ("val", "test", "valid", "validation")
@@ -118,6 +126,38 @@ def load_folder(root: Path, name: str = "folder", channels: int = 3) -> DataSet:
         test=test_set,
         skipped=train_others + test_others,
     )
+
+
+def load_test_folder(root: Path, classes: Sequence[str], channels: int = 3) -> FolderSet:
+    """Finds the images of a folder for the evaluation of a network that knows some classes.
+
+    Args:
+        root: The folder that has a folder for each class, or one that has ``val`` (or ``test``,
+            ``valid``, ``validation``) with those.
+        classes: Names of the network's classes, in the order of its outputs, which the labels
+            follow; some may have no folder.
+        channels: Of the pictures: 3 for RGB, 1 for grey.
+
+    Raises:
+        DataError: A folder is missing or cannot be read, has no images, or is none of the classes.
+    """
+    if not root.is_dir():
+        raise DataError(f"there is no folder {printable(root)}")
+    folder = next((root / name for name in _TEST if (root / name).is_dir()), root)
+    present = list_folders(folder)
+    unknown = sorted(set(present) - set(classes))
+    if unknown:
+        names = ", ".join(map(printable, unknown[:5]))
+        raise DataError(
+            f"{printable(folder)} has folders that are no classes of the model: {names}"
+            f"{', ...' if len(unknown) > 5 else ''}"
+        )
+    images, _ = _scan(folder, present, classes, channels)
+    if not len(images):
+        raise DataError(
+            f"{printable(folder)} has no images: expected {_KINDS}, in a folder for each class"
+        )
+    return images
 
 
 def _scan(
@@ -241,7 +281,9 @@ class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
         interpolation: str,
         seed: int,
         augmentation: Augmentation | None,
+        crop_fraction: float,
     ) -> None:
+        self._crop_fraction = crop_fraction
         self._paths = [str(path) for path in data.paths]
         self._labels = data.labels.tolist()
         self._size = size
@@ -265,7 +307,7 @@ class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
         width, height = picture.size
         mirrored = False
         if self._augmentation is None:
-            box = middle(width, height, self._size, CROP_FRACTION)
+            box = middle(width, height, self._size, self._crop_fraction)
         else:
             random = augmentation_generator(self._seed, epoch, index, visit)
             box = random_box(width, height, self._size, self._augmentation.smallest, random)
@@ -295,6 +337,8 @@ class FolderBatches:
         device: Where the batches are wanted.
         workers: Processes that read; 0 reads in this one.
         balanced: As :func:`~threshnet_fast.data.images.epoch_order` takes it.
+        crop_fraction: Share of a picture's shorter side that an evaluation looks at.
+        source_size: What pictures are reduced to before ``preparation`` has them; None: its size.
     """
 
     def __init__(
@@ -308,6 +352,8 @@ class FolderBatches:
         device: torch.device | str = "cpu",
         workers: int = 0,
         balanced: bool = False,
+        crop_fraction: float = CROP_FRACTION,
+        source_size: tuple[int, int] | None = None,
     ) -> None:
         self._labels = data.labels
         self._balanced = balanced
@@ -319,7 +365,12 @@ class FolderBatches:
         self._device = torch.device(device)
         self._workers = workers
         self._pictures = _Pictures(
-            data, preparation.size, preparation.interpolation, seed, augmentation
+            data,
+            source_size or preparation.size,
+            preparation.interpolation,
+            seed,
+            augmentation,
+            crop_fraction,
         )
 
     def __len__(self) -> int:

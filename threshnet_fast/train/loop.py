@@ -33,6 +33,8 @@ __all__ = ["Evaluation", "Options", "Stopped", "Trainer", "TrainingDiverged", "e
 # The domain of the random numbers of a step, dropout's; data/images.py has those of the images.
 _STEP = 3
 _EMA_EVERY = 4
+# Of the most probable classes, how many are looked at beside the first.
+_BEST = 5
 # Steps between two looks at whether the loss is a number, each of which waits for the device.
 _CHECK_EVERY = 50
 # Steps between two agreements of several processes on a GPU, likewise.
@@ -106,10 +108,12 @@ class Evaluation:
     Attributes:
         loss: Mean cross entropy.
         confusion: ``confusion[i, j]`` images of class i were taken for class j.
+        among_best: Images whose class is among the five most probable.
     """
 
     loss: float
     confusion: Tensor
+    among_best: int = 0
 
     @property
     def count(self) -> int:
@@ -120,6 +124,11 @@ class Evaluation:
     def accuracy(self) -> float:
         """Share of right answers."""
         return int(self.confusion.diagonal().sum()) / self.count
+
+    @property
+    def top5_accuracy(self) -> float:
+        """Share of images whose class is among the five most probable."""
+        return self.among_best / self.count
 
     @property
     def class_accuracy(self) -> list[float | None]:
@@ -257,17 +266,25 @@ def evaluate(
     device = processes.device
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     loss = torch.zeros(1, dtype=torch.float64, device=device)
+    among_best = torch.zeros(1, dtype=torch.int64, device=device)
     for images, labels in batches.all():
         logits = _wide(model(images))
+        best = logits.topk(min(_BEST, num_classes), 1).indices
+        among_best += (best == labels[:, None]).any(1).sum()
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         pairs = labels * num_classes + logits.argmax(1)
         confusion += torch.bincount(pairs, minlength=num_classes * num_classes)
     processes.sum(confusion)
     processes.sum(loss)
+    processes.sum(among_best)
     count = int(confusion.sum())
     if not count:
         raise ValueError("there are no test images")
-    return Evaluation(loss.item() / count, confusion.view(num_classes, num_classes).cpu())
+    return Evaluation(
+        loss.item() / count,
+        confusion.view(num_classes, num_classes).cpu(),
+        int(among_best),
+    )
 
 
 class Trainer:
