@@ -22,6 +22,7 @@ from .images import Shard, augmentation_generator, epoch_order, generator, visit
 from .pictures import check_pictures, list_folders, list_pictures, quiet_decoder, read_picture
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
 
 __all__ = [
@@ -237,6 +238,27 @@ def middle(width: int, height: int, size: tuple[int, int], fraction: float) -> _
     return left, top, left + box_width, top + box_height
 
 
+def cut_out(
+    picture: Image.Image, box: _Box, size: tuple[int, int], interpolation: str
+) -> NDArray[np.uint8]:
+    """Resizes a box of a picture.
+
+    Args:
+        picture: RGB or grey.
+        box: Left, top, right, bottom.
+        size: Height and width of the result.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
+
+    Returns:
+        ``(*size, C)``.
+    """
+    from PIL import Image
+
+    resampling = Image.Resampling[interpolation.upper()]
+    pixels = np.array(picture.resize((size[1], size[0]), resampling, box))
+    return pixels.reshape(*size, len(picture.getbands()))
+
+
 def random_box(
     width: int, height: int, size: tuple[int, int], smallest: float, random: torch.Generator
 ) -> _Box:
@@ -300,8 +322,6 @@ class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
             return error
 
     def _read(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
-        from PIL import Image
-
         epoch, index, visit = key
         picture = _pillow_loader(self._paths[index], self._channels)
         width, height = picture.size
@@ -314,9 +334,7 @@ class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
             mirrored = self._augmentation.flip and bool(
                 torch.randint(0, 2, (), generator=random).item()
             )
-        resampling = getattr(Image.Resampling, self._interpolation.upper())
-        picture = picture.resize((self._size[1], self._size[0]), resampling, box)
-        pixels = np.array(picture).reshape(*self._size, self._channels)
+        pixels = cut_out(picture, box, self._size, self._interpolation)
         if mirrored:
             pixels = pixels[:, ::-1].copy()
         return torch.from_numpy(pixels), self._labels[index]

@@ -18,6 +18,7 @@ Training, evaluation, ``predict`` and ``bench`` read a picture by :func:`read_pi
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -319,7 +320,7 @@ def list_pictures(folder: Path) -> tuple[list[Path], int]:
         for entry, is_folder in _entries(place):
             path = place / entry.name
             if not is_folder:
-                wanted = is_picture(path) and (entry.is_file() or not path.exists())
+                wanted = is_picture(path) and (path.is_file() or not path.exists())
                 pictures += [path] if wanted else []
                 others += not wanted
                 continue
@@ -345,13 +346,22 @@ def _entries(folder: Path) -> list[tuple[os.DirEntry[str], bool]]:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
             return [
-                (entry, entry.is_dir())
+                (entry, _is_folder(entry))
                 for entry in entries
                 if not entry.name.startswith(".") and entry.name != "__MACOSX"
             ]
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"{printable(folder)}: the folder cannot be read: {reason}") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def check_pictures(
