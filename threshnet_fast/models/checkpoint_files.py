@@ -48,8 +48,6 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     # An unpickler raises whatever a malformed file leads it to.
     except Exception as error:
         raise ValueError(f"{path} {_reason(error)}") from error

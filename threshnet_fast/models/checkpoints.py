@@ -253,7 +253,7 @@ def _canonical_names(label: str, tensors: Mapping[str, Tensor]) -> dict[str, str
 def _own_classifier(model: nn.Module) -> str | None:
     """What the names of the classifier's parameters begin with, or None without a classifier."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return canonical(linear[-1] + ".") if linear else None
+    return canonical(linear[-1] + ".") if linear and linear[-1] else None
 
 
 def _find_classifier(
@@ -337,7 +337,12 @@ def _assign(
     found, tensors = checkpoint.found, checkpoint.tensors
     by_canonical = {canonical(name): name for name in own}
     mapped = {checkpoint.names[name]: by_canonical[target] for name, target in found.mapped.items()}
-    ignored: dict[str, str] = {}
+    ignored = {
+        name: "a counter that is no integer"
+        for name, target in mapped.items()
+        if target.endswith(COUNTER) and (tensors[name].ndim or tensors[name].is_floating_point())
+    }
+    mapped = {name: target for name, target in mapped.items() if name not in ignored}
     problems: list[str] = []
     classifier = _own_classifier(model)
     if checkpoint.classifier is None:

@@ -7,12 +7,12 @@ if it holds every one of those names, behind one common prefix. Nothing is match
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["COUNTER", "Match", "canonical", "is_dotted", "match", "rename_keys"]
 
@@ -49,18 +49,23 @@ def rename_keys(module: nn.Module, state: MutableMapping[str, Any], prefix: str)
         prefix: What the names of the module begin with.
     """
     names = [name for name in state if name.startswith(prefix)]
-    start = len(prefix)
-    if any(canonical(name[start:]) != name[start:] for name in names):
-        own = {canonical(name): prefix + name for name in module.state_dict()}
+    own = {prefix + name for name, _ in _named_tensors(module)}
+    if not own.issuperset(names):
+        by_canonical = {canonical(name.removeprefix(prefix)): name for name in own}
         for name in names:
-            target = own.get(canonical(name[start:]))
-            if target is not None and target not in state:
+            target = by_canonical.get(canonical(name.removeprefix(prefix)), name)
+            if target not in state:
                 state[target] = state.pop(name)
-    if names and not any(name.endswith(COUNTER) for name in names):
+    if not any(name.endswith(COUNTER) for name in names):
         for name, buffer in module.named_buffers():
             if name.endswith(COUNTER) and prefix + name.replace(COUNTER, "running_mean") in state:
                 value = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer
                 state[prefix + name] = value
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 _Rule = tuple[str, str | Callable[[re.Match[str]], str]]
