@@ -19,7 +19,7 @@ import torch
 from PIL import Image, features
 
 from threshnet_fast.cli.pictures import load_picture
-from threshnet_fast.data import folder, pictures
+from threshnet_fast.data import pictures
 from threshnet_fast.data.augment import Preparation
 from threshnet_fast.data.errors import DataError, PictureError
 from threshnet_fast.data.folder import (
@@ -572,9 +572,7 @@ class TestFolder:
         with pytest.raises(ValueError, match="channels is 2"):
             load_folder(root, channels=2)
 
-    def test_training_sees_the_pixels_that_predict_sees(self, root, monkeypatch):
-        # The whole picture rather than its middle.
-        monkeypatch.setattr(folder, "CROP_FRACTION", 1.0)
+    def test_training_sees_the_pixels_that_predict_sees(self, root):
         for name in ("sixteen.png", "rgba.tif", "palette.gif", "cmyk.tif", "grey.jfif"):
             write(root / "train" / "a", name)
         paths = load_folder(root).train.paths
@@ -582,7 +580,10 @@ class TestFolder:
         for path in paths:
             expected = load_picture(str(path)).pixels
             preparation = Preparation((0.0,) * 3, (1.0,) * 3, tuple(expected.shape[1:]))
-            batches = FolderBatches(FolderSet((path,), torch.tensor([0])), preparation, 1)
+            # The whole picture rather than its middle.
+            batches = FolderBatches(
+                FolderSet((path,), torch.tensor([0])), preparation, 1, crop_fraction=1.0
+            )
             images, _ = next(batches.all())
             assert torch.equal((images[0] * 255).round().to(torch.uint8), expected)
 

@@ -6,15 +6,17 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .arguments import check_device, check_model, device, natural_number, positive_integer
 from .errors import CommandError
+from .pictures import load_picture
 from .unreadable import add_check_arguments, find_unreadable
 
 if TYPE_CHECKING:
@@ -181,6 +183,29 @@ def _images(
     return replace(data.test, labels=labels[data.test.labels]), []
 
 
+class _Photographs:
+    """Pictures of any size for a network that was trained on small ones, seen as by ``predict``."""
+
+    def __init__(self, images: FolderSet, info: ModelInfo, size: int, place: torch.device) -> None:
+        self._images = images
+        self._info = info
+        self._size = size
+        self._place = place
+
+    def all(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields every image once, in order."""
+        from ..models.preprocessing import preprocess
+
+        channels = self._images.channels
+        for start in range(0, len(self._images), self._size):
+            part = slice(start, start + self._size)
+            inputs = [
+                preprocess(load_picture(str(path), "", channels).pixels, self._info)
+                for path in self._images.paths[part]
+            ]
+            yield torch.cat(inputs).to(self._place), self._images.labels[part].to(self._place)
+
+
 def _batches(
     images: FolderSet | ImageSet,
     info: ModelInfo,
@@ -193,6 +218,8 @@ def _batches(
 
     preparation = Preparation(info.mean, info.std, info.image_size, info.interpolation)
     size = arguments.batch_size
+    if isinstance(images, FolderSet) and info.source_size is not None:
+        return _Photographs(images, info, size, place)
     if isinstance(images, FolderSet):
         return FolderBatches(
             images,
@@ -201,7 +228,6 @@ def _batches(
             device=place,
             workers=arguments.workers,
             crop_fraction=info.crop_fraction,
-            source_size=info.source_size,
         )
     return ImageBatches(images, preparation, size, device=place)
 

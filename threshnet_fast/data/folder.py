@@ -356,7 +356,6 @@ class FolderBatches:
         workers: Processes that read; 0 reads in this one.
         balanced: As :func:`~threshnet_fast.data.images.epoch_order` takes it.
         crop_fraction: Share of a picture's shorter side that an evaluation looks at.
-        source_size: What pictures are reduced to before ``preparation`` has them; None: its size.
     """
 
     def __init__(
@@ -371,7 +370,6 @@ class FolderBatches:
         workers: int = 0,
         balanced: bool = False,
         crop_fraction: float = CROP_FRACTION,
-        source_size: tuple[int, int] | None = None,
     ) -> None:
         self._labels = data.labels
         self._balanced = balanced
@@ -384,7 +382,7 @@ class FolderBatches:
         self._workers = workers
         self._pictures = _Pictures(
             data,
-            source_size or preparation.size,
+            preparation.size,
             preparation.interpolation,
             seed,
             augmentation,
