@@ -345,6 +345,7 @@ class TestRefusals:
             (lambda v: v.to("meta"), "meta device"),
             (lambda v: v.reshape(1, -1), "shapes differ"),
             (lambda v: torch.zeros(1).expand(1 << 40), "shapes differ"),
+            (lambda v: torch.zeros(1).expand(len(v)), "has fewer values than that"),
             (lambda v: v.tolist(), "missing"),
             (lambda v: None, "missing"),
         ],

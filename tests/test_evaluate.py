@@ -208,6 +208,19 @@ def test_pictures_are_seen_as_by_predict(tmp_path, capsys):
     assert found.labels.tolist() == [3] * 6 + [5] * 6
 
 
+def test_weights_of_others(data, tmp_path, capsys):
+    """They do not say what their classes are called: folders by number are theirs."""
+    import threshnet_fast as tf
+
+    network = tf.create_model("densenet_bc_100", num_classes=2)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "a.pth.tar")
+    for number, name in enumerate("ab"):
+        shutil.copytree(data / "val" / name, tmp_path / "data" / str(number))
+    result = evaluated(capsys, tmp_path / "a.pth.tar", "--data", tmp_path / "data")
+    assert result["model"] == "densenet_bc_100"
+    assert {name: entry["images"] for name, entry in result["classes"].items()} == {"0": 4, "1": 6}
+
+
 def test_errors(data, model, tmp_path, capsys):
     fails(capsys, 2, "did you mean 'threshnet79'", "threshnet78", "--data", data)
     fails(capsys, 2, "no trained weights of hardnet68", "hardnet68", "--data", data)
@@ -221,4 +234,4 @@ def test_errors(data, model, tmp_path, capsys):
     network, info = load_model(model)
     network.base[0].conv.weight.data.fill_(float("nan"))
     save_model(tmp_path / "nan.safetensors", network, dataclasses.replace(info, extra={}))
-    fails(capsys, 1, "gives no numbers", tmp_path / "nan.safetensors", "--data", data)
+    fails(capsys, 2, "holds NaN", tmp_path / "nan.safetensors", "--data", data)

@@ -177,7 +177,7 @@ class TestWeights:
             ({"classes": ["a"]}, "num_classes is 10, but 1 classes"),
             ({"std": [0.2, 0.2]}, "3 and 2 of 3"),
             ({"std": [0.2, 0.2, 0]}, "above 0"),
-            ({"mean": None}, "TypeError"),
+            ({"mean": None}, "mean is None, expected a list of finite numbers"),
             ({"interpolation": "lanczos"}, "lanczos"),
             ({"crop_fraction": 2}, "crop_fraction"),
             ({"image_size": [0, 3]}, "image_size"),

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a run, NAME.safetensors, or the name of a model with shipped weights",
+        help="folder of a run, NAME.safetensors, weights of others (.pth, .pt), or the name of a "
+        "model with shipped weights",
     )
     parser.add_argument(
         "--pretrained", metavar="NAME", help="which of the shipped weights, where there are several"
@@ -136,14 +137,19 @@ def _on(place: torch.device) -> Any:
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo]:
     from ..models import create_model
     from ..models.pretrained import find_pretrained
-    from ..train.weights import load_model
+    from ..train.weights import check_finite
+    from .foreign import load_any
 
     path = Path(arguments.model)
     try:
         if path.exists() or len(path.parts) > 1 or path.suffix:
             if arguments.pretrained is not None:
                 raise CommandError("--pretrained: MODEL is a file, leave this out", status=2)
-            return load_model(path)
+            model, info, assumed = load_any(path, None)
+            check_finite(model)
+            if assumed is not None:
+                print(f"threshnet-fast evaluate: {assumed}", file=sys.stderr)
+            return model, info
         check_model(arguments.model)
         weights = find_pretrained(arguments.model, arguments.pretrained or True)
         return create_model(arguments.model, pretrained=weights.tag).eval(), weights.info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ SUMMARY = "classify pictures"
 DESCRIPTION = """\
 Prints the most probable classes of each picture. Of a folder, all pictures in it and below are
 taken. The model is one that comes with the package, by default ThreshNet79 trained on CIFAR-10,
-or, with --checkpoint, one that threshnet-fast train or export has written.
+or, with --checkpoint, one that threshnet-fast train, export or convert has written, or a file of
+weights of another package (.pth, .pt, .safetensors; docs/checkpoints.md), whose network --model
+names.
 
 A network answers with one of its classes whatever it is shown: the default one knows airplane,
 automobile, bird, cat, deer, dog, frog, horse, ship and truck, and nothing else."""
@@ -56,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained", metavar="NAME", help=f"its trained weights (default {_PRETRAINED})"
     )
     which.add_argument(
-        "--checkpoint", metavar="PATH", help="instead: folder of a run, or NAME.safetensors"
+        "--checkpoint",
+        metavar="PATH",
+        help="instead: folder of a run, NAME.safetensors, or weights of others (.pth, .pt)",
     )
     how = parser.add_argument_group("how to run it")
     how.add_argument("--top", type=positive_integer, default=_TOP, metavar="N", help="default 5")
@@ -138,18 +143,9 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo, dict[str
     """The network, its description, and where it is from."""
     from ..models import create_model
     from ..models.pretrained import find_pretrained
-    from ..train.weights import load_model
 
     if arguments.checkpoint is not None:
-        for name in ("model", "pretrained"):
-            if getattr(arguments, name) is not None:
-                raise CommandError(
-                    f"--{name}: a checkpoint says what it is, leave this out or --checkpoint", 2
-                )
-        try:
-            model, info = load_model(arguments.checkpoint)
-        except (OSError, ValueError) as error:
-            raise CommandError(f"--checkpoint {arguments.checkpoint}: {error}", status=2) from error
+        model, info = _load_checkpoint(arguments)
         return model, info, {"checkpoint": arguments.checkpoint}
     name = arguments.model or _MODEL
     check_model(name)
@@ -159,6 +155,23 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo, dict[str
     except ValueError as error:
         raise CommandError(str(error), status=2) from error
     return model, weights.info, {"pretrained": weights.tag}
+
+
+def _load_checkpoint(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo]:
+    from ..train.weights import check_finite
+    from .foreign import load_any
+
+    path = arguments.checkpoint
+    if arguments.pretrained is not None:
+        raise CommandError("--pretrained: leave this out or --checkpoint", status=2)
+    try:
+        model, info, assumed = load_any(path, arguments.model)
+        check_finite(model)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--checkpoint {path}: {error}", status=2) from error
+    if assumed is not None:
+        print(f"threshnet-fast predict: {assumed}", file=sys.stderr)
+    return model, info
 
 
 def _classify(

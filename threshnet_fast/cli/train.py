@@ -428,7 +428,7 @@ def _start(arguments: argparse.Namespace, recorded: dict[str, Any] | None) -> _S
     from ..models.pretrained import find_pretrained
     from ..train import checkpoint
     from ..train.files import sha256
-    from ..train.weights import DEFAULT_NAME, read_info
+    from ..train.weights import DEFAULT_NAME, is_pair, read_info
 
     before = "" if recorded is None else str(recorded.get("weights", ""))
     if recorded is not None and checkpoint.exists(arguments.output):
@@ -448,7 +448,7 @@ def _start(arguments: argparse.Namespace, recorded: dict[str, Any] | None) -> _S
                 raise FileNotFoundError("there is no such file or folder")
             path = find_pretrained(arguments.model, arguments.weights).path
         file = path / DEFAULT_NAME if path.is_dir() else path.with_suffix(".safetensors")
-        described = path.is_dir() or file.with_suffix(".json").is_file()
+        described = is_pair(path)
         info = read_info(path) if described else None
         digest = sha256(file if described else path)
     except (OSError, ValueError) as error:

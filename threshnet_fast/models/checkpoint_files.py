@@ -35,6 +35,8 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
         ValueError: It is no file of weights, is damaged, or would run code.
         OSError: It cannot be read.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path} is no file: expected one of weights")
     with path.open("rb") as file:

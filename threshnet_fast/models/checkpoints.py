@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .checkpoint_files import read_checkpoint
 from .layouts import COUNTER, Match, canonical, is_dotted, match
+from .registry import create_model, list_models
 
-__all__ = ["Checkpoint", "CheckpointReport", "load_checkpoint", "open_checkpoint"]
+__all__ = ["CheckpointReport", "create_from_checkpoint", "load_checkpoint"]
 
 # Averaged weights first: they are what the accuracy of a run that keeps them is measured with.
 _CONTAINERS = (
@@ -83,7 +84,7 @@ class CheckpointReport:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class _Checkpoint:
     """The weights in a file, and how their names correspond to those of a model.
 
     Attributes:
@@ -104,10 +105,6 @@ class Checkpoint:
     found: Match
     names: Mapping[str, str]
     classifier: tuple[str, str] | None
-
-    def source_name(self, own: str) -> str:
-        """The name in the file of one of the model's parameters, which the file has."""
-        return next(self.names[name] for name, target in self.found.mapped.items() if target == own)
 
 
 def load_checkpoint(
@@ -142,27 +139,96 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
-    checkpoint = open_checkpoint(source, model)
-    return _load(checkpoint, model, new_classifier)
+    return _load(_open(*_read(source), model), model, new_classifier)
 
 
-def open_checkpoint(
-    source: str | os.PathLike[str] | Mapping[str, Any], model: nn.Module
-) -> Checkpoint:
-    """Reads weights, and finds the names of a model's parameters among theirs.
+def create_from_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any], name: str | None = None
+) -> tuple[str, nn.Module, CheckpointReport]:
+    """Builds the registered model that weights belong to, and loads them.
 
-    The classifier may have another size than the model's, or be absent.
+    The number of classes and of input channels is that of the weights.
 
     Args:
         source: As in :func:`load_checkpoint`.
-        model: As there; it needs no values.
+        name: One of :func:`list_models`; None for the only one that the weights fit.
+
+    Returns:
+        The model's name, the model, in float32 and evaluation mode, and what was loaded.
 
     Raises:
         TypeError: As :func:`load_checkpoint`.
         FileNotFoundError: As there.
-        ValueError: As there; sizes are not compared.
+        ValueError: As there; or ``name`` is no model; or None is given and the weights fit none,
+            or several.
     """
     label, content = _read(source)
+    if name is None:
+        fitting = [
+            other
+            for other in list_models()
+            if (model := _without_values(other)) is not None and _fits(label, content, model)
+        ]
+        if len(fitting) != 1:
+            raise ValueError(
+                f"{label}: its names and shapes are those of "
+                f"{', '.join(fitting) if fitting else 'no registered model'}: say which it is"
+                + ("" if fitting else f", of {', '.join(list_models())}")
+            )
+        name = fitting[0]
+    with torch.device("meta"):
+        empty = create_model(name)
+    checkpoint = _open(label, content, empty)
+    if checkpoint.classifier is None:
+        raise ValueError(
+            f"{label} has no classifier, or none that is one linear layer: expected a whole network"
+        )
+    options: dict[str, Any] = {"num_classes": len(checkpoint.tensors[checkpoint.classifier[1]])}
+    own, found = _first_weights(checkpoint, empty)
+    if own.shape[1:2] != found.shape[1:2] and found.ndim == own.ndim:
+        options["in_chans"] = found.shape[1]
+    with torch.device("meta"):
+        _check(checkpoint, create_model(name, **options), False)
+    model = create_model(name, **options)
+    return name, model.eval(), _load(checkpoint, model, False)
+
+
+def _without_values(name: str) -> nn.Module | None:
+    """A registered model on the meta device, or None where it cannot be built there as it is."""
+    try:
+        with torch.device("meta"):
+            return create_model(name)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _fits(label: str, content: Mapping[Any, Any], model: nn.Module) -> bool:
+    """Whether weights are those of a model, but for its classes and the channels of its input."""
+    try:
+        checkpoint = _open(label, content, model)
+    except ValueError:
+        return False
+    shapes = {canonical(name): value.shape for name, value in model.state_dict().items()}
+    first = _first_weights(checkpoint, model)[1]
+    return all(
+        (value := checkpoint.tensors[checkpoint.names[name]]).shape == shapes[own]
+        or value is first
+        or COUNTER in own
+        for name, own in checkpoint.found.mapped.items()
+    )
+
+
+def _first_weights(checkpoint: _Checkpoint, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The weight of the first convolution in a model, and what the file has for it."""
+    own = {canonical(name): value for name, value in model.state_dict().items()}
+    name, target = next(
+        (name, target) for name, target in checkpoint.found.mapped.items() if own[target].ndim > 1
+    )
+    return own[target], checkpoint.tensors[checkpoint.names[name]]
+
+
+def _open(label: str, content: Mapping[Any, Any], model: nn.Module) -> _Checkpoint:
+    """Finds the names of a model's parameters in a file; sizes are not compared."""
     own = {canonical(name): value for name, value in model.state_dict().items()}
     classifier = _own_classifier(model)
     trunk = [name for name in own if classifier is None or not name.startswith(classifier)]
@@ -180,7 +246,7 @@ def open_checkpoint(
             found = matches[0]
             rest = {name: names[name] for name in names if name not in found.mapped}
             head = _find_classifier(tensors, rest, found, own, classifier)
-            return Checkpoint(label, container, tensors, others, found, names, head)
+            return _Checkpoint(label, container, tensors, others, found, names, head)
         score = len(matches[0].mapped) if matches else 0
         if best is None or score > best[0]:
             best = (score, _difference(names, trunk, matches))
@@ -198,9 +264,9 @@ def _read(source: Any) -> tuple[str, Mapping[Any, Any]]:
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source is a {type(source).__name__}: expected a path or a dict")
     path = Path(source)
-    if path.is_dir() or path.suffix == ".json":
-        from ..train.weights import load_state
+    from ..train.weights import is_pair, load_state
 
+    if is_pair(path):
         return str(path), load_state(path, None)
     return str(path), read_checkpoint(path)
 
@@ -295,20 +361,11 @@ def _difference(names: Mapping[str, str], trunk: list[str], matches: list[Match]
     )
 
 
-def _load(checkpoint: Checkpoint, model: nn.Module, new_classifier: bool) -> CheckpointReport:
+def _load(checkpoint: _Checkpoint, model: nn.Module, new_classifier: bool) -> CheckpointReport:
+    mapped, ignored = _check(checkpoint, model, new_classifier)
     own = model.state_dict()
-    mapped, ignored, problems = _assign(checkpoint, model, own, new_classifier)
-    tensors = checkpoint.tensors
-    problems += _shape_problems({name: (tensors[name], own[mapped[name]]) for name in mapped})
-    problems += [
-        problem
-        for name, target in mapped.items()
-        if (problem := _value_problem(name, tensors[name], own[target])) is not None
-    ][:_SHOWN]
-    if problems:
-        kind = type(model).__name__
-        raise ValueError(f"{checkpoint.source} does not fit {kind}: {'; '.join(problems)}")
-
+    if any(own[target].is_meta for target in mapped.values()):
+        raise ValueError("model is on the meta device and has no values: call to_empty first")
     found = checkpoint.found
     values, notes = _converted(checkpoint, mapped, own)
     if found.note:
@@ -330,8 +387,30 @@ def _load(checkpoint: Checkpoint, model: nn.Module, new_classifier: bool) -> Che
     )
 
 
+def _check(
+    checkpoint: _Checkpoint, model: nn.Module, new_classifier: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The model's name of each tensor of the file, and why others are left out.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    own, tensors = model.state_dict(), checkpoint.tensors
+    mapped, ignored, problems = _assign(checkpoint, model, own, new_classifier)
+    problems += _shape_problems({name: (tensors[name], own[mapped[name]]) for name in mapped})
+    problems += [
+        problem
+        for name, target in mapped.items()
+        if (problem := _value_problem(name, tensors[name], own[target])) is not None
+    ][:_SHOWN]
+    if problems:
+        kind = type(model).__name__
+        raise ValueError(f"{checkpoint.source} does not fit {kind}: {'; '.join(problems)}")
+    return mapped, ignored
+
+
 def _assign(
-    checkpoint: Checkpoint, model: nn.Module, own: Mapping[str, Tensor], new_classifier: bool
+    checkpoint: _Checkpoint, model: nn.Module, own: Mapping[str, Tensor], new_classifier: bool
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """The model's name of each tensor of the file, why others are left out, and what is wrong."""
     found, tensors = checkpoint.found, checkpoint.tensors
@@ -396,7 +475,7 @@ def _shape_problems(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
 
 
 def _converted(
-    checkpoint: Checkpoint, mapped: Mapping[str, str], own: Mapping[str, Tensor]
+    checkpoint: _Checkpoint, mapped: Mapping[str, str], own: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The values in the model's dtypes, by the model's names, and what to say about them."""
     tensors, values = checkpoint.tensors, {}
@@ -421,13 +500,13 @@ def _converted(
 
 def _value_problem(name: str, value: Tensor, parameter: Tensor) -> str | None:
     """Why a tensor's values cannot become a parameter's, if they cannot."""
-    if parameter.is_meta:
-        return "the model has no values (it is on the meta device): call to_empty first"
     if value.is_quantized or value.layout is not torch.strided:
         kind = "quantized" if value.is_quantized else "sparse"
         return f"{_quote(name)} is {kind}: expected a dense tensor"
     if value.is_meta:
         return f"{_quote(name)} has no values (it is on the meta device)"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return f"{_quote(name)} of shape {tuple(value.shape)} has fewer values than that"
     if value.is_floating_point() != parameter.is_floating_point() or value.is_complex():
         return f"{_quote(name)} is of {value.dtype}: expected {parameter.dtype}"
     return None
