@@ -845,6 +845,15 @@ class TestResume:
         assert main(training.command(data, whole)) == 0
         self.same(whole, output)
 
+    def test_epochs_are_those_of_the_run_by_default(self, data, tmp_path, whole, monkeypatch):
+        arguments = training.command(data, tmp_path / "run")
+        with monkeypatch.context() as patch:
+            stop_at(patch, 3)
+            assert main(arguments) == 130
+        number = arguments.index("--epochs")
+        assert main([*arguments[:number], *arguments[number + 2 :], "--resume"]) == 0
+        self.same(whole, tmp_path / "run")
+
     def test_fewer_epochs(self, data, tmp_path, capsys):
         arguments = training.command(data, tmp_path / "run")
         assert main(arguments) == 0
@@ -1191,7 +1200,9 @@ class TestErrors:
         for path in (tmp_path / "train" / "b").iterdir():
             path.write_bytes(b"")
         assert main([*arguments, "--skip-unreadable", "--resume"]) == 1
-        assert "no training image of b can be read" in capsys.readouterr().err.splitlines()[-1]
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "no training image of b can be read" in error
+        assert "--debug" not in error
 
     def test_class_missing_from_the_test_images(self, tmp_path, capsys):
         training.write_folder(tmp_path, {"a": 6, "b": 6, "c": 6}, "train")

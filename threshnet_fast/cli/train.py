@@ -55,6 +55,10 @@ _DATASETS = ("cifar10", "cifar100", "svhn", "svhn-extra", "folder")
 # Of the images of a folder.
 _FOLDER_SIZE = (224, 224)
 _TEST_BATCH = 250
+_WRITTEN = (
+    *("model.safetensors", "model.json", "best.safetensors", "best.json", "log.csv"),
+    *("class_accuracy.csv", "confusion.csv", "confusion.png", "curves.png"),
+)
 # Seconds that a process waits for another, which may be downloading.
 _TIMEOUT = 1800.0
 
@@ -295,8 +299,10 @@ def _train(
     if arguments.amp == "float16" and processes.device.type == "cpu":
         raise CommandError("--amp float16 needs a GPU: on the CPU, take bfloat16", status=2)
     # Everything that can be wrong is found before anything is written.
-    reporter = processes.together(lambda: _reporter(arguments, recipe, processes))
     recorded = processes.together(lambda: _recorded(arguments))
+    if arguments.epochs is None and recorded is not None:
+        recipe = dataclasses.replace(recipe, epochs=_recorded_epochs(recorded, recipe.epochs))
+    reporter = processes.together(lambda: _reporter(arguments, recipe, processes))
     data = processes.after_first(lambda: _load_data(arguments))
     data = _checked(arguments, data, processes)
     start = processes.together(lambda: _start(arguments, recorded))
@@ -368,6 +374,13 @@ def _recorded(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return recorded
 
 
+def _recorded_epochs(recorded: dict[str, Any], default: int) -> int:
+    """For how many epochs a run was meant to go, where the command does not say."""
+    recipe = recorded.get("recipe")
+    epochs = recipe.get("epochs") if isinstance(recipe, dict) else None
+    return epochs if type(epochs) is int and epochs > 0 else default
+
+
 def _lock(output: Path, stack: contextlib.ExitStack) -> None:
     """Makes the folder, and keeps other runs out of it until the stack closes."""
     import fcntl
@@ -406,7 +419,10 @@ def _checked(arguments: argparse.Namespace, data: DataSet, processes: Processes)
         print(f"{data.skipped} files are no pictures by their names", file=sys.stderr)
     paths = (*data.train.paths, *data.test.paths)
     unreadable = find_unreadable(arguments, paths, data.train.channels, processes)
-    return processes.together(lambda: leave_out_unreadable(data, unreadable=unreadable)[0])
+    try:
+        return processes.together(lambda: leave_out_unreadable(data, unreadable=unreadable)[0])
+    except DataError as error:
+        raise CommandError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -487,7 +503,7 @@ def _settings(
     if start.info is not None:
         mean, std = start.info.mean, start.info.std
     elif start.path is None and recorded is not None and start.sha256:
-        mean, std = tuple(recorded["mean"]), tuple(recorded["std"])
+        mean, std = (_recorded_numbers(recorded, name) for name in ("mean", "std"))
     settings = Settings(
         model=arguments.model,
         dataset=data.name,
@@ -520,6 +536,13 @@ def _settings(
             status=2,
         )
     return settings
+
+
+def _recorded_numbers(recorded: dict[str, Any], name: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, recorded[name]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"config.json of the run is damaged: {name}: {error!r}") from error
 
 
 def _class_weights(recipe: Recipe, data: DataSet) -> Tensor | None:
@@ -656,15 +679,13 @@ def _finish(trainer: Trainer, classes: tuple[str, ...], output: Path) -> None:
 
     assert trainer.evaluation is not None
     confusion = trainer.evaluation.confusion
-    written = ["model.safetensors", "model.json", "best.safetensors", "best.json"]
-    written += ["log.csv", "class_accuracy.csv", "confusion.csv"]
     figures.write_confusion(output / "confusion.csv", confusion, classes)
     try:
         figures.draw_curves(output / "curves.png", trainer.progress.rows)
         figures.draw_confusion(output / "confusion.png", confusion, classes)
-        written += ["curves.png", "confusion.png"]
     except ImportError as error:
         print(f"no pictures: {error}", file=sys.stderr)
+    written = [name for name in _WRITTEN if (output / name).exists()]
     print(f"wrote {', '.join(written)} to {output}")
 
 
