@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from .dataset import DataSet
-from .download import check_md5, fetch, unpack
+from .download import Published, fetch, unpack
 from .errors import DataError
 from .images import ImageSet
 from .unpickling import load_dictionary
@@ -74,7 +74,7 @@ class Cifar:
         name: As ``--dataset`` takes it.
         folder: The folder in its archive.
         archive: Name of the archive.
-        md5: Checksum of the archive.
+        published: Its size and checksum.
         train: Files of the training images, with the records of each.
         test: Likewise of the test images.
         names: File of the classes' names, a line each.
@@ -88,7 +88,7 @@ class Cifar:
     name: str
     folder: str
     archive: str
-    md5: str
+    published: Published
     train: dict[str, int]
     test: dict[str, int]
     names: str
@@ -122,11 +122,11 @@ class Cifar:
         if pickled is not None:
             return self._load_pickles(pickled, verify)
         if missing and download:
-            fetch(self.url, archive, self.md5)
+            fetch(self.url, archive, self.published)
             unpack(archive, root / self.folder, (*self.train, *self.test, self.names))
             folder, missing = self._find(root)
         elif verify and archive.is_file():
-            check_md5(archive, self.md5)
+            self.published.check(archive)
         if missing:
             raise DataError(
                 f"{self.name}: no {missing[0]} in {root} or {root / self.folder}: expected the "
@@ -224,7 +224,9 @@ CIFAR10 = Cifar(
     name="cifar10",
     folder="cifar-10-batches-bin",
     archive="cifar-10-binary.tar.gz",
-    md5="c32a1d4ab5d03f1284b67883e8d87530",
+    published=Published(
+        170052171, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+    ),
     train={f"data_batch_{number}.bin": 10000 for number in range(1, 6)},
     test={"test_batch.bin": 10000},
     names="batches.meta.txt",
@@ -246,7 +248,9 @@ CIFAR100 = Cifar(
     name="cifar100",
     folder="cifar-100-binary",
     archive="cifar-100-binary.tar.gz",
-    md5="03b5dce01913d631647c71ecec9e9cb8",
+    published=Published(
+        168513733, "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"
+    ),
     train={"train.bin": 50000},
     test={"test.bin": 10000},
     names="fine_label_names.txt",
