@@ -10,6 +10,7 @@ import re
 import torch
 
 from .errors import CommandError
+from .machine import usable_processors
 
 __all__ = [
     "check_device",
@@ -19,9 +20,11 @@ __all__ = [
     "natural_number",
     "positive_float",
     "positive_integer",
+    "threads",
 ]
 
 _LARGEST = 65536
+_THREADS, _THREADS_PER_PROCESSOR = 64, 4
 
 
 def positive_integer(text: str) -> int:
@@ -40,6 +43,20 @@ def natural_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 0 up")
     return int(text)
+
+
+def threads(text: str) -> int:
+    """A number of threads, from 1 to what can hardly be meant.
+
+    Making tens of thousands ends the process, in OpenMP, without an exception.
+    """
+    number = positive_integer(text)
+    most = max(_THREADS, _THREADS_PER_PROCESSOR * usable_processors())
+    if number > most:
+        raise argparse.ArgumentTypeError(
+            f"{number}: expected at most {most} threads on {usable_processors()} processors"
+        )
+    return number
 
 
 def positive_float(text: str) -> float:

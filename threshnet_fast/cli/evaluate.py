@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_device, check_model, device, natural_number, positive_integer
+from .arguments import check_device, check_model, device, natural_number, positive_integer, threads
 from .errors import CommandError
 from .pictures import load_picture
 from .unreadable import add_check_arguments, find_unreadable
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu (default), cuda or cuda:N",
     )
-    how.add_argument("--threads", type=positive_integer, metavar="N", help="default: torch's")
+    how.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
     how.add_argument(
         "--backend", default="auto", metavar="NAME", help="as use_backend takes it (default auto)"
     )

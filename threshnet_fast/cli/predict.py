@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..text import printable
-from .arguments import check_device, check_model, device, positive_integer
+from .arguments import check_device, check_model, device, positive_integer, threads
 from .errors import CommandError, print_error
 from .pictures import load_picture
 
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu (default), cuda or cuda:N",
     )
-    how.add_argument("--threads", type=positive_integer, metavar="N", help="default: torch's")
+    how.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
     how.add_argument(
         "--backend", default="auto", metavar="NAME", help="as use_backend takes it (default auto)"
     )

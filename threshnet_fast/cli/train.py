@@ -27,6 +27,7 @@ from .arguments import (
     natural_number,
     positive_float,
     positive_integer,
+    threads,
 )
 from .errors import CommandError
 from .unreadable import add_check_arguments, find_unreadable
@@ -206,7 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu (default), cuda or cuda:1; of several processes each takes a GPU of its own",
     )
-    where.add_argument("--threads", type=positive_integer, metavar="N", help="default: torch's")
+    where.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
     where.add_argument("--backend", default="auto", metavar="NAME", help="as use_backend takes it")
 
     files = parser.add_argument_group("files")
