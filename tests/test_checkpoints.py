@@ -371,6 +371,14 @@ class TestRefusals:
     def test_names_of_any_length(self, refused):
         refused({f"{'x' * 10**6}\n{i}": torch.ones(2) for i in range(50)}, "no layout")
 
+    def test_many_names_and_one_dict_in_many_places(self, refused):
+        one = torch.ones(1)
+        refused({f"{i}.features.conv0.weight": one for i in range(20_000)}, "missing")
+        content: dict = {f"{i}": one for i in range(1000)}
+        for _ in range(5):
+            content = dict.fromkeys(("state_dict", "model", "net", "ema", "params"), content)
+        refused(content, "no tensors|no layout")
+
     def test_nothing_in_it(self, refused):
         refused({}, "no tensors")
         refused({"state_dict": {}}, "no tensors")
@@ -637,6 +645,17 @@ class TestFiles:
         ours = densenet()
         tf.load_checkpoint(tmp_path / "a.safetensors", ours)
         assert torch.equal(ours.classifier.weight, STATE["classifier.weight"])
+
+    def test_safetensors_whose_length_reads_as_html(self, tmp_path):
+        from safetensors.torch import save
+
+        content = save(OrderedDict(nn.Linear(2, 2).state_dict()))
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip().ljust(0x13C)
+        data = content[8 + int.from_bytes(content[:8], "little") :]
+        path = tmp_path / "a.bin"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+        assert path.read_bytes().startswith(b"<")
+        assert len(tf.load_checkpoint(path, nn.Linear(2, 2)).mapped) == 2
 
     def test_what_training_writes(self, tmp_path):
         trained = save_random(tmp_path / "model.safetensors")

@@ -41,9 +41,10 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
         raise ValueError(f"{path} is no file: expected one of weights")
     with path.open("rb") as file:
         head = file.read(512)
-    _check_beginning(path, head)
-    if head[8:9] == b"{":
+    # The length of the header, below 2^32, and the header, which is JSON.
+    if head[4:9] == b"\0\0\0\0{":
         return _read_safetensors(path)
+    _check_beginning(path, head)
     if zipfile.is_zipfile(path):
         _check_archive(path)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,33 +273,32 @@ def _read(source: Any) -> tuple[str, Mapping[Any, Any]]:
 
 
 def _candidates(
-    content: Mapping[Any, Any], name: str = "", depth: int = 0
+    content: Mapping[Any, Any],
 ) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
-    """Yields the dicts of tensors in a file: key, tensors, and why the rest is none of them."""
-    tensors = {
-        key: value
-        for key, value in content.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
-    if len(tensors) > 1:
-        others = {
-            str(key): "no tensor"
-            for key, value in content.items()
-            if not isinstance(value, Tensor) or not isinstance(key, str)
+    """Yields the dicts of tensors in a file, the outermost first.
+
+    Each with the key under which it was found and the reason why each other entry is not taken.
+    """
+    waiting: list[tuple[tuple[str, ...], Mapping[Any, Any], dict[str, str]]] = [((), content, {})]
+    seen: set[int] = set()
+    for keys, inner, outside in waiting:
+        if id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        names = {key: ".".join([*keys, _text(key)]) for key in inner}
+        tensors = {
+            key: value
+            for key, value in inner.items()
+            if isinstance(key, str) and isinstance(value, Tensor)
         }
-        yield name, tensors, others
-    if depth == _MAX_DEPTH:
-        return
-    keys = [key for key in _CONTAINERS if isinstance(content.get(key), Mapping)]
-    for key in keys:
-        inner = f"{name}.{key}" if name else key
-        rest = {
-            f"{name}.{other}" if name else str(other): _other_reason(other, key)
-            for other in content
-            if other != key
-        }
-        for container, tensors, others in _candidates(content[key], inner, depth + 1):
-            yield container, tensors, {**rest, **others}
+        if len(tensors) > 1:
+            others = {names[key]: "no tensor" for key in inner if key not in tensors}
+            yield ".".join(keys), tensors, {**outside, **others}
+        if len(keys) < _MAX_DEPTH:
+            for key in _CONTAINERS:
+                if isinstance(inner.get(key), Mapping):
+                    others = {names[k]: _other_reason(k, key) for k in inner if k != key}
+                    waiting.append(((*keys, key), inner[key], {**outside, **others}))
 
 
 def _other_reason(key: Any, chosen: str) -> str:
@@ -510,6 +510,10 @@ def _value_problem(name: str, value: Tensor, parameter: Tensor) -> str | None:
     if value.is_floating_point() != parameter.is_floating_point() or value.is_complex():
         return f"{_quote(name)} is of {value.dtype}: expected {parameter.dtype}"
     return None
+
+
+def _text(key: Any) -> str:
+    return key if isinstance(key, str) else reprlib.repr(key)
 
 
 def _quote(name: str) -> str:

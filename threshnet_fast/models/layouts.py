@@ -26,6 +26,8 @@ _WRAPPER = re.compile(
 # "norm.1" is how torchvision called "norm1" while modules' names could hold a dot.
 _DOTTED = re.compile(r"(\bdenselayer\d+\.(?:layers\.)?(?:norm|conv))\.([12])\.")
 
+_MOST_PREFIXES = 100
+
 
 def canonical(name: str) -> str:
     """A parameter's name without what wrappers put into it, and without the dots of old files."""
@@ -196,4 +198,6 @@ def _variants(wanted: list[str]) -> list[tuple[_Layout, list[str]]]:
 def _prefixes(names: Iterable[str], first: str) -> list[str]:
     """What may stand before the name of the first parameter, shortest first."""
     prefixes = {name.removesuffix(first) for name in names if name.endswith(first)}
-    return sorted((p for p in prefixes if not p or p.endswith(".")), key=lambda p: (len(p), p))
+    whole = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
+    # A network stands before its layers, whose names may end as that of its first parameter does.
+    return sorted(whole, key=lambda prefix: (len(prefix), prefix))[:_MOST_PREFIXES]

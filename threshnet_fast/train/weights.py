@@ -35,7 +35,7 @@ VERSION = 1
 DEFAULT_NAME = "model.safetensors"
 BEST_NAME = "best.safetensors"
 INTERPOLATIONS = ("bilinear", "bicubic")
-LARGEST_SIDE = 65536
+LARGEST_IMAGE = 1 << 26
 LARGEST_DESCRIPTION = 64 << 20
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -151,11 +151,12 @@ class ModelInfo:
         elif not 0 < self.crop_fraction <= 1:
             problem = f"crop_fraction is {self.crop_fraction}: expected more than 0, at most 1"
         elif not all(
-            1 <= side <= LARGEST_SIDE for side in (*self.image_size, *(self.source_size or ()))
+            min(size) > 0 and math.prod(size) <= LARGEST_IMAGE
+            for size in (self.image_size, self.source_size or (1, 1))
         ):
             problem = (
-                f"image_size is {self.image_size}, source_size {self.source_size}: expected 1 to "
-                f"{LARGEST_SIDE} pixels a side"
+                f"image_size is {_short(self.image_size)}, source_size {_short(self.source_size)}: "
+                f"expected 1 to {LARGEST_IMAGE} pixels"
             )
         if problem is not None:
             raise ValueError(f"{source}: {problem}")
