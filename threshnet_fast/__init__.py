@@ -1,5 +1,13 @@
 """ThreshNet and its relatives, run fused: one plan, several executors."""
 
+# ruff: noqa: E402
+
+from .interruption import expect_interruption
+
+# Before what imports torch, which takes seconds.
+expect_interruption()
+
+# isort: split
 from . import nn, ops, plan
 from .backends.select import use_backend
 from .config import show_config

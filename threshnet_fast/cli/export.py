@@ -134,10 +134,5 @@ def _with_accuracy(model: nn.Module, info: ModelInfo, arguments: argparse.Namesp
     prepare = Preparation(info.mean, info.std, info.image_size, info.interpolation)
     test = make_batches(data.test, prepare, 250, Shard())
     result = evaluate(model, test, len(info.classes))
-    right = result.confusion.diagonal() / result.confusion.sum(1)
-    extra = {
-        **info.extra,
-        "test_images": result.count,
-        "class_accuracy": dict(zip(info.classes, right.tolist(), strict=True)),
-    }
+    extra = {**info.extra, **result.describe(info.classes)}
     return dataclasses.replace(info, accuracy=result.accuracy, extra=extra)

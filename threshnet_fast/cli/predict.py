@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_device, check_model, device, positive_integer
-from .errors import CommandError
+from ..text import printable
+from .arguments import check_device, check_model, device, positive_integer, threads
+from .errors import CommandError, print_error
 from .pictures import load_picture
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu (default), cuda or cuda:N",
     )
-    how.add_argument("--threads", type=positive_integer, metavar="N", help="default: torch's")
+    how.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
     how.add_argument(
         "--backend", default="auto", metavar="NAME", help="as use_backend takes it (default auto)"
     )
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print(answers, info, arguments.top)
     for answer in answers:
         if answer.error and not arguments.json:
-            print(f"threshnet-fast predict: error: {answer.error}", file=sys.stderr)
+            print_error("predict", answer.error)
     return int(any(answer.error for answer in answers))
 
 
@@ -109,22 +111,30 @@ def _find(names: Sequence[str]) -> list[Path]:
     Raises:
         CommandError: There is no such file or folder, or no picture in a folder.
     """
-    from PIL import Image
+    from ..data.errors import DataError
+    from ..data.pictures import list_pictures
 
-    known = Image.registered_extensions()
     found: list[Path] = []
     for name in names:
+        # An empty name would be that of the current folder.
+        if not name:
+            raise CommandError("'': expected the name of a picture or of a folder", status=2)
         path = Path(name)
-        if not path.exists():
-            raise CommandError(f"{name}: there is no such file or folder", status=2)
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file()
-        )
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+            inside, others = list_pictures(path) if is_folder else ([path], 0)
+        except DataError as error:
+            raise CommandError(str(error), status=2) from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, FileNotFoundError):
+                reason = "there is no such file or folder"
+            raise CommandError(f"{printable(name)}: {reason}", status=2) from error
         if not inside:
-            raise CommandError(f"{name}: there is no picture in this folder", status=2)
+            files = f", only {others} other files" if others else ""
+            raise CommandError(
+                f"{printable(name)}: there is no picture in this folder{files}", status=2
+            )
         found += inside
     return list(dict.fromkeys(found))
 
@@ -172,6 +182,7 @@ def _classify(
 
     from ..models.preprocessing import preprocess
 
+    channels = 1 if len(info.mean) == 1 else 3
     # The bar would stand between the answers, and is of no use for a few pictures.
     hidden = True if len(paths) <= _BATCH else None
     with tqdm(total=len(paths), desc="predict", unit="picture", disable=hidden, leave=False) as bar:
@@ -179,7 +190,7 @@ def _classify(
             answers, images = [], []
             for path in paths[start : start + _BATCH]:
                 try:
-                    picture = load_picture(str(path), "")
+                    picture = load_picture(str(path), "", channels)
                     images.append(preprocess(picture.pixels, info))
                     answers.append(_Answer(str(path)))
                 except CommandError as error:
@@ -188,9 +199,15 @@ def _classify(
                 with torch.inference_mode():
                     logits = model(torch.cat(images).to(place))
                 rows = iter(logits.double().softmax(1).cpu())
-                answers = [a if a.error else _Answer(a.picture, next(rows)) for a in answers]
+                answers = [a if a.error else _judge(a.picture, next(rows)) for a in answers]
             yield from answers
             bar.update(len(answers))
+
+
+def _judge(picture: str, probabilities: Tensor) -> _Answer:
+    if not probabilities.isfinite().all():
+        return _Answer(picture, error=f"{printable(picture)}: the network answers with NaN")
+    return _Answer(picture, probabilities)
 
 
 def _best(answer: _Answer, info: ModelInfo, top: int) -> list[tuple[int, str, float]]:
@@ -221,14 +238,14 @@ def _as_json(
 
 
 def _print(answers: Sequence[_Answer], info: ModelInfo, top: int) -> None:
-    width = max(map(len, info.classes))
+    width = max(len(printable(name)) for name in info.classes)
     blocks = []
     for answer in answers:
         if not answer.error:
             lines = [
-                f"  {name.ljust(width)}  {probability:7.2%}"
+                f"  {printable(name).ljust(width)}  {probability:7.2%}"
                 for _, name, probability in _best(answer, info, top)
             ]
-            blocks.append("\n".join([answer.picture, *lines]))
+            blocks.append("\n".join([printable(answer.picture), *lines]))
     if blocks:
         print("\n".join(blocks))

@@ -33,6 +33,7 @@ __all__ = [
 FORMAT = "threshnet_fast model"
 VERSION = 1
 DEFAULT_NAME = "model.safetensors"
+BEST_NAME = "best.safetensors"
 INTERPOLATIONS = ("bilinear", "bicubic")
 LARGEST_IMAGE = 1 << 26
 LARGEST_DESCRIPTION = 64 << 20
