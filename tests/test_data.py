@@ -314,12 +314,12 @@ class TestFetch:
                 if self.path == "/short":
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                if self.path == "/endless":
-                    with contextlib.suppress(OSError):
-                        while True:
-                            self.wfile.write(content)
                 sent = {"/short": content[:-9], "/long": content + b"x"}
-                self.wfile.write(sent.get(self.path, content))
+                # Whoever has had enough hangs up.
+                with contextlib.suppress(OSError):
+                    while self.path == "/endless":
+                        self.wfile.write(content)
+                    self.wfile.write(sent.get(self.path, content))
 
             def log_message(self, *arguments):
                 pass
