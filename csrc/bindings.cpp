@@ -105,7 +105,8 @@ Tensor pack_weights(const Tensor& program, const std::vector<Tensor>& weights) {
     list.push_back({static_cast<const float*>(weights[i].data_ptr()), weights[i].numel()});
   }
   Tensor packed = empty_floats(view.header().packed_floats);
-  cpu::pack(view, list, static_cast<float*>(packed.data_ptr()), parallel_for);
+  cpu::pack(view, list, static_cast<float*>(packed.data_ptr()), torch::stable::get_num_threads(),
+            parallel_for);
   return packed;
 }
 
@@ -274,7 +275,7 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
       cpu::compile(description.data(), static_cast<int64_t>(description.size()), isa, threads, 0);
   const cpu::Program program(bytes.data(), static_cast<int64_t>(bytes.size()));
   Tensor packed = torch::stable::empty({program.header().packed_floats}, ScalarType::Float);
-  cpu::pack(program, weights, static_cast<float*>(packed.data_ptr()), parallel_for);
+  cpu::pack(program, weights, static_cast<float*>(packed.data_ptr()), threads, parallel_for);
   Tensor workspace = torch::stable::empty({program.workspace_floats(threads)}, ScalarType::Float);
   Tensor output =
       torch::stable::empty({batch, output_channels, output_height, output_width}, ScalarType::Float,

@@ -186,7 +186,7 @@ using ParallelFor = void (*)(int64_t count, void (*body)(void* context, int64_t 
 // Packs a plan's weights into `packed` (header().packed_floats floats), rounded to the program's
 // elements.
 void pack(const Program& program, const std::vector<Weight>& weights, float* packed,
-          ParallelFor parallel_for);
+          int64_t threads, ParallelFor parallel_for);
 
 // Strides in elements.
 struct StridedInput {
