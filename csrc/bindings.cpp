@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -111,7 +112,6 @@ Tensor pack_weights(const Tensor& program, const std::vector<Tensor>& weights) {
 }
 
 Tensor create_workspace(const Tensor& program, int64_t threads) {
-  check(threads >= 1, "threads is " + std::to_string(threads) + ", expected at least 1");
   return empty_floats(program_of(program).workspace_floats(threads));
 }
 
@@ -228,7 +228,9 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
   for (size_t i = 0; i < xs.size(); ++i) {
     check_float(xs[i], "xs[" + std::to_string(i) + "]");
     Tensor segment = xs[i];
-    if (pixel_pitch(segment) == 0)
+    // A slice of few pixels may lie further apart than a description can say.
+    const int64_t pitch = pixel_pitch(segment);
+    if (pitch == 0 || pitch > std::numeric_limits<int32_t>::max())
       segment = torch::stable::contiguous(segment, MemoryFormat::ChannelsLast);
     segments.push_back(segment);
   }

@@ -155,9 +155,7 @@ class Program {
   const T* at(int64_t offset) const {
     return reinterpret_cast<const T*>(bytes_ + offset);
   }
-  int64_t workspace_floats(int64_t threads) const {
-    return header().arena_floats + header().partial_floats + threads * header().scratch_floats;
-  }
+  int64_t workspace_floats(int64_t threads) const;
 
  private:
   const std::byte* bytes_;

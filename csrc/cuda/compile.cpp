@@ -130,11 +130,19 @@ class Compiler {
     return offset;
   }
 
+  // Kernels count a weight's elements in 32 bits.
+  int64_t reserve_weight(std::initializer_list<int64_t> sizes) {
+    const std::string what =
+        "the weight of a convolution, channels in groups of 16, or of the classifier";
+    const int64_t elements = product_of_sizes(sizes, what);
+    if (elements > kMaxPixels) fail_plan(what + " has over 2^31 - 1024 elements");
+    return reserve_packed(elements, bytes_of(dtype_));
+  }
+
   void reserve_weights(Step& step, int64_t rows) {
     step.weight_columns = static_cast<int32_t>(round_up(int64_t{step.stored_channels}, group()));
-    step.weight = reserve_packed(
-        int64_t{step.window.kernel_height} * step.window.kernel_width * rows * step.weight_columns,
-        bytes_of(dtype_));
+    step.weight = reserve_weight(
+        {step.window.kernel_height, step.window.kernel_width, rows, step.weight_columns});
     step.bias = reserve_packed(step.bias_index < 0 ? 0 : step.weight_columns, sizeof(float));
     step.scale = reserve_packed(step.scale_index < 0 ? 0 : rows, sizeof(float));
     step.shift = reserve_packed(step.shift_index < 0 ? 0 : rows, sizeof(float));
@@ -163,6 +171,7 @@ class Compiler {
     problem.out_channels = step.stored_channels;
     step.configuration = choose(problem, device_);
     const int64_t floats = partial_floats(problem, step.configuration);
+    require_size(floats, "the partial sums of a convolution");
     header_.partial_bytes =
         std::max(header_.partial_bytes, floats * static_cast<int64_t>(sizeof(float)));
     steps_.push_back(step);
@@ -196,7 +205,7 @@ class Compiler {
     step.bias_index = linear.bias_index;
     const int64_t channels = round_up(pool.inputs[0].channels, group());
     step.weight_columns = static_cast<int32_t>(channels);
-    step.weight = reserve_packed(linear.output.channels * channels, bytes_of(dtype_));
+    step.weight = reserve_weight({linear.output.channels, channels});
     step.bias = reserve_packed(step.bias_index < 0 ? 0 : linear.output.channels, sizeof(float));
     steps_.push_back(step);
   }

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import extension
 from ..models.network import Network
 from ..plan.ir import Plan
-from ..plan.lower import lower
+from ..plan.lower import UnsupportedModule, lower
 from ..plan.memory import plan_memory
 from ..plan.serialize import serialize
 
@@ -150,6 +150,9 @@ class CompiledPlan:
         threads: How many threads to split the work for.
         winograd: As :func:`winograd_by_default` returns it.
 
+    Raises:
+        UnsupportedModule: A step is beyond a limit of the engine.
+
     Attributes:
         batch: Images that are worked on at once.
         flat_output: Whether the result is ``[N, channels]``.
@@ -167,9 +170,13 @@ class CompiledPlan:
         self.flat_output = plan.flat_output
         self.dtype = _dtype_of(isa)
         self.arena_bytes = arena.size * self.dtype.itemsize
-        self.program: Tensor = operators.compile_plan(
-            serialize(plan, arena), isa, threads, winograd
-        )
+        try:
+            self.program: Tensor = operators.compile_plan(
+                serialize(plan, arena), isa, threads, winograd
+            )
+        except (RuntimeError, ValueError) as error:
+            # The description is sound, so it is beyond a limit, such as that of a kernel's taps.
+            raise UnsupportedModule(str(error)) from error
         self.layout: int = operators.program_layout(self.program)
         self._isa = isa
         self._threads = threads

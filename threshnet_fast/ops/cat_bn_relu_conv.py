@@ -60,7 +60,7 @@ def cat_bn_relu_conv(
     Raises:
         TypeError: If an argument has a wrong type or dtype, or one the backend asked for lacks.
         ValueError: If a shape, device, stride, padding or backend name is wrong,
-            or sizes are beyond the 32-bit indices of the backend asked for.
+            or sizes are beyond the limits of the backend asked for.
         RuntimeError: If the backend asked for is not available, or in forward-mode differentiation.
     """
     segments = validate.check_arguments(

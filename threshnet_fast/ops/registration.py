@@ -112,16 +112,16 @@ def choose(
         The backend's name.
 
     Raises:
-        ValueError: If ``"triton"`` or ``"cuda"`` was asked for, and the sizes are beyond its
-            indices; others as from :func:`..backends.select.choose`.
+        ValueError: If a fused backend was asked for, and the sizes are beyond its limits; others
+            as from :func:`..backends.select.choose`.
     """
     chosen = select.choose(xs, backend).backend
-    if chosen in ("triton", "cuda"):
-        problem = validate.too_large_for_a_gpu(chosen, xs, weight, shape, padding)
+    if chosen != "reference":
+        problem = validate.beyond_limits(chosen, xs, weight, shape, padding)
         if problem is not None:
             if (backend or select.requested_backend()) == chosen:
                 raise ValueError(problem)
-            # What is too large for one is for the other.
+            # What is too large for Triton is for CUDA C++ too.
             return "reference"
     return chosen
 
