@@ -22,6 +22,7 @@ namespace {
 void check_float(const Tensor& tensor, const std::string& name) {
   check(tensor.is_cpu(), name + " is not on the CPU");
   check(tensor.scalar_type() == ScalarType::Float, name + " has the wrong dtype, expected float32");
+  check_memory(tensor, name);
 }
 
 // Weights and workspace are read from end to end on every call: huge pages spare most of the
@@ -57,6 +58,7 @@ int64_t checksum_floats(const Tensor& addresses) {
   const int64_t* address = static_cast<const int64_t*>(addresses.data_ptr());
   uint64_t hash = 0xcbf29ce484222325u;
   for (int64_t i = 0; i < addresses.numel(); ++i) {
+    check(address[i] != 0, "addresses[" + std::to_string(i) + "] is that of no memory");
     uint32_t bits;
     std::memcpy(&bits, reinterpret_cast<const void*>(address[i]), sizeof bits);
     hash = (hash ^ bits) * 0x100000001b3u;
@@ -130,6 +132,7 @@ Tensor run_parts(const Tensor& x, const Tensor& program, const Tensor& packed,
   check(x.size(1) == header.input_channels && x.size(2) == header.input_height &&
             x.size(3) == header.input_width && x.size(0) >= header.batch,
         "x has shape " + shape_of(x) + ", which is not what the program was compiled for");
+  check_memory(x, "x");
   check(header.external_count == 0, "program is one of a single operation");
   check_float(packed, "packed");
   check_dense(packed, "packed");

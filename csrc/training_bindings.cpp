@@ -3,7 +3,8 @@
 //
 // A map is a contiguous float32 tensor [pixels, channels] in NHWC order; `segments` holds a first
 // channel and a number of channels for each of `maps`. `window` is [N, H, W, kh, kw, stride,
-// padding], of the input. An empty tensor stands for none.
+// padding], of the input. A tensor without elements stands for none; one of which the storage was
+// freed does not.
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -135,6 +136,7 @@ cpu::WeightStrides check_weight(const Tensor& weight, const std::string& name,
             ", " + std::to_string(window.kernel_height) + ", " +
             std::to_string(window.kernel_width) + "]");
   check_channels(channels, weight.size(0));
+  check_memory(weight, name);
   return {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
 }
 
