@@ -66,6 +66,23 @@ int64_t checksum_floats(const Tensor& addresses) {
   return static_cast<int64_t>(hash);
 }
 
+// Whether no element is an infinity or NaN: those have all bits of the exponent.
+bool all_finite(const std::vector<Tensor>& tensors) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t found = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_float(tensors[i], "tensors[" + std::to_string(i) + "]");
+    const Tensor dense = torch::stable::contiguous(tensors[i]);
+    const float* const data = static_cast<const float*>(dense.data_ptr());
+    for (int64_t element = 0; element < dense.numel(); ++element) {
+      uint32_t bits;
+      std::memcpy(&bits, data + element, sizeof bits);
+      found |= static_cast<uint32_t>((bits & kExponent) == kExponent);
+    }
+  }
+  return found == 0;
+}
+
 int64_t best_isa() { return cpu::best_isa(); }
 
 // -1 where no micro-kernels multiply bfloat16.
@@ -342,6 +359,7 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("best_isa() -> int");
   m.def("best_bfloat16_isa() -> int");
   m.def("checksum_floats(Tensor addresses) -> int");
+  m.def("all_finite(Tensor[] tensors) -> bool");
   m.def("compile_plan(Tensor description, int isa, int threads, int winograd) -> Tensor");
   m.def("program_layout(Tensor program) -> int");
   m.def("program_algorithms(Tensor program) -> Tensor");
@@ -387,6 +405,7 @@ STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
   m.impl("checksum_floats", TORCH_BOX(&checksum_floats));
+  m.impl("all_finite", TORCH_BOX(&all_finite));
   m.impl("compile_plan", TORCH_BOX(&compile_plan));
   m.impl("program_layout", TORCH_BOX(&program_layout));
   m.impl("program_algorithms", TORCH_BOX(&program_algorithms));

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select, triton
+from ..backends import cpu, select, triton
 from . import validate
 
 LIBRARY = torch.library.Library("threshnet_fast", "FRAGMENT")
@@ -98,6 +98,7 @@ def choose(
     shape: Sequence[int],
     padding: int,
     backend: str | None,
+    factors: Sequence[Tensor] = (),
 ) -> str:
     """Chooses the backend of an operator, as :func:`..backends.select.choose` does.
 
@@ -107,21 +108,25 @@ def choose(
         shape: Of the result.
         padding: The convolution's zero padding.
         backend: What was asked for; None takes what ``use_backend`` asks for.
+        factors: What else of its arguments is multiplied into the weight.
 
     Returns:
         The backend's name.
 
     Raises:
-        ValueError: If a fused backend was asked for, and the sizes are beyond its limits; others
-            as from :func:`..backends.select.choose`.
+        ValueError: If a fused backend was asked for, and the sizes are beyond its limits, or it is
+            ``"cpu"`` and a weight is not finite where there is padding; others as from
+            :func:`..backends.select.choose`.
     """
     chosen = select.choose(xs, backend).backend
     if chosen != "reference":
         problem = validate.beyond_limits(chosen, xs, weight, shape, padding)
+        if problem is None and chosen == "cpu" and cpu.skips_products([weight, *factors], padding):
+            problem = "backend 'cpu' leaves out products of padding, and takes finite weights only"
         if problem is not None:
             if (backend or select.requested_backend()) == chosen:
                 raise ValueError(problem)
-            # What is too large for Triton is for CUDA C++ too.
+            # On a GPU, what is too large for Triton is for CUDA C++ too.
             return "reference"
     return chosen
 
