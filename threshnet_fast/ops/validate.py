@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..backends.select import check_name
 
@@ -47,7 +46,6 @@ def check_arguments(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If there is no such backend.
-        RuntimeError: If a tensor carries a forward-mode tangent.
     """
     if not isinstance(xs, list | tuple):
         raise TypeError(f"xs is a {type(xs).__name__}: expected a list or tuple of tensors")
@@ -55,12 +53,6 @@ def check_arguments(
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}: expected a torch.Tensor")
-        # Operators of torch.library have no forward mode: PyTorch would drop the tangent silently.
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                f"{name} carries a forward-mode tangent: expected none, these operators "
-                "differentiate in reverse mode only"
-            )
     for name, number in (("stride", stride), ("padding", padding)):
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} is a {type(number).__name__}: expected an int")
