@@ -12,6 +12,7 @@ from threshnet_fast.backends import cpu
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
 )
+pytestmark = [pytestmark, pytest.mark.filterwarnings("ignore:TF32 acceleration")]
 VALUES = [torch.inf, -torch.inf, torch.nan]
 
 

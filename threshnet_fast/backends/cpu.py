@@ -339,7 +339,7 @@ def skips_products(weights: Sequence[Tensor], padding: int) -> bool:
         weights: What a convolution multiplies by, in float32 on the CPU.
         padding: Its zero padding.
     """
-    return padding > 0 and not torch.ops.threshnet_fast_cpu.all_finite(weights)
+    return padding > 0 and bool(weights) and not torch.ops.threshnet_fast_cpu.all_finite(weights)
 
 
 def describe(dtype: torch.dtype) -> str:

@@ -110,7 +110,7 @@ def _forward(
     backend: str | None = None,
 ) -> Tensor:
     shape = validate.check_tensors(xs, weight, scale, shift, stride, padding, affine_of="input")
-    chosen = registration.choose(xs, weight, shape, padding, backend)
+    chosen = registration.choose(xs, weight, shape, padding, backend, [weight])
     if chosen == "cpu":
         y = torch.ops.threshnet_fast_cpu.cat_bn_relu_conv(
             xs, scale, shift, weight, stride, padding, cpu.isa_code()

@@ -140,7 +140,7 @@ def _forward(
     backend: str | None = None,
 ) -> Tensor:
     shape = _check(xs, weight, scale, shift, stride, padding, act)
-    chosen = registration.choose(xs, weight, shape, padding, backend, [scale])
+    chosen = registration.choose(xs, weight, shape, padding, backend, [weight, scale])
     if chosen == "cpu":
         y = torch.ops.threshnet_fast_cpu.cat_conv_bn_relu(
             xs, weight, scale, shift, stride, padding, act == "relu", cpu.isa_code()

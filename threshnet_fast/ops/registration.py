@@ -109,7 +109,8 @@ def choose(
         shape: Of the result.
         padding: The convolution's zero padding.
         backend: What was asked for; None takes what ``use_backend`` asks for.
-        factors: What else of its arguments is multiplied into the weight.
+        factors: Weight and scale as far as they are multiplied by padding, where they have values:
+            a backward may be traced.
 
     Returns:
         The backend's name.
@@ -122,7 +123,7 @@ def choose(
     chosen = select.choose(xs, backend).backend
     if chosen != "reference":
         problem = validate.beyond_limits(chosen, xs, weight, shape, padding)
-        if problem is None and chosen == "cpu" and cpu.skips_products([weight, *factors], padding):
+        if problem is None and chosen == "cpu" and cpu.skips_products(factors, padding):
             problem = "backend 'cpu' leaves out products of padding, and takes finite weights only"
         if problem is not None:
             if (backend or select.requested_backend()) == chosen:
