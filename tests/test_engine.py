@@ -517,3 +517,67 @@ def run_description(description, weights, x) -> None:
     program = operators.compile_plan(description, operators.best_isa(), 2, -1)
     packed = operators.pack_weights(program, weights)
     operators.run_plan(x, program, packed, operators.create_workspace(program, 2))
+
+
+def test_no_changed_program_runs(tmp_path):
+    """In processes of their own, as a crash would be the end of all tests."""
+    for code in ("save_program", "run_changed_programs"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import test_engine; test_engine.{code}({str(tmp_path)!r})"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+
+
+def program_and_operands():
+    x = torch.randn(1, 3, 32, 32)
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    plan = lower(small().eval(), x.shape)
+    program = compile_plan(plan, threads=2)
+    packed = operators.pack_weights(program, plan.weights())
+    return x, program, packed, operators.create_workspace(program, 2), plan.weights()
+
+
+def save_program(folder: str) -> None:
+    torch.save(program_and_operands()[1], Path(folder) / "program.pt")
+
+
+def run_changed_programs(folder: str) -> None:
+    random = Random(0)
+    x, program, packed, workspace, weights = program_and_operands()
+    expected = operators.run_plan(x, program, packed, workspace)
+    assert operators.run_plan(x, program.clone(), packed, workspace).equal(expected)
+
+    def refused(changed: torch.Tensor) -> None:
+        for call in (
+            lambda: operators.run_plan(x, changed, packed, workspace),
+            lambda: operators.pack_weights(changed, weights),
+            lambda: operators.create_workspace(changed, 2),
+            lambda: operators.program_layout(changed),
+            lambda: operators.program_algorithms(changed),
+        ):
+            with pytest.raises((RuntimeError, ValueError), match="program is not one that this"):
+                call()
+
+    bits = 8 * len(program)
+    for bit in [*range(8 * 64), *(random.randrange(bits) for _ in range(1000)), bits - 1]:
+        changed = program.clone()
+        changed[bit // 8] ^= 1 << bit % 8
+        refused(changed)
+    for _ in range(200):
+        changed = program.clone()
+        first, count = random.randrange(len(program) - 8), random.randrange(1, 9)
+        changed[first : first + count] = torch.randint(0, 256, (count,), dtype=torch.uint8)
+        if not changed.equal(program):
+            refused(changed)
+    # Of another process, of no program, of a part of one, and where it is not aligned.
+    refused(torch.load(Path(folder) / "program.pt"))
+    refused(torch.zeros_like(program))
+    refused(program[:-8].clone())
+    refused(program[:0])
+    refused(torch.cat([program[:1], program])[1:])
+    assert operators.run_plan(x, program, packed, workspace).equal(expected)

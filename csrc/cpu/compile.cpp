@@ -5,6 +5,7 @@
 #include <sstream>
 #include <tuple>
 
+#include "../seal.h"
 #include "costs.h"
 #include "program.h"
 
@@ -64,6 +65,7 @@ class Writer {
   std::vector<std::byte> finish(ProgramHeader header) {
     header.bytes = static_cast<int64_t>(bytes_.size());
     std::memcpy(bytes_.data(), &header, sizeof header);
+    seal_program<ProgramHeader>(bytes_.data(), header.bytes);
     return std::move(bytes_);
   }
 
@@ -595,10 +597,9 @@ int64_t Program::workspace_floats(int64_t threads) const {
 }
 
 Program::Program(const void* bytes, int64_t size) : bytes_(static_cast<const std::byte*>(bytes)) {
-  if (size < static_cast<int64_t>(sizeof(ProgramHeader)) || header().magic != kProgramMagic ||
-      header().version != kVersion || header().bytes != size)
+  if (!is_sealed<ProgramHeader>(bytes, size, kProgramMagic, kVersion))
     throw std::invalid_argument(
-        "threshnet_fast: program is not one that this version of threshnet_fast compiled");
+        "threshnet_fast: program is not one that this process compiled, or was changed");
   if (tiling_of(header().isa) == nullptr)
     throw std::invalid_argument(
         "threshnet_fast: program was compiled for an instruction set that this processor lacks");

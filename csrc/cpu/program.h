@@ -15,7 +15,7 @@
 namespace threshnet_fast::cpu {
 
 constexpr int64_t kProgramMagic = 0x4752504654544e;  // "NTTFPRG"
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 
 enum StepKind : int64_t {
   kConvolution = 0,
@@ -133,7 +133,9 @@ int64_t floats_of(int64_t elements) {
 }
 
 struct ProgramHeader {
-  int64_t magic, version, bytes, isa;
+  int64_t magic, version, bytes;
+  uint64_t seal;  // of all behind it
+  int64_t isa;
   int64_t batch, input_channels, input_height, input_width;
   int64_t output_channels, output_height, output_width;
   int64_t external_count, weight_count;
@@ -146,6 +148,8 @@ struct ProgramHeader {
 // A checked view of a program's bytes.
 class Program {
  public:
+  // Throws std::invalid_argument where this process compiled no such program, or a byte of it was
+  // changed since.
   Program(const void* bytes, int64_t size);
 
   const ProgramHeader& header() const { return *at<ProgramHeader>(0); }

@@ -4,13 +4,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "../seal.h"
 #include "program.h"
 
 namespace threshnet_fast::cuda {
 namespace {
 
 constexpr int64_t kMagic = 0x4752504354544e;  // "NTTCPRG"
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int64_t kAlignment = 256;
 
 class Compiler {
@@ -226,6 +227,7 @@ class Compiler {
     append(bytes, steps_, header_.steps, header_.step_count);
     header_.bytes = static_cast<int64_t>(bytes.size());
     std::memcpy(bytes.data(), &header_, sizeof header_);
+    seal_program<ProgramHeader>(bytes.data(), header_.bytes);
     return bytes;
   }
 
@@ -262,10 +264,9 @@ std::vector<Algorithm> algorithms_of(const Program& program) {
 }
 
 Program::Program(const void* bytes, int64_t size) : bytes_(static_cast<const std::byte*>(bytes)) {
-  if (size < static_cast<int64_t>(sizeof(ProgramHeader)) || header().magic != kMagic ||
-      header().version != kVersion || header().bytes != size)
+  if (!is_sealed<ProgramHeader>(bytes, size, kMagic, kVersion))
     throw std::invalid_argument(
-        "threshnet_fast: program is not one that this version of threshnet_fast compiled");
+        "threshnet_fast: program is not one that this process compiled, or was changed");
 }
 
 }  // namespace threshnet_fast::cuda
