@@ -17,6 +17,7 @@ import training
 from torch import nn
 
 import threshnet_fast as tf
+from threshnet_fast import files
 from threshnet_fast.cli import main
 from threshnet_fast.models import registry
 from threshnet_fast.train import (
@@ -25,7 +26,6 @@ from threshnet_fast.train import (
     distributed,
     ema,
     figures,
-    files,
     load_model,
     load_state,
     loop,
