@@ -19,6 +19,7 @@ import training
 from torch import nn
 
 import threshnet_fast as tf
+from threshnet_fast import files
 from threshnet_fast.cli import build_parser, main
 from threshnet_fast.data import images
 from threshnet_fast.models import registry
@@ -28,7 +29,6 @@ from threshnet_fast.train import (
     distributed,
     ema,
     figures,
-    files,
     load_model,
     load_state,
     loop,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import extension
 from ..models.network import Network
-from ..plan.ir import Plan
-from ..plan.lower import lower
+from ..plan.ir import FusedConv, Plan
+from ..plan.lower import UnsupportedModule, lower
 from ..plan.memory import plan_memory
 from ..plan.serialize import serialize
 
@@ -150,6 +150,9 @@ class CompiledPlan:
         threads: How many threads to split the work for.
         winograd: As :func:`winograd_by_default` returns it.
 
+    Raises:
+        UnsupportedModule: A step is beyond a limit of the engine.
+
     Attributes:
         batch: Images that are worked on at once.
         flat_output: Whether the result is ``[N, channels]``.
@@ -167,9 +170,13 @@ class CompiledPlan:
         self.flat_output = plan.flat_output
         self.dtype = _dtype_of(isa)
         self.arena_bytes = arena.size * self.dtype.itemsize
-        self.program: Tensor = operators.compile_plan(
-            serialize(plan, arena), isa, threads, winograd
-        )
+        try:
+            self.program: Tensor = operators.compile_plan(
+                serialize(plan, arena), isa, threads, winograd
+            )
+        except (RuntimeError, ValueError) as error:
+            # The description is sound, so it is beyond a limit, such as that of a kernel's taps.
+            raise UnsupportedModule(str(error)) from error
         self.layout: int = operators.program_layout(self.program)
         self._isa = isa
         self._threads = threads
@@ -312,12 +319,27 @@ def pack_network(module: Network, compiled: CompiledPlan) -> Tensor:
         compiled: A plan of it, with its head.
 
     Raises:
-        UnsupportedModule: The network cannot be lowered.
+        UnsupportedModule: The network cannot be lowered, or has a weight that is not finite.
     """
     size = module.min_size
-    weights = lower(module, (1, module.in_chans, size, size)).weights()
-    packed: Tensor = torch.ops.threshnet_fast_cpu.pack_weights(compiled.program, weights)
+    plan = lower(module, (1, module.in_chans, size, size))
+    for step in plan.steps:
+        if isinstance(step, FusedConv) and skips_products([step.weight], step.padding):
+            raise UnsupportedModule(
+                f"the weight of {step.name} is not finite, and products of padding are left out"
+            )
+    packed: Tensor = torch.ops.threshnet_fast_cpu.pack_weights(compiled.program, plan.weights())
     return packed
+
+
+def skips_products(weights: Sequence[Tensor], padding: int) -> bool:
+    """Whether the engine leaves out products of padding that are not 0, but NaN.
+
+    Args:
+        weights: What a convolution multiplies by, in float32 on the CPU.
+        padding: Its zero padding.
+    """
+    return padding > 0 and bool(weights) and not torch.ops.threshnet_fast_cpu.all_finite(weights)
 
 
 def describe(dtype: torch.dtype) -> str:

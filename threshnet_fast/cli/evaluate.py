@@ -265,7 +265,7 @@ def _as_json(
 
 def _write(output: Path, content: dict[str, Any], result: Evaluation, info: ModelInfo) -> None:
     from ..train import figures
-    from ..train.files import write_json
+    from ..files import write_json
 
     try:
         output.mkdir(parents=True, exist_ok=True)

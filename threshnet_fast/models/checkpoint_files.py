@@ -37,7 +37,7 @@ class _NumPyValue:
         pass
 
 
-_STAND_INS = [
+_STAND_INS: list[Any] = [
     (_NumPyValue, f"numpy{name}")
     for core in (".core.multiarray", "._core.multiarray")
     for name in (".dtype", ".ndarray", f"{core}.scalar", f"{core}._reconstruct")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import sha256, sync_folder, write_json, write_tensors
+from ..files import sha256, sync_folder, write_json, write_tensors
 
 __all__ = ["Checkpoint", "exists", "load_latest", "optimizer_tensors", "restore_optimizer", "save"]
 

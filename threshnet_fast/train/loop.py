@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.select import use_backend
 from ..data.images import generator
+from ..files import write_text
 from . import checkpoint
 from .distributed import Processes, synchronise_batchnorm
 from .ema import MovingAverage
-from .files import write_text
 from .recipes import learning_rate, make_optimizer
 from .settings import Settings
 from .weights import BEST_NAME, DEFAULT_NAME, ModelInfo, read_info, save_model

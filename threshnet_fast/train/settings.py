@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import write_json
+from ..files import write_json
 from .recipes import Recipe
 
 __all__ = ["Settings", "differences", "read_settings", "write_settings"]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import sha256, write_json, write_tensors
+from ..files import sha256, write_json, write_tensors
 
 __all__ = [
     "ModelInfo",
