@@ -312,7 +312,6 @@ def parametrised(model):
         reset_classifier,
         double_and_back,
         other_eps,
-        parametrised,
     ],
 )
 def test_never_stale(model, x, change):
@@ -321,11 +320,15 @@ def test_never_stale(model, x, change):
     assert_follows(model, x, before)
 
 
-def test_never_stale_where_the_change_cannot_run_fused(model, x):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(own_forward, "forward of its own"), (parametrised, "weight of its own")],
+)
+def test_never_stale_where_the_change_cannot_run_fused(model, x, change, reason):
     before = fused(model, x)
-    own_forward(model)
+    change(model)
     with torch.no_grad():
-        assert "forward of its own" in tf.explain(model, x).reason
+        assert reason in tf.explain(model, x).reason
         output = model(x)
     assert not torch.allclose(output, before)
     assert output.equal(plain(model, x))
@@ -339,8 +342,11 @@ def test_parametrised_first_convolution(model, x):
     before = fused(model, x)
     nn.utils.parametrize.register_parametrization(model.base[0].conv, "weight", Doubled())
     model.eval()
-    assert_follows(model, x, before)
-    assert_same(tf.optimize(model, x)(x), plain(model, x))
+    expected = plain(model, x)
+    assert not torch.allclose(expected, before, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        assert_same(model(x), expected)
+    assert_same(tf.optimize(model, x)(x), expected)
     assert model(x).requires_grad
 
 

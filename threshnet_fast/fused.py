@@ -28,6 +28,7 @@ from .nn import (
     PointwiseDepthwise,
 )
 from .plan.lower import UnsupportedModule
+from .plan.settings import ModuleSettings
 
 if TYPE_CHECKING:
     from .models.network import Network
@@ -223,10 +224,10 @@ class FusedForward:
 
     def _current(self, model: Network) -> _Snapshot:
         snapshot = self._snapshot
-        if snapshot is None or not snapshot.matches():
+        if snapshot is None or not snapshot.matches(model):
             with self._lock:
                 snapshot = self._snapshot
-                if snapshot is None or not snapshot.matches():
+                if snapshot is None or not snapshot.matches(model):
                     snapshot = self._snapshot = _Snapshot(model)
         return snapshot
 
@@ -260,12 +261,10 @@ class _Snapshot:
     def __init__(self, model: Network) -> None:
         modules = list(model.modules())
         self._with_modes = [module for module in modules if type(module) not in _MODELESS]
+        self._model = model
         self._children = [module._modules for module in modules if module._modules]
         self._child_modules = [tuple(children.values()) for children in self._children]
-        self._attributes = [module.__dict__ for module in modules]
-        self._attribute_counts = list(map(len, self._attributes))
-        self._norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
-        self._eps = [norm.eps for norm in self._norms]
+        self._settings = ModuleSettings(modules, ("_forward_hooks", "_forward_pre_hooks"))
         self._hooks: list[dict[int, Any]] = [
             torch_module._global_forward_hooks,
             torch_module._global_forward_pre_hooks,
@@ -277,35 +276,43 @@ class _Snapshot:
             (tensors, name)
             for module in modules
             for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None and name != "num_batches_tracked"
+            for name in tensors
+            if name != "num_batches_tracked"
         ]
-        self._tensors = [cast(Tensor, tensors[name]) for tensors, name in self._slots]
+        self._contents = [tensors[name] for tensors, name in self._slots]
+        self._tensors = [tensor for tensor in self._contents if tensor is not None]
+        for tensor in self._tensors:
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+                kind = f"{type(tensor).__name__} of layout {tensor.layout}"
+                raise Objection(f"the model has a parameter or buffer that is a {kind}")
         if any(tensor.is_inference() for tensor in self._tensors):
             raise Objection("parameters are inference tensors, whose changes cannot be noticed")
         self._versions = list(map(_version, self._tensors))
         self._pointers = list(map(_data_ptr, self._tensors))
         self._parameters = [t for t in self._tensors if isinstance(t, nn.Parameter)]
         self._dtypes = {tensor.dtype for tensor in self._tensors}
+        devices = sorted({str(tensor.device) for tensor in self._tensors})
+        if len(devices) != 1:
+            raise Objection(f"the model has weights on {' and '.join(devices)}")
         self._probe = _Probe(self._tensors)
 
         self._cpu_plans = cpu.PlanCache()
         self._gpu_plans = select.gpu_plan_caches()
         self.unsupported: dict[str, str] = {}
 
-    def matches(self) -> bool:
-        """Whether the model is still what it was."""
+    def matches(self, model: Network) -> bool:
+        """Whether a model is the one this was made of, and still what it was."""
         try:
-            tensors = [tensors[name] for tensors, name in self._slots]
+            contents = [tensors[name] for tensors, name in self._slots]
         except KeyError:
             return False
         return (
-            not any(map(operator.is_not, tensors, self._tensors))
+            model is self._model
+            and not any(map(operator.is_not, contents, self._contents))
             and list(map(_version, self._tensors)) == self._versions
             and list(map(_data_ptr, self._tensors)) == self._pointers
             and [tuple(children.values()) for children in self._children] == self._child_modules
-            and list(map(len, self._attributes)) == self._attribute_counts
-            and [norm.eps for norm in self._norms] == self._eps
+            and self._settings.same()
             and self._probe.matches()
         )
 
