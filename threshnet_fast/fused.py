@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from .autograd.training import CannotTrain, FusedTraining
 from .backends import cpu, cuda_graphs, samples, select, triton
+from .backends.gpu_plan import CapturedWeights
 from .nn import (
     ConvBNReLU,
     DenseBlock,
@@ -91,7 +92,7 @@ class FusedForward:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
-        self._captured: dict[int, Any] = {}
+        self._captured = CapturedWeights()
         self._training = FusedTraining()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
@@ -119,8 +120,7 @@ class FusedForward:
                 plan, packed = self.prepare(model, x, head=head)
                 self._training.release()
                 if cuda_graphs.capturing(x.device):
-                    # The caller's graph reads these weights whenever it is replayed.
-                    self._captured[id(packed)] = packed
+                    self._captured.keep(packed)
                 return plan(x, packed)
             except WantsGradients as objection:
                 try:
@@ -228,7 +228,7 @@ class FusedForward:
             with self._lock:
                 snapshot = self._snapshot
                 if snapshot is None or not snapshot.matches(model):
-                    snapshot = self._snapshot = _Snapshot(model)
+                    snapshot = self._snapshot = _Snapshot(model, self._captured)
         return snapshot
 
 
@@ -258,7 +258,7 @@ def _objection(backend: str, x: Tensor, dtype: torch.dtype, autocast: bool) -> s
 class _Snapshot:
     """What a model was when its weights were packed, and all that was made from it."""
 
-    def __init__(self, model: Network) -> None:
+    def __init__(self, model: Network, captured: CapturedWeights) -> None:
         modules = list(model.modules())
         self._with_modes = [module for module in modules if type(module) not in _MODELESS]
         self._model = model
@@ -297,7 +297,7 @@ class _Snapshot:
         self._probe = _Probe(self._tensors)
 
         self._cpu_plans = cpu.PlanCache()
-        self._gpu_plans = select.gpu_plan_caches()
+        self._gpu_plans = select.gpu_plan_caches(captured)
         self.unsupported: dict[str, str] = {}
 
     def matches(self, model: Network) -> bool:
