@@ -177,6 +177,114 @@ def test_many_shapes_keep_a_bounded_number_of_plans(model):
     assert len(model._fused._snapshot._cpu_plans) <= 16
 
 
+def test_plans_used_last_are_kept(model, x):
+    fused(model, x)
+    plans = model._fused._snapshot._cpu_plans
+    (first,) = plans._plans.values()
+    for size in range(32, 60):
+        fused(model, torch.randn(1, 3, size, 32))
+        fused(model, x)
+    assert len(plans) == 16
+    assert first in plans._plans.values()
+
+
+def sizes_of_other_layouts(model, count):
+    """Input shapes of which each has a layout of packed weights of its own."""
+    layouts = {}
+    for height in range(32, 500, 12):
+        shape = torch.Size((1, 3, height, 40))
+        arguments = {"isa": cpu.isa_code(), "threads": torch.get_num_threads(), "winograd": -1}
+        compiled = cpu.compile_network(model, shape, head=True, **arguments)
+        if compiled.layout != 0:
+            # 0 is that of direct convolution.
+            layouts.setdefault(compiled.layout, shape)
+        if len(layouts) == count:
+            return list(layouts.values())
+    pytest.skip(f"only {len(layouts)} layouts on this processor")
+
+
+def test_packed_weights_of_many_layouts_are_bounded(model, monkeypatch):
+    shapes = sizes_of_other_layouts(model, 4)
+    monkeypatch.setenv(cpu.WINOGRAD_VARIABLE, "auto")
+    frozen = tf.optimize(model, torch.randn(shapes[0]))
+    for cache, call in (
+        (frozen._cpu_plans, frozen),
+        (None, lambda x: fused(model, x)),
+    ):
+        call(torch.randn(shapes[0]))
+        cache = cache or model._fused._snapshot._cpu_plans
+        one = cache.packed_bytes
+        monkeypatch.setattr(cpu, "_MAX_PACKED_BYTES", 2 * one + one // 2)
+        first = [call(torch.ones(shape)) for shape in shapes]
+        # Two that were first, and direct convolution for all others.
+        assert len(cache._packed) <= 3
+        assert cache.packed_bytes <= 3.5 * one
+        for shape, output in zip(shapes, first, strict=True):
+            assert_same(output, plain(model, torch.ones(shape)))
+        for size in range(32, 60):
+            call(torch.randn(1, 3, size, 44))
+        assert len(cache._packed) <= 3
+        assert len(cache) <= 16
+        # The same bits, although all plans were made again.
+        for shape, output in zip(shapes, first, strict=True):
+            assert call(torch.ones(shape)).equal(output)
+
+
+def test_packed_weights_that_are_not_used_make_room(model, monkeypatch):
+    shapes = sizes_of_other_layouts(model, 3)
+    fused(model, torch.randn(shapes[0]))
+    cache = model._fused._snapshot._cpu_plans
+    (first,) = cache._packed
+    monkeypatch.setattr(cpu, "_MAX_PACKED_BYTES", cache.packed_bytes + 1)
+    monkeypatch.setattr(cpu, "_MAX_PLANS", 2)
+    monkeypatch.setattr(cpu, "_UNUSED_PLANS", 4)
+    fused(model, torch.randn(shapes[1]))
+    assert first in cache._packed
+    assert len(cache._direct) == 1
+    arguments = {"isa": cpu.isa_code(), "winograd": 0, "head": True}
+    for width in range(41, 46):
+        cache.get(model, torch.Size((1, 3, 40, width)), **arguments)
+    monkeypatch.setattr(cpu, "_MAX_PACKED_BYTES", cache.packed_bytes + 1)
+    fused(model, torch.randn(shapes[2]))
+    assert first not in cache._packed
+    assert_same(fused(model, torch.ones(shapes[0])), plain(model, torch.ones(shapes[0])))
+
+
+def test_workspaces_are_bounded(model, x, monkeypatch):
+    fused(model, x)
+    cache = model._fused._snapshot._cpu_plans
+    (cached,) = cache._plans.values()
+    one = cached.compiled.kept_bytes
+    monkeypatch.setattr(cpu, "_SPARE_BYTES", 3 * one)
+    spare = [torch.empty_like(workspace) for workspace in cached.compiled._workspaces * 3]
+    cached.compiled._workspaces.extend(spare)
+    assert len(cached.compiled._workspaces) == 4
+    fused(model, x)
+    assert cached.compiled.kept_bytes == 3 * one
+    monkeypatch.setattr(cpu, "_MAX_WORKSPACE_BYTES", 2 * one)
+    for width in range(32, 40):
+        fused(model, torch.randn(2, 3, 40, width))
+    assert len(cache) < 4
+
+
+def test_threads_race_for_more_plans_than_are_kept(model, monkeypatch):
+    monkeypatch.setattr(cpu, "_MAX_PLANS", 2)
+    monkeypatch.setattr(cpu, "_MAX_PACKED_BYTES", 1)
+    inputs = [torch.randn(1, 3, 32 + 12 * i, 40) for i in range(12)]
+    expected = [fused(model, x) for x in inputs]
+
+    def work(index):
+        return [(i % 12, fused(model, inputs[i % 12])) for i in range(index, index + 24)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(work, range(8)):
+            for position, output in results:
+                assert output.equal(expected[position])
+    cache = model._fused._snapshot._cpu_plans
+    assert len(cache) <= 2
+    assert len(cache._packed) <= 2
+
+
 def test_large_batches_run_in_parts(randomised):
     model = randomised(small())
     x = torch.randn(301, 3, 64, 64)
