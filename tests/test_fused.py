@@ -2,9 +2,13 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,7 +208,7 @@ def sizes_of_other_layouts(model, count):
 
 
 def test_packed_weights_of_many_layouts_are_bounded(model, monkeypatch):
-    shapes = sizes_of_other_layouts(model, 4)
+    shapes = sizes_of_other_layouts(model, 3)
     monkeypatch.setenv(cpu.WINOGRAD_VARIABLE, "auto")
     frozen = tf.optimize(model, torch.randn(shapes[0]))
     for cache, call in (
@@ -583,6 +587,59 @@ def test_winograd_by_the_environment_is_checked(model, x, monkeypatch):
     monkeypatch.setenv("THRESHNET_FAST_WINOGRAD", "3")
     with pytest.raises(ValueError, match="THRESHNET_FAST_WINOGRAD is '3': expected one of auto, 0"):
         tf.optimize(model, x)
+
+
+FREED = """
+import itertools
+import sys
+import torch
+import threshnet_fast as tf
+from test_plan import small
+
+mode = sys.argv[1]
+names = {"base.3.conv1.weight", "base.1.norm.running_var"} if mode != "frozen" else set()
+for name, size, first in itertools.product({"x", *names}, (0, 4), ("before", "after")):
+    model, x = small().train(mode == "train"), torch.randn(2, 3, 64, 64)
+    call = tf.optimize(model, x) if mode == "frozen" else model
+    with torch.set_grad_enabled(mode == "train"):
+        if first == "after":
+            call(x)
+        tensors = {"x": x, **model.state_dict(keep_vars=True)}
+        tensors[name].untyped_storage().resize_(size)
+        print(name, size, first, end=" ", flush=True)
+        try:
+            call(x)
+            print("passed")
+        except RuntimeError as error:
+            print("said" if size == 0 or f"{name} spans" in str(error) else error)
+"""
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "frozen"])
+def test_freed_memory_is_an_error(mode):
+    # A process of its own, as it is one that could crash.
+    result = subprocess.run(
+        [sys.executable, "-c", FREED, mode],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == (4 if mode == "frozen" else 12)
+    assert all(line.endswith(" said") for line in lines), result.stdout
+
+
+def test_memory_that_was_freed_and_is_there_again(model, x):
+    before = fused(model, x)
+    weight = model.base[3].conv1.weight
+    values = weight.detach().clone()
+    weight.untyped_storage().resize_(0)
+    with torch.no_grad():
+        assert "has no memory" in tf.explain(model, x).reason
+        weight.untyped_storage().resize_(values.nbytes)
+        weight.copy_(values)
+    assert fused(model, x).equal(before)
 
 
 class TestOptimize:

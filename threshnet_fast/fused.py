@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from .autograd.training import CannotTrain, FusedTraining
 from .backends import cpu, cuda_graphs, samples, select, triton
 from .backends.gpu_plan import CapturedWeights
+from .models.validate import check_memory, has_memory
 from .nn import (
     ConvBNReLU,
     DenseBlock,
@@ -179,6 +180,7 @@ class FusedForward:
 
         Raises:
             Objection: The plain path must run; the message says why.
+            RuntimeError: ``x`` or a weight spans memory that was freed.
         """
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             raise Objection(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
@@ -186,6 +188,7 @@ class FusedForward:
             raise Objection("a tracer, a transform or a tensor mode is active")
         if x.device.type not in ("cpu", "cuda"):
             raise Objection(f"x is on {x.device}, which no fused backend computes on")
+        check_memory("x", x)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         snapshot: _Snapshot | None = None
@@ -285,6 +288,11 @@ class _Snapshot:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
                 kind = f"{type(tensor).__name__} of layout {tensor.layout}"
                 raise Objection(f"the model has a parameter or buffer that is a {kind}")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not has_memory(tensor):
+                # Whoever took it may give it back in a hook of the module.
+                raise Objection(f"{name} has no memory")
+            check_memory(name, tensor)
         if any(tensor.is_inference() for tensor in self._tensors):
             raise Objection("parameters are inference tensors, whose changes cannot be noticed")
         self._versions = list(map(_version, self._tensors))

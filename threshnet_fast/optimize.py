@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .backends import cpu, select, triton
 from .models.adoption import adopt
 from .models.network import Network
-from .models.validate import check_input
+from .models.validate import check_input, check_memory
 from .plan.lower import UnsupportedModule, lower
 
 __all__ = ["FrozenNetwork", "optimize"]
@@ -55,6 +55,7 @@ class FrozenNetwork:
         """
         module = self._module
         check_input(x, module.in_chans, module.min_size, self._weight)
+        check_memory("x", x)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "x requires a gradient: expected an input without, as a frozen network has no "

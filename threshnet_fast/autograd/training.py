@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..backends import cpu
+from ..models.validate import check_memory, has_memory
 from ..nn import ConvBNReLU, DenseBlock, DenseLayer, DepthwiseConvBN, HarmonicBlock
 from ..plan.settings import ModuleSettings
 from .chain import CHECKPOINTS, Chain
@@ -120,13 +121,18 @@ class _Parts:
             torch_module._global_backward_pre_hooks,
         ]
         self._hooks += [getattr(module, name) for module in modules for name in _HOOKS]
-        self._slots = [
-            (tensors, name)
-            for module in modules
+        slots = [
+            (f"{stage}.{path}.{name}".replace("..", "."), tensors, name)
+            for stage, root in model._stages()
+            for path, module in root.named_modules()
             for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
+            for name in tensors
             if name != "num_batches_tracked"
         ]
+        self._names = [path for path, _, _ in slots]
+        self._slots = [(tensors, name) for _, tensors, name in slots]
+        # Where all of them had memory.
+        self._addresses: list[int | None] | None = None
         self._shapes = self._find_shapes()
         self._parts = _divide(split(model._stages()))
         if not any(isinstance(part, Chain) for part in self._parts):
@@ -174,6 +180,25 @@ class _Parts:
                 raise CannotTrain(f"the model has a {name} of type {type(tensor).__name__}")
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise CannotTrain("the model has inference tensors")
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Refuses parameters and buffers whose memory was freed.
+
+        Raises:
+            CannotTrain: One has none, which a hook may change.
+            RuntimeError: One spans more than there is.
+        """
+        found = [tensors.get(name) for tensors, name in self._slots]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in found]
+        if addresses == self._addresses:
+            return
+        for name, tensor in zip(self._names, found, strict=True):
+            if tensor is not None:
+                if not has_memory(tensor):
+                    raise CannotTrain(f"{name} has no memory")
+                check_memory(name, tensor)
+        self._addresses = addresses
 
     @property
     def kept_bytes(self) -> int:
