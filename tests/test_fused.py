@@ -458,7 +458,10 @@ def test_parametrised_first_convolution(model, x):
     assert not torch.allclose(expected, before, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
         assert_same(model(x), expected)
-    assert_same(tf.optimize(model, x)(x), expected)
+    frozen = tf.optimize(model, x)
+    assert frozen.backend == "cpu"
+    assert_same(frozen(x), expected)
+    assert_same(plain(model, x), expected)
     assert model(x).requires_grad
 
 

@@ -288,11 +288,16 @@ def _compiled_kind() -> tuple[type[nn.Module], ...]:
 
 
 def _baked(module: nn.Module) -> nn.Module:
-    """Makes parametrised weights plain ones, of the values that they have."""
+    """Makes parametrised weights of a copy plain ones, of the values that they have."""
     for part in list(module.modules()):
         if parametrize.is_parametrized(part):
-            for name in list(cast(nn.ModuleDict, part.parametrizations)):
-                parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+            names = list(cast(nn.ModuleDict, part.parametrizations))
+            values = {name: getattr(part, name).detach().clone() for name in names}
+            # PyTorch's own removal would take the weight from the class, which the original shares.
+            part.__class__ = parametrize.type_before_parametrizations(part)
+            del part._modules["parametrizations"]
+            for name, value in values.items():
+                part.register_parameter(name, nn.Parameter(value, requires_grad=False))
     return module
 
 
