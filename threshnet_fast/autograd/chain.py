@@ -297,13 +297,13 @@ class _Pass:
             module = norm.module
             if not module.training or not module.track_running_stats:
                 continue
-            if module.running_mean is None or module.running_var is None:
-                continue
             momentum = module.momentum
             if module.num_batches_tracked is not None:
                 module.num_batches_tracked.add_(1)
                 if momentum is None:
                     momentum = 1.0 / float(module.num_batches_tracked)
+            if module.running_mean is None or module.running_var is None:
+                continue
             given = self.normalization(index)
             mean, variance = given.statistics[:, given.channel : given.channel + norm.channels]
             count = self.shapes[norm.buffer].pixels

@@ -22,6 +22,7 @@ from ..nn import (
     HarmonicBlock,
     PointwiseDepthwise,
 )
+from ..plan.settings import override
 
 __all__ = [
     "ACTIVATIONS",
@@ -341,6 +342,13 @@ class _Tracer:
         """A convolution of the features, whose window is a square one."""
         _require(module, nn.Conv2d, name)
         conv = cast(nn.Conv2d, module)
+        for attribute in ("kernel_size", "stride", "padding"):
+            if not isinstance(getattr(conv, attribute), tuple):
+                raise Unsupported(f"{name} has {attribute} {getattr(conv, attribute)!r}")
+        # PyTorch goes by the weight, whatever the module says of itself.
+        shape = (conv.out_channels, conv.in_channels // groups, *conv.kernel_size)
+        if conv.weight.shape != shape:
+            raise Unsupported(f"{name} has a weight of shape {tuple(conv.weight.shape)}")
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         for attribute, expected in {
             "kernel_size": (kernel, kernel),
@@ -440,6 +448,8 @@ class _Tracer:
             features = _Features(self.features.reads, activation, activation)
         if features.channels != block.channels[0]:
             raise Unsupported(f"{name} reads {block.channels[0]} channels, not {features.channels}")
+        if not len(block.links) == len(block.channels) == len(block.layers) + 1:
+            raise Unsupported(f"{name} has {len(block.layers)} layers, but other links")
         outputs = [features.reads[0]]
         buffer = self._buffer(sum(block.channels[1:]))
         channel = 0
@@ -457,6 +467,8 @@ class _Tracer:
                     raise Unsupported(f"{layer_name} has another activation than its block")
                 self._conv_bn_relu(layer_name, layer, (buffer, channel))
             outputs.append(self.features.reads[0])
+            if self.features.channels != block.channels[index]:
+                raise Unsupported(f"{layer_name} does not write {block.channels[index]} channels")
             channel += block.channels[index]
         self.features = _Features(tuple(outputs[layer] for layer in block.out_layers), activation)
 
@@ -492,7 +504,7 @@ class _Tracer:
 
 def _require(module: nn.Module, expected: type[nn.Module], name: str) -> None:
     """Refuses a module that does not run exactly as its class does."""
-    if type(module) is not expected or "forward" in module.__dict__:
+    if type(module) is not expected or override(module, expected) is not None:
         raise Unsupported(f"{name} is not exactly a {expected.__name__}")
 
 
@@ -508,7 +520,7 @@ def split(stages: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]
     """
     result: list[tuple[str, nn.Module]] = []
     for name, module in stages:
-        if type(module) is DenseTransition and "forward" not in module.__dict__:
+        if type(module) is DenseTransition and override(module, DenseTransition) is None:
             result += [(f"{name}.{child}", part) for child, part in _children(module)]
             result.append((f"{name}.pool", module.pool))
         else:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import DenseBlock, DenseTransition
-from .arguments import flag, integer, layers, positive
+from .arguments import flag, integer, integers, layers, positive
 from .network import Network, Options
 from .registry import register_model
 
@@ -41,6 +41,7 @@ class DenseNet(Network):
         growth_rate: Channels that each layer adds.
         bottleneck: Width of a layer's bottleneck as a multiple of ``growth_rate``.
         compression: Output channels of a transition over those of its input, at most 1.
+        transitions: Output channels of each transition instead; None for those of ``compression``.
         small_stem: Start with nothing but a 3x3 convolution of stride 1, for images of 32x32.
         num_classes: As in :class:`~threshnet_fast.models.Network`, which has the attributes and
             shapes too.
@@ -64,6 +65,7 @@ class DenseNet(Network):
         growth_rate: int = 32,
         bottleneck: int = 4,
         compression: float = 0.5,
+        transitions: Iterable[int] | None = None,
         small_stem: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -79,6 +81,13 @@ class DenseNet(Network):
         if compression > 1:
             raise ValueError(f"compression is {compression}: expected at most 1")
         small_stem = flag("small_stem", small_stem)
+        if transitions is not None:
+            transitions = integers("transitions", transitions)
+            if len(transitions) != len(blocks) - 1:
+                raise ValueError(
+                    f"transitions has {len(transitions)} entries: expected {len(blocks) - 1}, one "
+                    "between every two blocks"
+                )
 
         self.features = nn.Sequential()
         if small_stem:
@@ -101,6 +110,8 @@ class DenseNet(Network):
             if index < len(blocks):
                 self._add_feature_info(channels, reduction, f"features.denseblock{index}")
                 compressed = int(channels * compression)
+                if transitions is not None:
+                    compressed = transitions[index - 1]
                 if compressed < 1:
                     raise ValueError(
                         f"compression is {compression}: a transition would compress {channels} "

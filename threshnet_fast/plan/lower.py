@@ -19,11 +19,18 @@ from ..nn import (
     PointwiseDepthwise,
 )
 from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
+from .settings import override
 
 __all__ = ["UnsupportedModule", "lower"]
 
 # Modules in the order in which they run, with their names.
 _Modules = Sequence[tuple[str, nn.Module]]
+
+# The modules of an average over whole maps, in order, with the settings that they must have.
+_AVERAGE: tuple[tuple[type[nn.Module], dict[str, tuple[object, ...]]], ...] = (
+    (nn.AdaptiveAvgPool2d, {"output_size": (1, (1, 1))}),
+    (nn.Flatten, {"start_dim": (1,), "end_dim": (-1, 3)}),
+)
 
 # Slots of a block's buffer start at multiples of a cache line of fp32.
 _SLOT = 16
@@ -107,11 +114,14 @@ class _Lowering:
         position = 0
         while position < len(stages):
             position += self._entry(stages[position:])
-        pooled = head and model.global_pool == "avg"
+        pooled = head and _pools(model)
         if pooled:
             self._head(model)
         elif self.prologue is not None:
             self._normalise()
+        if head and not pooled:
+            name = model.default_cfg["classifier"]
+            _require(model.get_classifier(), nn.Identity, name, "forward")
         return self._finish(flat=pooled)
 
     def _entry(self, stages: _Modules) -> int:
@@ -165,11 +175,7 @@ class _Lowering:
             name, norm = stages[0]
             if len(self.features.segments) != 1:
                 raise UnsupportedModule(f"{name} normalises a concatenation")
-            scale, shift = self._fold(norm, name)
-            if len(scale) != self.features.channels:
-                raise UnsupportedModule(
-                    f"{name} reads {len(scale)} channels, not {self.features.channels}"
-                )
+            scale, shift = self._fold(norm, name, self.features.channels)
             self.prologue = Prologue(_single(scale), _single(shift))
             _require(stages[1][1], nn.ReLU, stages[1][0], "forward")
             return 2
@@ -180,7 +186,7 @@ class _Lowering:
             self._convolution(conv, name, name, None, None, None)
             return 1
         norm_name, norm = stages[1]
-        affine = self._fold(norm, norm_name)
+        affine = self._fold(norm, norm_name, conv.out_channels)
         if kinds[2:3] != [nn.ReLU]:
             self._convolution(conv, name, name, None, affine, None)
             return 2
@@ -195,20 +201,24 @@ class _Lowering:
     def _dense_block(self, layers: Sequence[tuple[str, DenseLayer]]) -> None:
         height, width = self.features.height, self.features.width
         start = self.features.channels
-        block, first = layers[0]
+        block = layers[0][0]
         slot = self._move_into_block(layers[-1][1].out_channels, block, start)
-        if start != first.conv1.in_channels:
-            raise UnsupportedModule(
-                f"{block} reads {first.conv1.in_channels} channels, not {start}"
-            )
         written = start
         for name, layer in layers:
+            if written != layer.conv1.in_channels:
+                raise UnsupportedModule(
+                    f"{name} reads {layer.conv1.in_channels} channels, not {written}"
+                )
             growth = layer.conv2.out_channels
             _require_plain(layer.conv1, f"{name}.conv1", 1)
             _require_plain(layer.conv2, f"{name}.conv2", 3)
-            scale, shift = self._fold(layer.norm1, f"{name}.norm1")
-            middle_scale, middle_shift = self._fold(layer.norm2, f"{name}.norm2")
+            scale, shift = self._fold(layer.norm1, f"{name}.norm1", written)
             width_1x1 = layer.conv1.out_channels
+            if width_1x1 != layer.conv2.in_channels:
+                raise UnsupportedModule(
+                    f"{name}.conv2 reads {layer.conv2.in_channels} channels, not {width_1x1}"
+                )
+            middle_scale, middle_shift = self._fold(layer.norm2, f"{name}.norm2", width_1x1)
             bottleneck = self._buffer(height, width, width_1x1, f"{name}.conv1")
             self._conv(
                 f"{name}.conv1",
@@ -228,10 +238,16 @@ class _Lowering:
                 padding=1,
             )
             written += growth
+        if written != layers[-1][1].out_channels:
+            raise UnsupportedModule(
+                f"{layers[-1][0]} has out_channels {layers[-1][1].out_channels}, expected {written}"
+            )
         self.features = _Features((Segment(slot, 0, written),), height, width)
 
     def _harmonic_block(self, block: HarmonicBlock, name: str) -> None:
         height, width = self.features.height, self.features.width
+        if not len(block.links) == len(block.channels) == len(block.layers) + 1:
+            raise UnsupportedModule(f"{name} has {len(block.layers)} layers, but other links")
         offsets: list[int] = []
         end = 0
         for channels in block.channels:
@@ -274,7 +290,7 @@ class _Lowering:
     def _conv_bn_relu(self, module: nn.Module, name: str, output: Segment | None) -> None:
         _require(module, ConvBNReLU, name, "forward")
         assert isinstance(module, ConvBNReLU)
-        affine = self._fold(module.norm, f"{name}.norm")
+        affine = self._fold(module.norm, f"{name}.norm", module.conv.out_channels)
         self._convolution(module.conv, f"{name}.conv", name, output, affine, module.activation)
 
     def _depthwise(self, module: nn.Module, name: str, output: Segment | None) -> None:
@@ -282,7 +298,7 @@ class _Lowering:
         assert isinstance(module, DepthwiseConvBN)
         if len(self.features.segments) != 1:
             raise UnsupportedModule(f"{name} reads a concatenation")
-        affine = self._fold(module.norm, f"{name}.norm")
+        affine = self._fold(module.norm, f"{name}.norm", module.dwconv.out_channels)
         groups = self.features.channels
         self._convolution(module.dwconv, f"{name}.dwconv", name, output, affine, None, groups)
 
@@ -309,7 +325,9 @@ class _Lowering:
         """
         if activation not in (None, "relu", "relu6"):
             raise UnsupportedModule(f"{name} has activation {activation!r}")
-        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        kernel, stride = conv.weight.shape[2], _first(conv.stride)
+        if stride < 1:
+            raise UnsupportedModule(f"{conv_name} has stride {stride}")
         _require_plain(conv, conv_name, kernel, stride, groups)
         padding = kernel // 2
         height = _out_size(self.features.height, kernel, stride, padding)
@@ -321,6 +339,10 @@ class _Lowering:
         if output is None:
             buffer = self._buffer(height, width, conv.out_channels, name)
             output = Segment(buffer, 0, conv.out_channels)
+        if output.channels != conv.out_channels:
+            raise UnsupportedModule(
+                f"{name} writes {conv.out_channels} channels, not {output.channels}"
+            )
         weight, bias = self._double(conv.weight), None
         if affine is not None:
             weight, bias = self._scaled(conv.weight, affine[0]), affine[1]
@@ -353,7 +375,8 @@ class _Lowering:
                 f"{name} reads {module.conv.in_channels} channels, not {self.features.channels}"
             )
         module_pixels = self.features.height * self.features.width
-        prologue = Prologue(*map(_single, self._fold(module.norm, f"{name}.norm")))
+        affine = self._fold(module.norm, f"{name}.norm", self.features.channels)
+        prologue = Prologue(*map(_single, affine))
         self._pool(f"{name}.pool", 2, 2, 0, prologue)
         output = Segment(
             self._buffer(self.features.height, self.features.width, module.conv.out_channels, name),
@@ -423,12 +446,19 @@ class _Lowering:
         # Arithmetic on the meta device imports a compiler at its first use, which takes a second.
         return doubled if doubled.is_meta else doubled * scale[:, None, None, None]
 
-    def _fold(self, norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-        """The float64 scale and shift of a BatchNorm in evaluation mode."""
+    def _fold(self, norm: nn.Module, name: str, channels: int) -> tuple[Tensor, Tensor]:
+        """The float64 scale and shift of a BatchNorm of so many channels in evaluation mode."""
         _require(norm, nn.BatchNorm2d, name, "forward")
         assert isinstance(norm, nn.BatchNorm2d)
         if norm.running_mean is None or norm.running_var is None:
             raise UnsupportedModule(f"{name} keeps no running statistics, so it cannot be folded")
+        shapes = {
+            tensor.shape
+            for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            if tensor is not None
+        }
+        if shapes != {(channels,)}:
+            raise UnsupportedModule(f"{name} does not normalise {channels} channels")
         scale = self._double(norm.running_var)
         if scale.is_meta:
             return scale, scale
@@ -449,6 +479,7 @@ class _Lowering:
             or pool.dilation not in (1, (1, 1))
             or pool.ceil_mode
             or pool.return_indices
+            or not (kernel >= 1 and stride >= 1 and 0 <= padding <= kernel // 2)
         ):
             raise UnsupportedModule(f"{name} is not a plain square max pooling")
         if len(self.features.segments) != 1:
@@ -482,20 +513,16 @@ class _Lowering:
         self.features = _Features((output,), height, width)
 
     def _head(self, model: Network) -> None:
-        for part, module in model._pooling():
-            _require_pooling(module, part)
         name, classifier = model.default_cfg["classifier"], model.get_classifier()
         source = self.features.segments[0]
         linear = classifier if isinstance(classifier, nn.Linear) else None
         _require(classifier, nn.Identity if linear is None else nn.Linear, name, "forward")
-        if linear is not None and linear.in_features != source.channels:
-            raise UnsupportedModule(
-                f"{name} reads {linear.in_features} features, not {source.channels}"
-            )
+        outputs, inputs = (source.channels,) * 2 if linear is None else linear.weight.shape
+        if inputs != source.channels:
+            raise UnsupportedModule(f"{name} reads {inputs} features, not {source.channels}")
         # Of the module that pools too, where there is one.
         name = name.rpartition(".")[0] or name
-        channels = source.channels if linear is None else linear.out_features
-        output = Segment(self._buffer(1, 1, channels, name), 0, channels)
+        output = Segment(self._buffer(1, 1, outputs, name), 0, outputs)
         self.steps.append(
             Head(
                 name=name,
@@ -548,28 +575,48 @@ def _require(module: nn.Module, expected: type[nn.Module], name: str, *methods: 
             expected, method
         ):
             raise UnsupportedModule(f"{name} has a {method} of its own")
+    # The methods of networks are there to be overridden.
+    own = None if expected is Network else override(module, expected)
+    if own is not None:
+        raise UnsupportedModule(f"{name} has a {own} of its own")
 
 
-def _require_pooling(module: nn.Module, name: str) -> None:
-    """Refuses what is no part of an average over whole maps."""
-    for kind, attributes in (
-        (nn.AdaptiveAvgPool2d, {"output_size": 1}),
-        (nn.Flatten, {"start_dim": 1, "end_dim": -1}),
-        (nn.Identity, {}),
-    ):
+def _pools(model: Network) -> bool:
+    """Whether a network ends with an average over whole maps; refuses any other pooling."""
+    pooling = model._pooling()
+    if not pooling:
+        return model.global_pool == "avg"
+    parts = []
+    for name, module in pooling:
+        if isinstance(module, nn.Dropout):
+            _require(module, nn.Dropout, name, "forward")
+        elif isinstance(module, nn.Identity):
+            _require(module, nn.Identity, name, "forward")
+        else:
+            parts.append((name, module))
+    for (name, module), (kind, settings) in zip(parts, _AVERAGE, strict=False):
         if isinstance(module, kind):
             _require(module, kind, name, "forward")
-            if all(getattr(module, key) == value for key, value in attributes.items()):
-                return
-    raise UnsupportedModule(f"{name} is no part of a global average pooling")
+            if all(getattr(module, key) in values for key, values in settings.items()):
+                continue
+        raise UnsupportedModule(f"{name} is no part of a global average pooling")
+    if len(parts) not in (0, len(_AVERAGE)):
+        raise UnsupportedModule(f"{pooling[0][0]} is no part of a global average pooling")
+    return bool(parts)
 
 
 def _require_plain(
     conv: nn.Module, name: str, kernel: int, stride: int = 1, groups: int = 1
 ) -> None:
     _require(conv, nn.Conv2d, name, "forward")
+    assert isinstance(conv, nn.Conv2d)
+    # PyTorch goes by the weight, whatever the module says of itself.
+    outputs, inputs, *window = conv.weight.shape
+    if outputs != conv.out_channels or inputs * groups != conv.in_channels:
+        raise UnsupportedModule(f"{name} has a weight of shape {tuple(conv.weight.shape)}")
+    if window != [kernel, kernel]:
+        raise UnsupportedModule(f"{name} has a window of {window}, expected {kernel}x{kernel}")
     expected = {
-        "kernel_size": (kernel, kernel),
         "stride": (stride, stride),
         "padding": (kernel // 2, kernel // 2),
         "dilation": (1, 1),
@@ -579,5 +626,13 @@ def _require_plain(
     }
     for attribute, value in expected.items():
         actual = getattr(conv, attribute)
-        if actual is not value and actual != value:
+        # One number stands for both directions.
+        if actual is not value and actual != value and (actual, actual) != value:
             raise UnsupportedModule(f"{name} has {attribute} {actual}, expected {value}")
+
+
+def _first(value: object) -> int:
+    """The first of two numbers, or the one that stands for both; 0 where it is neither."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, int) else 0
