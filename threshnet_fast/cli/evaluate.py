@@ -264,8 +264,8 @@ def _as_json(
 
 
 def _write(output: Path, content: dict[str, Any], result: Evaluation, info: ModelInfo) -> None:
-    from ..train import figures
     from ..files import write_json
+    from ..train import figures
 
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -442,9 +442,9 @@ class _Start:
 
 
 def _start(arguments: argparse.Namespace, recorded: dict[str, Any] | None) -> _Start:
+    from ..files import sha256
     from ..models.pretrained import find_pretrained
     from ..train import checkpoint
-    from ..files import sha256
     from ..train.weights import DEFAULT_NAME, is_pair, read_info
 
     before = "" if recorded is None else str(recorded.get("weights", ""))
