@@ -288,6 +288,9 @@ class _Snapshot:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
                 kind = f"{type(tensor).__name__} of layout {tensor.layout}"
                 raise Objection(f"the model has a parameter or buffer that is a {kind}")
+        devices = sorted({str(tensor.device) for tensor in self._tensors})
+        if len(devices) != 1:
+            raise Objection(f"the model has weights on {' and '.join(devices)}")
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not has_memory(tensor):
                 # Whoever took it may give it back in a hook of the module.
@@ -299,9 +302,6 @@ class _Snapshot:
         self._pointers = list(map(_data_ptr, self._tensors))
         self._parameters = [t for t in self._tensors if isinstance(t, nn.Parameter)]
         self._dtypes = {tensor.dtype for tensor in self._tensors}
-        devices = sorted({str(tensor.device) for tensor in self._tensors})
-        if len(devices) != 1:
-            raise Objection(f"the model has weights on {' and '.join(devices)}")
         self._probe = _Probe(self._tensors)
 
         self._cpu_plans = cpu.PlanCache()
