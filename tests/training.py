@@ -81,7 +81,8 @@ def start(*arguments: str, processes: int = 1, **more: str) -> subprocess.Comple
 
 def die_at(place: str, number: int) -> None:
     """Kills this process at the given call of a function, before what the function does."""
-    from threshnet_fast.train import checkpoint, files
+    from threshnet_fast import files
+    from threshnet_fast.train import checkpoint
 
     module = {"sync_folder": checkpoint, "sha256": files, "write_json": checkpoint}[place]
     original = getattr(module, place)
