@@ -66,12 +66,15 @@ int64_t checksum_floats(const Tensor& addresses) {
   return static_cast<int64_t>(hash);
 }
 
-// Whether no element is an infinity or NaN: those have all bits of the exponent.
+// Whether no element is an infinity or NaN: those have all bits of the exponent. Of a tensor whose
+// storage was freed there is none; whoever is given it next says its name.
 bool all_finite(const std::vector<Tensor>& tensors) {
   constexpr uint32_t kExponent = 0x7f800000;
   uint32_t found = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    check_float(tensors[i], "tensors[" + std::to_string(i) + "]");
+    check(tensors[i].is_cpu() && tensors[i].scalar_type() == ScalarType::Float,
+          "tensors[" + std::to_string(i) + "] is not one of float32 on the CPU");
+    if (!has_memory(tensors[i])) continue;
     const Tensor dense = torch::stable::contiguous(tensors[i]);
     const float* const data = static_cast<const float*>(dense.data_ptr());
     for (int64_t element = 0; element < dense.numel(); ++element) {

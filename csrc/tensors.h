@@ -35,19 +35,28 @@ inline void check(bool condition, const std::string& message) {
   STD_TORCH_CHECK(condition, "threshnet_fast: " + message);
 }
 
-// The elements of a tensor are there. Sizes and strides outlive a storage that was freed or shrunk,
-// as those that share parameters between processes or move them elsewhere do. Every tensor whose
-// memory an operator reads or writes is checked, whether it lies on the CPU or not.
-inline void check_memory(const Tensor& tensor, const std::string& name) {
-  if (tensor.numel() == 0) return;
-  int64_t last = tensor.storage_offset();
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+inline int64_t storage_bytes(const Tensor& tensor) {
   int64_t bytes = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
-  const int64_t elements = bytes / static_cast<int64_t>(tensor.element_size());
-  if (tensor.data_ptr() != nullptr && last < elements) return;
+  return bytes;
+}
+
+// Whether the elements of a tensor are there. Sizes and strides outlive a storage that was freed or
+// shrunk, as those that share parameters between processes or move them elsewhere do.
+inline bool has_memory(const Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  int64_t last = tensor.storage_offset();
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return tensor.data_ptr() != nullptr &&
+         last < storage_bytes(tensor) / static_cast<int64_t>(tensor.element_size());
+}
+
+// Every tensor whose memory an operator reads or writes is checked, on the CPU or not.
+inline void check_memory(const Tensor& tensor, const std::string& name) {
+  if (has_memory(tensor)) return;
   check(false, name + " has " + std::to_string(tensor.numel()) + " elements, but its storage of " +
-                   std::to_string(bytes) + " bytes does not hold them: it was freed or resized");
+                   std::to_string(storage_bytes(tensor)) +
+                   " bytes does not hold them: it was freed or resized");
 }
 
 inline void check_dense(const Tensor& tensor, const std::string& name) {

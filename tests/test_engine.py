@@ -2,13 +2,12 @@
 
 import copy
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from alone import run_alone
 from data import photographs
 from test_plan import small
 from tolerance import assert_within, dot_bound
@@ -480,16 +479,7 @@ HOSTILE = (0, -1, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63))
 
 
 def test_no_description_crashes():
-    """In a process of its own, as a crash would be the end of all tests."""
-    code = "import test_engine; test_engine.run_hostile_descriptions()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    run_alone(run_hostile_descriptions)
 
 
 def run_hostile_descriptions() -> None:
@@ -520,16 +510,8 @@ def run_description(description, weights, x) -> None:
 
 
 def test_no_changed_program_runs(tmp_path):
-    """In processes of their own, as a crash would be the end of all tests."""
-    for code in ("save_program", "run_changed_programs"):
-        done = subprocess.run(
-            [sys.executable, "-c", f"import test_engine; test_engine.{code}({str(tmp_path)!r})"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    for function in (save_program, run_changed_programs):
+        run_alone(function, str(tmp_path))
 
 
 def program_and_operands():

@@ -6,13 +6,11 @@ process of their own.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from alone import run_alone
 from torch import Tensor
 
 import threshnet_fast as tf
@@ -141,14 +139,7 @@ def check_all() -> None:
 
 
 def test_every_operator() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {Path(__file__).stem} as tests; tests.check_all()"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    run_alone(check_all)
 
 
 def test_message() -> None:

@@ -5,11 +5,9 @@ Calls that once crashed run in a process of their own, so that a crash is a fail
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from alone import run_alone
 from torch import Tensor
 from training import build
 
@@ -56,7 +54,7 @@ CASES = {
 @pytest.mark.parametrize("limit", CASES)
 def test_beyond_a_limit(limit):
     if "pixels" in limit:
-        run_alone("check_beyond_a_limit", limit)
+        run_alone(check_beyond_a_limit, limit)
     else:
         check_beyond_a_limit(limit)
 
@@ -98,13 +96,6 @@ def test_beyond_a_limit_of_size(call, limit, shape, kernel):
     assert registration.choose([x], weight, result, 0, "auto") == "reference"
 
 
-def run_alone(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"ended with {done.returncode}:\n{done.stdout}{done.stderr}"
-
-
 INSIDE = {
     "taps": ((1, 2, 12, 12), (3, 2, 8, 8), 1, 4),
     # A top left pixel almost 2^31 before the map's first one.
@@ -116,7 +107,7 @@ INSIDE = {
 @pytest.mark.parametrize("limit", INSIDE)
 def test_within_the_limits(limit):
     if "pixels" in limit:
-        run_alone("check_within_the_limits", limit)
+        run_alone(check_within_the_limits, limit)
     else:
         check_within_the_limits(limit)
 
@@ -155,8 +146,3 @@ def test_network_beyond_a_limit_runs_as_plain_pytorch():
         assert "a kernel has over 64 taps" in str(tf.explain(model, x))
         with tf.use_backend("cpu"), pytest.raises(RuntimeError, match="over 64 taps"):
             model(x)
-
-
-if __name__ == "__main__":
-    check, limit = sys.argv[1:]
-    globals()[check](limit)

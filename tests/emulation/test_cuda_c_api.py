@@ -6,13 +6,13 @@ import ctypes
 import re
 import struct
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from alone import run_alone
 
 import threshnet_fast as tf
 from emulation import cuda_library
@@ -255,17 +255,7 @@ HOSTILE = (0, -1, 2**31 - 1, 2**31, 2**62, 2**63 - 1)
 
 
 def test_no_file_crashes(tmp_path: Path) -> None:
-    """In a process of its own, as a crash would be the end of all tests."""
-    module = Path(__file__)
-    code = f"import emulation.{module.stem} as tests; tests.load_hostile_files({str(tmp_path)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=module.parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    run_alone(load_hostile_files, str(tmp_path))
 
 
 def load_hostile_files(folder: str) -> None:

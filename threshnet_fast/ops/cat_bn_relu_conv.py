@@ -76,7 +76,8 @@ def cat_bn_relu_conv(
         segments, scale, shift, weight = registration.autocast(
             (segments, scale, shift, weight), _LOWERED
         )
-        return _formula(segments, scale, shift, weight, stride, padding)
+        validate.check_tensors(segments, weight, scale, shift, stride, padding, affine_of="input")
+        return reference(segments, scale, shift, weight, stride, padding)
     return _operator(segments, scale, shift, weight, stride, padding, backend)
 
 
@@ -85,14 +86,6 @@ def reference(
 ) -> Tensor:
     """Computes the operator with plain PyTorch, in the dtype of ``xs``, without any check."""
     return registration.convolution(_prologue(xs, scale, shift), weight, stride, padding)
-
-
-def _formula(
-    xs: list[Tensor], scale: Tensor, shift: Tensor, weight: Tensor, stride: int, padding: int
-) -> Tensor:
-    """Computes the operator as :func:`reference` does, with checks."""
-    validate.check_tensors(xs, weight, scale, shift, stride, padding, affine_of="input")
-    return reference(xs, scale, shift, weight, stride, padding)
 
 
 def _prologue(xs: Sequence[Tensor], scale: Tensor, shift: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def cat_conv_bn_relu(
         segments, weight, scale, shift = registration.autocast(
             (segments, weight, scale, shift), _LOWERED
         )
-        return _formula(segments, weight, scale, shift, stride, padding, act)
+        _check(segments, weight, scale, shift, stride, padding, act)
+        return reference(segments, weight, scale, shift, stride, padding, act)
     return _operator(segments, weight, scale, shift, stride, padding, act, backend)
 
 
@@ -99,20 +100,6 @@ def reference(
     x = torch.cat(list(xs), 1)
     y = registration.affine(registration.convolution(x, weight, stride, padding), scale, shift)
     return (torch.relu(y) if act == "relu" else y).to(x.dtype)
-
-
-def _formula(
-    xs: list[Tensor],
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    stride: int,
-    padding: int,
-    act: str,
-) -> Tensor:
-    """Computes the operator as :func:`reference` does, with checks."""
-    _check(xs, weight, scale, shift, stride, padding, act)
-    return reference(xs, weight, scale, shift, stride, padding, act)
 
 
 def _check(
