@@ -146,6 +146,10 @@ def dense_block_alone():
     return [DenseBlock(3, 2, 4, 2)]
 
 
+def plain_dense():
+    return [ConvBNReLU(3, 4, 1), DenseBlock(4, 3, 3, bottleneck=0), nn.BatchNorm2d(13), nn.ReLU()]
+
+
 def harmonic(activation="relu"):
     return [
         ConvBNReLU(3, 5, 1, activation=activation),
@@ -220,6 +224,7 @@ STAGES = [
     stem,
     dense,
     dense_block_alone,
+    plain_dense,
     harmonic,
     harmonic_with_relu6,
     harmonic_output,
@@ -491,6 +496,15 @@ NETWORKS = {
         transitions=(20, 24),
         downsample=(True, False),
         growth_rates=(6, 8),
+        num_classes=5,
+    ),
+    "densenet without bottlenecks": lambda: tf.DenseNet(
+        first_channels=12,
+        blocks=(3, 2, 3),
+        growth_rate=5,
+        bottleneck=0,
+        compression=1.0,
+        small_stem=True,
         num_classes=5,
     ),
     "hardnet with dropout": lambda: tf.models.HarDNet(

@@ -25,6 +25,7 @@ from .nn import (
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 )
 from .plan.lower import UnsupportedModule
@@ -52,6 +53,7 @@ _MODELESS = {
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 }
 
@@ -111,7 +113,7 @@ class FusedForward:
             RuntimeError: A fused backend was asked for by name, and it cannot run this.
         """
         requested = select.requested_backend()
-        if requested == "reference":
+        if requested == "reference" or x.shape[0] == 0:
             return None
         while True:
             try:
