@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import FunctionType
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +15,7 @@ from ..nn import ConvBNReLU
 from .arguments import integer, probability
 from .validate import check_input
 
-__all__ = ["FlatNetwork", "Network", "Options"]
+__all__ = ["FlatNetwork", "Network", "Options", "records_shapes", "smallest_input"]
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -179,7 +179,7 @@ class Network(nn.Module):
     @property
     def min_size(self) -> int:
         """Smallest height and width of the input, as the modules are now."""
-        return _smallest_input(module for _, stage in self._stages() for module in stage.modules())
+        return smallest_input(module for _, stage in self._stages() for module in stage.modules())
 
     @property
     def _first_weight(self) -> Tensor:
@@ -237,8 +237,7 @@ class Network(nn.Module):
 
     @torch.jit.unused
     def _check_input(self, x: Tensor) -> None:
-        # Where nothing has a value, comparisons would become part of what is recorded.
-        if _is_proxy(x) or torch.jit.is_tracing():
+        if records_shapes(x):
             return
         if isinstance(x, Tensor) and x.dim() == 4 and min(x.shape[2:]) < self._checked_size:
             # The modules may have been replaced by others, which need less.
@@ -294,6 +293,10 @@ class FlatNetwork(Network):
     """
 
     head_padding = 0
+    if TYPE_CHECKING:
+        # A list of modules, the last of which is one too; of no effect, as torch.jit.script reads
+        # annotations of attributes.
+        base: Any
 
     def get_classifier(self) -> nn.Module:
         """The linear classifier, or an identity where ``num_classes`` is 0."""
@@ -326,8 +329,8 @@ class FlatNetwork(Network):
             if isinstance(self.base[-1], _Head):
                 # As a whole, so that its hooks run.
                 return cast(Tensor, self.base[-1](x, self.drop_rate, pre_logits))
-        last = len(self.base[-1]) - 1  # type: ignore[arg-type]
-        for index, module in enumerate(self.base[-1]):  # type: ignore[arg-type,var-annotated]
+        last = len(self.base[-1]) - 1
+        for index, module in enumerate(self.base[-1]):
             if index == last:
                 x = F.dropout(x, self.drop_rate, self.training)
             if index < last or not pre_logits:
@@ -384,6 +387,11 @@ def _is_proxy(x: Any) -> bool:
     return isinstance(x, fx.Proxy)
 
 
+def records_shapes(x: Any) -> bool:
+    """Whether an input's sizes have no values, or would become part of what is recorded."""
+    return _is_proxy(x) or torch.jit.is_tracing()
+
+
 def _is_ours(method: Any) -> bool:
     """Whether a method was written in this package; wrappers that take its name were not."""
     package = __name__.partition(".")[0]
@@ -393,7 +401,7 @@ def _is_ours(method: Any) -> bool:
     )
 
 
-def _smallest_input(modules: Iterable[nn.Module]) -> int:
+def smallest_input(modules: Iterable[nn.Module]) -> int:
     """The size of which modules that run one after the other leave one pixel."""
     size = 1
     for module in reversed(list(modules)):
