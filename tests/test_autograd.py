@@ -1014,11 +1014,76 @@ def test_gradients_of_two_batches_add_up(model, x):
         assert parameter.grad.equal(gradients[0][name] + gradients[1][name])
 
 
-def test_double_backward_is_refused(model, x):
-    parameters = list(model.parameters())
-    gradients = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradients[0].square().sum().backward()
+@pytest.mark.parametrize("change", [as_built, half_frozen_norms, norms_without_affine])
+@pytest.mark.parametrize("make", STAGES)
+def test_second_derivative_of_a_chain(make, change):
+    """Numerically, with the same first derivative as otherwise and no other running statistics."""
+    stages = randomise(make())
+    change(stages)
+    for stage in stages:
+        stage.double()
+    chain = Chain(named(stages), 3)
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=chain.differentiable_input)
+    inputs = [x, *parameters(named_modules(stages))]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    y = chain(x, reference=True)
+    before = copy.deepcopy([dict(norm.named_buffers()) for norm in norms(stages)])
+    weight = torch.randn_like(y)
+    first = torch.autograd.grad(y, wanted, weight, create_graph=True)
+    for norm, buffers in zip(norms(stages), before, strict=True):
+        for name, buffer in norm.named_buffers():
+            assert buffer.equal(buffers[name])
+    again = torch.autograd.grad(chain(x, reference=True), wanted, weight)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    assert torch.autograd.gradgradcheck(
+        lambda x, *_: chain(x, reference=True), inputs, fast_mode=True
+    )
+
+
+def penalised(model, x, backend, penalty):
+    """Gradients of a loss that depends on gradients; and the model's buffers after it."""
+    model = copy.deepcopy(model)
+    x = x.clone().requires_grad_(penalty == "images")
+    with tf.use_backend(backend):
+        y = model(x)
+        loss = y.square().mean()
+        of = [x] if penalty == "images" else list(model.parameters())
+        found = torch.autograd.grad(loss, of, create_graph=True)
+        (loss + sum(g.square().sum() for g in found)).backward()
+    return [p.grad for p in model.parameters()], list(model.buffers())
+
+
+@pytest.mark.parametrize("name", ["densenet", "densenet without bottlenecks", "hardnet ds"])
+@pytest.mark.parametrize("penalty", ["images", "parameters"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_penalty(name, penalty, training, randomised, calls):
+    model = randomised(NETWORKS[name]()).train(training)
+    x = torch.randn(4, 3, 40, 36)
+    expected = penalised(model.double(), x.double(), "reference", penalty)
+    with torch.no_grad():
+        model.float()
+    plain = penalised(model, x, "reference", penalty)
+    calls.clear()
+    found = penalised(model, x, "auto", penalty)
+    # No chain gives the gradient of images that a strided convolution reads.
+    assert bool(calls) == (penalty == "parameters" or name == "densenet without bottlenecks")
+    for actual, other, wanted in zip(found[0], plain[0], expected[0], strict=True):
+        scale = wanted.norm() + 1e-12
+        of_pytorch = (other.double() - wanted).norm() / scale
+        assert (actual.double() - wanted).norm() / scale < 4 * of_pytorch + 20 * ROUNDING
+    for actual, wanted in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(actual.double(), wanted.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_parameters_run_once_in_a_second_derivative(model, x):
+    seen = []
+    weight = model.base[3].conv1.weight
+    weight.register_hook(lambda gradient: seen.append(gradient))
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), [weight], create_graph=True)
+    assert len(seen) == 1
+    gradient.square().sum().backward()
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(
