@@ -6,7 +6,10 @@ import contextlib
 import copy
 import gc
 import io
+import mmap
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +23,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import threshnet_fast as tf
 from threshnet_fast.autograd import Chain
 from threshnet_fast.autograd import chain as chain_module
+from threshnet_fast.autograd import memory as memory_module
 from threshnet_fast.autograd.graph import Unsupported, split
 from threshnet_fast.autograd.kernels import CppKernels
 from threshnet_fast.backends import cpu
@@ -498,6 +502,9 @@ NETWORKS = {
         growth_rates=(6, 8),
         num_classes=5,
     ),
+    "densenet with many layers": lambda: tf.DenseNet(
+        first_channels=12, blocks=(8, 8), growth_rate=6, small_stem=True, num_classes=5
+    ),
     "densenet without bottlenecks": lambda: tf.DenseNet(
         first_channels=12,
         blocks=(3, 2, 3),
@@ -875,6 +882,62 @@ def test_bottlenecks_are_let_go_of(model, x, mode, monkeypatch):
             model(x)
     assert len(alive) == 5
     assert max(alive) == 1
+
+
+class CountedMemory(mmap.mmap):
+    """Memory of the system, of which the bytes in use and their most are counted."""
+
+    now = most = 0
+
+    def __new__(cls, number, length, **arguments):
+        self = super().__new__(cls, number, length, **arguments)
+        CountedMemory.now += length
+        CountedMemory.most = max(CountedMemory.most, CountedMemory.now)
+        weakref.finalize(self, cls.let_go, length)
+        return self
+
+    @staticmethod
+    def let_go(length):
+        CountedMemory.now -= length
+
+
+def test_checkpoints_need_less_memory_from_the_first_step_on(x, monkeypatch, randomised):
+    """Maps lie in memory of their own, which the system has back after the step."""
+    monkeypatch.setattr(chain_module, "_POOLED_BYTES", 0)
+    monkeypatch.setattr(chain_module, "_THRIFTY_BYTES", 0)
+    monkeypatch.setattr(CountedMemory, "now", 0)
+    monkeypatch.setattr(CountedMemory, "most", 0)
+    monkeypatch.setattr(memory_module.mmap, "mmap", CountedMemory)
+    model = randomised(NETWORKS["densenet with many layers"]()).train()
+    thrifty = copy.deepcopy(model)
+    thrifty.set_grad_checkpointing()
+    expected = copied(step(model, x))
+    assert CountedMemory.most == 0
+    # Nothing of it was in use twice at once.
+    without = sum(pool.nbytes for pool in pools_of(model))
+    for _ in range(2):
+        found = copied(step(copy.deepcopy(thrifty), x))
+        assert_equal(found, expected)
+        assert 0 < CountedMemory.most < 0.6 * without
+        assert CountedMemory.now == 0
+
+
+@pytest.mark.slow
+def test_checkpoints_take_less_of_the_system_in_the_first_step():
+    """Whatever the C library makes of it."""
+    program = """
+import resource, sys, torch, threshnet_fast as tf
+torch.set_num_threads(1)
+model = tf.DenseNet121(num_classes=4).train()
+model.set_grad_checkpointing(sys.argv[1] == "checkpoint")
+model(torch.randn(8, 3, 192, 192)).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    with_checkpoints, without = (
+        int(subprocess.check_output([sys.executable, "-c", program, mode]))
+        for mode in ("checkpoint", "none")
+    )
+    assert with_checkpoints < without
 
 
 @pytest.mark.parametrize("kept_by", [None, "graph", "hooks"])

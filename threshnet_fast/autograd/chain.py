@@ -44,6 +44,8 @@ CHECKPOINTS = (None, "features")
 _MAX_SHAPES = 8
 # Maps of fewer bytes are left to the C library, which keeps what it gets back of them.
 _POOLED_BYTES = 8 << 20
+# Where memory counts for more than time, only maps of fewer bytes than these.
+_THRIFTY_BYTES = 1 << 18
 _PARAMETERS = ("weights", "gammas", "betas")
 _TENSORS = (*_PARAMETERS, "maps", "statistics", "fixed", "prologues")
 
@@ -185,6 +187,8 @@ class _Pass:
         self.maps: list[Tensor | None] = [None] * len(graph.buffers)
         # Whether large maps come from the chain's pool and go back there.
         self.pooled = False
+        # Whether it keeps as little as it can.
+        self.thrifty = False
         self.maps[0] = x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
         self.statistics: list[Tensor | None] = [None] * len(graph.buffers)
         self.fixed: list[Tensor | None] = [None] * len(graph.norms)
@@ -250,7 +254,7 @@ class _Pass:
         """Memory for the map of a buffer, or for its gradient."""
         pixels, channels = self.shapes[index].pixels, self.chain.graph.buffers[index].channels
         if self._pools(index):
-            return self.chain.pool.take(pixels, channels)
+            return self.chain.pool.take(pixels, channels, self.thrifty)
         return torch.empty(pixels, channels, **self.options)
 
     def drop(self, index: int, map: Tensor | None) -> None:
@@ -263,7 +267,7 @@ class _Pass:
         floats = self.shapes[index].pixels * self.chain.graph.buffers[index].channels
         return (
             self.pooled
-            and 4 * floats >= _POOLED_BYTES
+            and 4 * floats >= (_THRIFTY_BYTES if self.thrifty else _POOLED_BYTES)
             and index not in (0, self.chain.graph.output)
         )
 
@@ -376,8 +380,9 @@ class _ChainFunction(torch.autograd.Function):
         wanted = differentiating and any(ctx.needs_input_grad)
         ctx.everything = _has_hooks_on_saved_tensors()
         # Who asks for checkpoints would rather have the memory than the time.
-        if wanted and not ctx.everything and not reference and checkpoint is None:
-            run.pooled = True
+        run.thrifty = checkpoint == "features"
+        run.pooled = wanted and not ctx.everything and not reference
+        if run.pooled and not run.thrifty:
             chain.pool.begin(run.shapes[0])
         elif wanted:
             chain.pool.clear()
@@ -396,6 +401,8 @@ class _ChainFunction(torch.autograd.Function):
                 if index in dropped:
                     run.drop(dropped[index], run.maps[dropped[index]])
                     run.maps[dropped[index]] = None
+        if run.thrifty:
+            chain.pool.clear()
         run.update_running_statistics()
         output = run.map_of(graph.output)
         if wanted:
@@ -419,7 +426,10 @@ class _ChainFunction(torch.autograd.Function):
         keeps = _keeps_graph()
         if not keeps:
             ctx.run.take(everything=True)
-        return _Backward(run, needs[1], needs[5:], keeps).run(gradient)
+        gradients = _Backward(run, needs[1], needs[5:], keeps).run(gradient)
+        if run.thrifty:
+            run.chain.pool.clear()
+        return gradients
 
 
 def _differentiable_gradients(
