@@ -92,6 +92,22 @@ def test_grad_takes_the_autograd_path(model, x):
     assert model(x).requires_grad
 
 
+@pytest.mark.parametrize("wanted", ["base.3.norm1.bias", "base.6.2.weight", "base.1.conv.weight"])
+def test_a_graph_is_made_for_the_one_parameter_that_is_not_frozen(model, x, wanted):
+    """Not only where the first weight wants a gradient."""
+    wanted = wanted if wanted in dict(model.named_parameters()) else list(model.state_dict())[-1]
+    fused(model, x)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == wanted)
+    y = model(x)
+    assert y.requires_grad
+    y.square().sum().backward()
+    gradient = model.get_parameter(wanted).grad
+    with tf.use_backend("reference"):
+        (expected,) = torch.autograd.grad(model(x).square().sum(), [model.get_parameter(wanted)])
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_training_mode_updates_the_running_statistics(model, x):
     model.train()
     before = model.base[0].norm.running_mean.clone()

@@ -499,8 +499,9 @@ class Recorder:
         self._patch.undo()
 
 
-# Parts of nn.Module that hold what is compared by itself: parameters, buffers, children, hooks.
-_PARTS = {"_parameters", "_buffers", "_modules"}
+# Parts of nn.Module that hold what is compared by itself: parameters, buffers, children, hooks. A
+# network finds min_size in settings of its modules, which are compared.
+_PARTS = {"_parameters", "_buffers", "_modules", "min_size"}
 
 NETWORKS: list[Callable[[], nn.Module]] = [
     small,

@@ -27,6 +27,7 @@ from .nn import (
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 )
 from .plan.lower import UnsupportedModule
@@ -55,6 +56,7 @@ _MODELESS = {
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 }
 
@@ -114,7 +116,7 @@ class FusedForward:
             RuntimeError: A fused backend was asked for by name, and it cannot run this.
         """
         requested = select.requested_backend()
-        if requested == "reference":
+        if requested == "reference" or not (torch.jit.is_tracing() or x.shape[0]):
             return None
         while True:
             try:

@@ -20,6 +20,7 @@ from ..nn import (
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 )
 from ..plan.settings import override
@@ -257,7 +258,7 @@ class _Tracer:
             _require(module, DenseBlock, name)
             for child, layer in module.named_children():
                 self._dense_layer(f"{name}.{child}", layer)
-        elif isinstance(module, DenseLayer):
+        elif isinstance(module, (DenseLayer, PlainDenseLayer)):
             self._dense_layer(name, module)
         elif isinstance(module, HarmonicBlock):
             _require(module, HarmonicBlock, name)
@@ -417,19 +418,24 @@ class _Tracer:
         return self.features.reads[0].buffer
 
     def _dense_layer(self, name: str, module: nn.Module) -> None:
-        _require(module, DenseLayer, name)
-        layer = cast(DenseLayer, module)
+        plain = isinstance(module, PlainDenseLayer)
+        _require(module, PlainDenseLayer if plain else DenseLayer, name)
+        layer = cast("DenseLayer | PlainDenseLayer", module)
         buffer = self._block_input(name)
         before = self.features
         self.features = _Features(
             (self._norm(f"{name}.norm1", layer.norm1, before.reads[0]),), "relu"
         )
-        (middle,) = self._convolution(f"{name}.conv1", layer.conv1, None)
-        self.graph.buffers[middle.buffer].temporary = True
-        self.features = _Features((self._norm(f"{name}.norm2", layer.norm2, middle),), "relu")
+        last = "conv1"
+        if isinstance(layer, DenseLayer):
+            (middle,) = self._convolution(f"{name}.conv1", layer.conv1, None)
+            self.graph.buffers[middle.buffer].temporary = True
+            self.features = _Features((self._norm(f"{name}.norm2", layer.norm2, middle),), "relu")
+            last = "conv2"
         start = before.channels
-        self.graph.buffers[buffer].channels = start + layer.conv2.out_channels
-        self._convolution(f"{name}.conv2", layer.conv2, (buffer, start))
+        conv = cast(nn.Conv2d, getattr(layer, last))
+        self.graph.buffers[buffer].channels = start + conv.out_channels
+        self._convolution(f"{name}.{last}", conv, (buffer, start))
         self.features = _Features((Read(buffer, 0, self.graph.buffers[buffer].channels),))
 
     def _harmonic_block(self, name: str, block: HarmonicBlock) -> None:

@@ -11,7 +11,14 @@ from torch.nn.modules import module as torch_module
 
 from ..backends import cpu
 from ..models.validate import check_memory, has_memory
-from ..nn import ConvBNReLU, DenseBlock, DenseLayer, DepthwiseConvBN, HarmonicBlock
+from ..nn import (
+    ConvBNReLU,
+    DenseBlock,
+    DenseLayer,
+    DepthwiseConvBN,
+    HarmonicBlock,
+    PlainDenseLayer,
+)
 from ..plan.settings import ModuleSettings
 from .chain import CHECKPOINTS, Chain
 from .graph import Convolution, Unsupported, split
@@ -109,7 +116,11 @@ class _Parts:
     """A model's stages, as chains and as the modules between them."""
 
     def __init__(self, model: Network) -> None:
-        modules = [module for _, stage in model._stages() for module in stage.modules()]
+        for name, container in model._containers():
+            if type(container) is not nn.Sequential or "forward" in container.__dict__:
+                raise CannotTrain(f"{name} is not exactly a Sequential")
+        modules: list[nn.Module] = [container for _, container in model._containers()]
+        modules += [module for _, stage in model._stages() for module in stage.modules()]
         self._stages = [module for _, module in model._stages()]
         self._settings = ModuleSettings(modules, _HOOKS)
         self._children = [module._modules for module in modules]
@@ -272,7 +283,7 @@ def _in_channels(module: nn.Module) -> int | None:
         return module.conv.in_channels
     if isinstance(module, DenseBlock):
         return _in_channels(next(iter(module.children())))
-    if isinstance(module, DenseLayer):
+    if isinstance(module, (DenseLayer, PlainDenseLayer)):
         return module.norm1.num_features
     if isinstance(module, HarmonicBlock):
         return module.channels[0]

@@ -9,6 +9,7 @@ from .densenet import (
     DenseNet201,
     DenseNetBC100,
 )
+from .features import FeatureExtractor, FeatureInfo
 from .hardnet import HarDNet, HarDNet39DS, HarDNet68, HarDNet68DS, HarDNet85
 from .network import Network
 from .registry import create_model, list_models, register_model
@@ -23,6 +24,8 @@ __all__ = [
     "DenseNet169",
     "DenseNet201",
     "DenseNetBC100",
+    "FeatureExtractor",
+    "FeatureInfo",
     "HarDNet",
     "HarDNet39DS",
     "HarDNet68",

@@ -11,6 +11,7 @@ __all__ = ["check_input", "check_memory", "has_memory"]
 def check_input(x: Tensor, in_chans: int, min_size: int, weight: Tensor) -> None:
     """Raises a one-line error unless ``x`` is a batch of images that the model can run on.
 
+    The batch may be empty.
     NaN and infinity are legal values and are not looked for.
 
     Args:
@@ -39,14 +40,12 @@ def check_input(x: Tensor, in_chans: int, min_size: int, weight: Tensor) -> None
             f"x has {len(shape)} dimensions, shape {tuple(shape)}: "
             f"expected 4, (N, {in_chans}, height, width)"
         )
-    batch, channels, height, width = shape
+    _, channels, height, width = shape
     if channels != in_chans:
         raise ValueError(
             f"x has {channels} channels, shape {tuple(shape)}: expected {in_chans}, "
             f"(N, {in_chans}, height, width)"
         )
-    if batch < 1:
-        raise ValueError(f"x has batch size 0, shape {tuple(shape)}: expected 1 or more images")
     if height < min_size or width < min_size:
         raise ValueError(
             f"x has height {height} and width {width}: expected at least {min_size} x {min_size}"

@@ -16,6 +16,7 @@ from ..nn import (
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 )
 from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
@@ -82,8 +83,13 @@ def lower(
         UnsupportedModule: ``module``, or a part of it, is none that can be lowered.
         ValueError: ``input_shape`` is not one that the module takes.
     """
-    _require(module, Network, "module", "forward", "forward_features", "forward_head")
+    _require(module, Network, "module", "forward")
     assert isinstance(module, Network)
+    method = module._overridden(head=True)
+    if method is not None:
+        raise UnsupportedModule(f"module has a {method} of its own")
+    for name, container in module._containers():
+        _require(container, nn.Sequential, name, "forward")
     shape = tuple(int(size) for size in input_shape)
     if len(shape) != 4 or min(shape) < 1 or shape[1] != module.in_chans:
         raise ValueError(
@@ -129,7 +135,7 @@ class _Lowering:
         name, module = stages[0]
         if self.prologue is not None:
             raise UnsupportedModule(f"{name} follows a BatchNorm and a ReLU that stand alone")
-        if isinstance(module, DenseLayer):
+        if isinstance(module, (DenseLayer, PlainDenseLayer)):
             return self._dense_layers(stages)
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             return self._conv_or_norm(stages)
@@ -160,9 +166,10 @@ class _Lowering:
         """Lowers the dense layers at the beginning as one block; returns how many."""
         layers = []
         for name, module in stages:
-            if not isinstance(module, DenseLayer):
+            if not isinstance(module, (DenseLayer, PlainDenseLayer)):
                 break
-            _require(module, DenseLayer, name, "forward")
+            kind = DenseLayer if isinstance(module, DenseLayer) else PlainDenseLayer
+            _require(module, kind, name, "forward")
             layers.append((name, module))
         if layers:
             self._dense_block(layers)
@@ -198,7 +205,7 @@ class _Lowering:
         self.buffers.append(Buffer(height, width, channels, name))
         return len(self.buffers) - 1
 
-    def _dense_block(self, layers: Sequence[tuple[str, DenseLayer]]) -> None:
+    def _dense_block(self, layers: Sequence[tuple[str, DenseLayer | PlainDenseLayer]]) -> None:
         height, width = self.features.height, self.features.width
         start = self.features.channels
         block = layers[0][0]
@@ -209,10 +216,24 @@ class _Lowering:
                 raise UnsupportedModule(
                     f"{name} reads {layer.conv1.in_channels} channels, not {written}"
                 )
+            scale, shift = self._fold(layer.norm1, f"{name}.norm1", written)
+            if isinstance(layer, PlainDenseLayer):
+                growth = layer.conv1.out_channels
+                _require_plain(layer.conv1, f"{name}.conv1", 3)
+                self._conv(
+                    f"{name}.conv1",
+                    (Segment(slot, 0, written),),
+                    Segment(slot, written, growth),
+                    self._double(layer.conv1.weight),
+                    None,
+                    prologue=(scale, shift),
+                    padding=1,
+                )
+                written += growth
+                continue
             growth = layer.conv2.out_channels
             _require_plain(layer.conv1, f"{name}.conv1", 1)
             _require_plain(layer.conv2, f"{name}.conv2", 3)
-            scale, shift = self._fold(layer.norm1, f"{name}.norm1", written)
             width_1x1 = layer.conv1.out_channels
             if width_1x1 != layer.conv2.in_channels:
                 raise UnsupportedModule(

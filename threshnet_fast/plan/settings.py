@@ -23,6 +23,7 @@ from ..nn import (
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 )
 
@@ -70,7 +71,8 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     DenseTransition: (),
     DepthwiseConvBN: (),
     HarmonicBlock: ("links", "channels", "out_layers"),
-    Network: ("in_chans", "min_size", "global_pool", "default_cfg"),
+    Network: ("in_chans", "global_pool", "default_cfg"),
+    PlainDenseLayer: ("out_channels",),
     PointwiseDepthwise: (),
 }
 """By class: its settings that a plan or a chain depends on; a subclass has those of its bases."""
