@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -21,6 +22,7 @@ namespace {
 void check_float(const Tensor& tensor, const std::string& name) {
   check(tensor.is_cpu(), name + " is not on the CPU");
   check(tensor.scalar_type() == ScalarType::Float, name + " has the wrong dtype, expected float32");
+  check_memory(tensor, name);
 }
 
 // Weights and workspace are read from end to end on every call: huge pages spare most of the
@@ -56,11 +58,32 @@ int64_t checksum_floats(const Tensor& addresses) {
   const int64_t* address = static_cast<const int64_t*>(addresses.data_ptr());
   uint64_t hash = 0xcbf29ce484222325u;
   for (int64_t i = 0; i < addresses.numel(); ++i) {
+    check(address[i] != 0, "addresses[" + std::to_string(i) + "] is that of no memory");
     uint32_t bits;
     std::memcpy(&bits, reinterpret_cast<const void*>(address[i]), sizeof bits);
     hash = (hash ^ bits) * 0x100000001b3u;
   }
   return static_cast<int64_t>(hash);
+}
+
+// Whether no element is an infinity or NaN: those have all bits of the exponent. Of a tensor whose
+// storage was freed there is none; whoever is given it next says its name.
+bool all_finite(const std::vector<Tensor>& tensors) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t found = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check(tensors[i].is_cpu() && tensors[i].scalar_type() == ScalarType::Float,
+          "tensors[" + std::to_string(i) + "] is not one of float32 on the CPU");
+    if (!has_memory(tensors[i])) continue;
+    const Tensor dense = torch::stable::contiguous(tensors[i]);
+    const float* const data = static_cast<const float*>(dense.data_ptr());
+    for (int64_t element = 0; element < dense.numel(); ++element) {
+      uint32_t bits;
+      std::memcpy(&bits, data + element, sizeof bits);
+      found |= static_cast<uint32_t>((bits & kExponent) == kExponent);
+    }
+  }
+  return found == 0;
 }
 
 int64_t best_isa() { return cpu::best_isa(); }
@@ -105,12 +128,12 @@ Tensor pack_weights(const Tensor& program, const std::vector<Tensor>& weights) {
     list.push_back({static_cast<const float*>(weights[i].data_ptr()), weights[i].numel()});
   }
   Tensor packed = empty_floats(view.header().packed_floats);
-  cpu::pack(view, list, static_cast<float*>(packed.data_ptr()), parallel_for);
+  cpu::pack(view, list, static_cast<float*>(packed.data_ptr()), torch::stable::get_num_threads(),
+            parallel_for);
   return packed;
 }
 
 Tensor create_workspace(const Tensor& program, int64_t threads) {
-  check(threads >= 1, "threads is " + std::to_string(threads) + ", expected at least 1");
   return empty_floats(program_of(program).workspace_floats(threads));
 }
 
@@ -129,6 +152,7 @@ Tensor run_parts(const Tensor& x, const Tensor& program, const Tensor& packed,
   check(x.size(1) == header.input_channels && x.size(2) == header.input_height &&
             x.size(3) == header.input_width && x.size(0) >= header.batch,
         "x has shape " + shape_of(x) + ", which is not what the program was compiled for");
+  check_memory(x, "x");
   check(header.external_count == 0, "program is one of a single operation");
   check_float(packed, "packed");
   check_dense(packed, "packed");
@@ -227,7 +251,9 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
   for (size_t i = 0; i < xs.size(); ++i) {
     check_float(xs[i], "xs[" + std::to_string(i) + "]");
     Tensor segment = xs[i];
-    if (pixel_pitch(segment) == 0)
+    // A slice of few pixels may lie further apart than a description can say.
+    const int64_t pitch = pixel_pitch(segment);
+    if (pitch == 0 || pitch > std::numeric_limits<int32_t>::max())
       segment = torch::stable::contiguous(segment, MemoryFormat::ChannelsLast);
     segments.push_back(segment);
   }
@@ -274,7 +300,7 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
       cpu::compile(description.data(), static_cast<int64_t>(description.size()), isa, threads, 0);
   const cpu::Program program(bytes.data(), static_cast<int64_t>(bytes.size()));
   Tensor packed = torch::stable::empty({program.header().packed_floats}, ScalarType::Float);
-  cpu::pack(program, weights, static_cast<float*>(packed.data_ptr()), parallel_for);
+  cpu::pack(program, weights, static_cast<float*>(packed.data_ptr()), threads, parallel_for);
   Tensor workspace = torch::stable::empty({program.workspace_floats(threads)}, ScalarType::Float);
   Tensor output =
       torch::stable::empty({batch, output_channels, output_height, output_width}, ScalarType::Float,
@@ -336,6 +362,7 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("best_isa() -> int");
   m.def("best_bfloat16_isa() -> int");
   m.def("checksum_floats(Tensor addresses) -> int");
+  m.def("all_finite(Tensor[] tensors) -> bool");
   m.def("compile_plan(Tensor description, int isa, int threads, int winograd) -> Tensor");
   m.def("program_layout(Tensor program) -> int");
   m.def("program_algorithms(Tensor program) -> Tensor");
@@ -381,6 +408,7 @@ STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
   m.impl("checksum_floats", TORCH_BOX(&checksum_floats));
+  m.impl("all_finite", TORCH_BOX(&all_finite));
   m.impl("compile_plan", TORCH_BOX(&compile_plan));
   m.impl("program_layout", TORCH_BOX(&program_layout));
   m.impl("program_algorithms", TORCH_BOX(&program_algorithms));

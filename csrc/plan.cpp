@@ -12,6 +12,21 @@ void require_plan(bool condition, const char* what) {
   if (!condition) fail_plan(what);
 }
 
+void require_size(int64_t elements, const std::string& what) {
+  if (elements < 0 || elements > kMostElements) fail_plan(what + " has over 2^48 elements");
+}
+
+int64_t product_of_sizes(std::initializer_list<int64_t> sizes, const std::string& what) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    int64_t next = 0;
+    if (__builtin_mul_overflow(product, size, &next)) next = -1;
+    require_size(next, what);
+    product = next;
+  }
+  return product;
+}
+
 namespace {
 
 class Reader {
@@ -75,17 +90,15 @@ class Reader {
     buffer.width = dimension();
     buffer.pitch = dimension();
     buffer.offset = next();
-    // In floating point, as the product of three dimensions need not fit in 64 bits.
-    if (static_cast<double>(plan_.batch) * static_cast<double>(buffer.height) *
-            static_cast<double>(buffer.width) >
-        std::numeric_limits<int32_t>::max())
-      fail_plan("a buffer has over 2^31 pixels");
-    const int64_t pixels = plan_.batch * buffer.height * buffer.width;
+    const std::string name = "buffer " + std::to_string(plan_.buffers.size());
+    const int64_t pixels = product_of_sizes({plan_.batch, buffer.height, buffer.width}, name);
+    require_plan(pixels <= std::numeric_limits<int32_t>::max(), "a buffer has over 2^31 pixels");
+    const int64_t elements = product_of_sizes({pixels, buffer.pitch}, name);
     if (buffer.offset >= 0) {
       require_plan(buffer.offset % 16 == 0, "a buffer does not start at a multiple of 16 floats");
-      if (buffer.offset > plan_.arena_size ||
-          pixels * buffer.pitch > plan_.arena_size - buffer.offset)
-        fail_plan("a buffer does not fit in the arena");
+      require_plan(
+          buffer.offset <= plan_.arena_size && elements <= plan_.arena_size - buffer.offset,
+          "a buffer does not fit in the arena");
     } else {
       require_plan(buffer.offset > kFirstExternal - plan_.external_count,
                    "a buffer names an external input that does not exist");
@@ -126,6 +139,8 @@ class Reader {
     require_plan(buffer(segment.buffer).offset != kNetworkOutput,
                  "a step reads the network's output");
     step.input_channels += segment.channels;
+    if (step.input_channels > kMostChannels)
+      fail_plan(name_of_step() + " reads over 2^24 channels");
     step.inputs.push_back(segment);
   }
 
@@ -133,6 +148,8 @@ class Reader {
     step.output = read_segment("an output leaves its buffer");
     const int64_t offset = buffer(step.output.buffer).offset;
     require_plan(offset >= 0 || offset == kNetworkOutput, "a step writes to an input");
+    if (step.output.channels > kMostChannels)
+      fail_plan(name_of_step() + " writes over 2^24 channels");
   }
 
   void read_window(PlanStep& step) {
@@ -170,7 +187,20 @@ class Reader {
         break;
     }
     require_plan(position_ - start == length, "a step has the wrong length");
+    check_sizes(step);
     plan_.steps.push_back(std::move(step));
+  }
+
+  // Of the step that is being read, counted from 0 as in errors about weights.
+  std::string name_of_step() const { return "step " + std::to_string(plan_.steps.size()); }
+
+  void check_sizes(const PlanStep& step) const {
+    product_of_sizes({step.kernel_height, step.kernel_width}, "the window of " + name_of_step());
+    if (step.kind == PlanStepKind::kPool) return;
+    const int64_t inputs =
+        step.kind == PlanStepKind::kConvolution ? step.input_channels : int64_t{1};
+    product_of_sizes({step.output.channels, inputs, step.kernel_height, step.kernel_width},
+                     "the weight of " + name_of_step());
   }
 
   void read_convolution(PlanStep& step) {

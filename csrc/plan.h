@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -16,6 +17,13 @@ constexpr int64_t kDescriptionVersion = 1;
 constexpr int64_t kNetworkInput = -1;   // any strides; only the first convolution may read it
 constexpr int64_t kNetworkOutput = -2;  // dense NHWC
 constexpr int64_t kFirstExternal = -3;  // NHWC with the buffer's pitch; -3 - i is external input i
+
+// The most channels of a segment or of all that a step reads.
+constexpr int64_t kMostChannels = int64_t{1} << 24;
+// The most elements of anything that is read or written: more than any memory holds, and few enough
+// that what is calculated from it in bytes, threads or products of a few taps fits in 64 bits.
+constexpr int64_t kMostElements = int64_t{1} << 48;
+constexpr int64_t kMostThreads = int64_t{1} << 12;
 
 // NHWC, pitch elements between neighbouring pixels.
 struct Buffer {
@@ -57,6 +65,12 @@ struct Plan {
 // Throws std::invalid_argument, saying what is wrong with a plan.
 [[noreturn]] void fail_plan(const std::string& what);
 void require_plan(bool condition, const char* what);
+
+// The product of sizes from a description. Throws std::invalid_argument, saying that it is `what`
+// that has too many elements, where it is negative or more than kMostElements.
+int64_t product_of_sizes(std::initializer_list<int64_t> sizes, const std::string& what);
+// Throws where a sum of such products is more than that.
+void require_size(int64_t elements, const std::string& what);
 
 // Reads a description of `length` entries. Every index in the result is within bounds, every
 // segment within its buffer, every buffer within the arena, and every output as large as its window

@@ -35,6 +35,30 @@ inline void check(bool condition, const std::string& message) {
   STD_TORCH_CHECK(condition, "threshnet_fast: " + message);
 }
 
+inline int64_t storage_bytes(const Tensor& tensor) {
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  return bytes;
+}
+
+// Whether the elements of a tensor are there. Sizes and strides outlive a storage that was freed or
+// shrunk, as those that share parameters between processes or move them elsewhere do.
+inline bool has_memory(const Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  int64_t last = tensor.storage_offset();
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return tensor.data_ptr() != nullptr &&
+         last < storage_bytes(tensor) / static_cast<int64_t>(tensor.element_size());
+}
+
+// Every tensor whose memory an operator reads or writes is checked, on the CPU or not.
+inline void check_memory(const Tensor& tensor, const std::string& name) {
+  if (has_memory(tensor)) return;
+  check(false, name + " has " + std::to_string(tensor.numel()) + " elements, but its storage of " +
+                   std::to_string(storage_bytes(tensor)) +
+                   " bytes does not hold them: it was freed or resized");
+}
+
 inline void check_dense(const Tensor& tensor, const std::string& name) {
   check(tensor.is_contiguous(), name + " is not contiguous");
 }
@@ -45,6 +69,7 @@ inline void check_host(const Tensor& tensor, const std::string& name, ScalarType
   check(tensor.is_cpu(), name + " is not on the CPU");
   check(tensor.scalar_type() == dtype, name + " has the wrong dtype, expected " + dtype_name);
   check_dense(tensor, name);
+  check_memory(tensor, name);
 }
 
 // The elements between neighbouring pixels of an NHWC map, or 0 where the tensor is not one.
@@ -82,6 +107,7 @@ inline void check_convolution(const std::vector<Tensor>& xs, const Tensor& weigh
     const std::string name = "xs[" + std::to_string(i) + "]";
     check(xs[i].dim() == 4, name + " has shape " + shape_of(xs[i]) + ", expected four dimensions");
     check(xs[i].numel() > 0, name + " is empty");
+    check_memory(xs[i], name);
     check(xs[i].size(0) == xs[0].size(0) && xs[i].size(2) == xs[0].size(2) &&
               xs[i].size(3) == xs[0].size(3),
           name + " has shape " + shape_of(xs[i]) + ", which does not match xs[0]'s " +
@@ -91,6 +117,7 @@ inline void check_convolution(const std::vector<Tensor>& xs, const Tensor& weigh
   check(weight.size(1) == channels && weight.numel() > 0,
         "weight has shape " + shape_of(weight) + ", expected [Co, " + std::to_string(channels) +
             ", kh, kw]");
+  check_memory(weight, "weight");
   check(xs[0].size(2) + 2 * padding >= weight.size(2) &&
             xs[0].size(3) + 2 * padding >= weight.size(3),
         "weight has shape " + shape_of(weight) + ", larger than the padded input");

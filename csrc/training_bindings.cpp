@@ -3,7 +3,8 @@
 //
 // A map is a contiguous float32 tensor [pixels, channels] in NHWC order; `segments` holds a first
 // channel and a number of channels for each of `maps`. `window` is [N, H, W, kh, kw, stride,
-// padding], of the input. An empty tensor stands for none.
+// padding], of the input. A tensor without elements stands for none; one of which the storage was
+// freed does not.
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -69,6 +70,15 @@ cpu::Window window_of(const std::vector<int64_t>& numbers) {
   return window;
 }
 
+// What workspaces are calculated from: more channels than any weight in memory, of few enough
+// products that those fit in 64 bits. A weight may have strides of 0.
+void check_channels(int64_t inputs, int64_t outputs) {
+  constexpr int64_t kMostPairs = int64_t{1} << 40;
+  check(inputs >= 1 && outputs >= 1 && inputs <= kMostPairs / outputs,
+        std::to_string(inputs) + " input channels and " + std::to_string(outputs) +
+            " output channels, expected at least one of each and at most 2^40 pairs");
+}
+
 cpu::Activation activation_of(int64_t activation) {
   check(activation >= cpu::kIdentity && activation <= cpu::kRelu6,
         "activation is " + std::to_string(activation) + ", expected 0 to 2");
@@ -125,6 +135,8 @@ cpu::WeightStrides check_weight(const Tensor& weight, const std::string& name,
         name + " has shape " + shape_of(weight) + ", expected [Co, " + std::to_string(channels) +
             ", " + std::to_string(window.kernel_height) + ", " +
             std::to_string(window.kernel_width) + "]");
+  check_channels(channels, weight.size(0));
+  check_memory(weight, name);
   return {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
 }
 
@@ -244,7 +256,7 @@ int64_t training_convolution_workspace(const std::vector<int64_t>& window, int64
                                        int64_t output_channels, bool input_gradients,
                                        int64_t winograd, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
-  check(input_channels >= 1 && output_channels >= 1, "the number of channels is not positive");
+  check_channels(input_channels, output_channels);
   cpu::ConvolutionForward forward = {};
   forward.window = window_of(window);
   forward.winograd = winograd_of(winograd);
@@ -361,7 +373,7 @@ void training_depthwise_backward(const Tensor& map, const std::vector<int64_t>& 
 int64_t training_depthwise_workspace(const std::vector<int64_t>& window, int64_t channels,
                                      int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
-  check(channels >= 1, "channels is " + std::to_string(channels) + ", expected at least 1");
+  check_channels(channels, 1);
   cpu::DepthwiseForward forward = {};
   forward.window = window_of(window);
   forward.input.channels = channels;
@@ -402,7 +414,7 @@ void training_pool_backward(const Tensor& map, const std::vector<int64_t>& segme
 
 int64_t training_pool_workspace(const std::vector<int64_t>& window, int64_t channels, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
-  check(channels >= 1, "channels is " + std::to_string(channels) + ", expected at least 1");
+  check_channels(channels, 1);
   cpu::PoolForward forward = {};
   forward.window = window_of(window);
   forward.input.channels = channels;

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import mmap
 import pickle
 import threading
 import weakref
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import threshnet_fast as tf
 from threshnet_fast.autograd import Chain
 from threshnet_fast.autograd import chain as chain_module
+from threshnet_fast.autograd import memory as memory_module
 from threshnet_fast.autograd.kernels import CppKernels
 from threshnet_fast.backends import cpu
 from threshnet_fast.graph import UnsupportedModule, split_stages
@@ -146,6 +148,10 @@ def dense_block_alone():
     return [DenseBlock(3, 2, 4, 2)]
 
 
+def plain_dense():
+    return [ConvBNReLU(3, 4, 1), DenseBlock(4, 3, 3, bottleneck=0), nn.BatchNorm2d(13), nn.ReLU()]
+
+
 def harmonic(activation="relu"):
     return [
         ConvBNReLU(3, 5, 1, activation=activation),
@@ -220,6 +226,7 @@ STAGES = [
     stem,
     dense,
     dense_block_alone,
+    plain_dense,
     harmonic,
     harmonic_with_relu6,
     harmonic_output,
@@ -491,6 +498,18 @@ NETWORKS = {
         transitions=(20, 24),
         downsample=(True, False),
         growth_rates=(6, 8),
+        num_classes=5,
+    ),
+    "densenet with many layers": lambda: tf.DenseNet(
+        first_channels=12, blocks=(8, 8), growth_rate=6, small_stem=True, num_classes=5
+    ),
+    "densenet without bottlenecks": lambda: tf.DenseNet(
+        first_channels=12,
+        blocks=(3, 2, 3),
+        growth_rate=5,
+        bottleneck=0,
+        compression=1.0,
+        small_stem=True,
         num_classes=5,
     ),
     "hardnet with dropout": lambda: tf.models.HarDNet(
@@ -863,6 +882,44 @@ def test_bottlenecks_are_let_go_of(model, x, mode, monkeypatch):
     assert max(alive) == 1
 
 
+class CountedMemory(mmap.mmap):
+    """Memory of the system, of which the bytes in use and their most are counted."""
+
+    now = most = 0
+
+    def __new__(cls, number, length, **arguments):
+        self = super().__new__(cls, number, length, **arguments)
+        CountedMemory.now += length
+        CountedMemory.most = max(CountedMemory.most, CountedMemory.now)
+        weakref.finalize(self, cls.let_go, length)
+        return self
+
+    @staticmethod
+    def let_go(length):
+        CountedMemory.now -= length
+
+
+def test_checkpoints_need_less_memory_from_the_first_step_on(x, monkeypatch, randomised):
+    """Maps lie in memory of their own, which the system has back after the step."""
+    monkeypatch.setattr(chain_module, "_POOLED_BYTES", 0)
+    monkeypatch.setattr(chain_module, "_THRIFTY_BYTES", 0)
+    monkeypatch.setattr(CountedMemory, "now", 0)
+    monkeypatch.setattr(CountedMemory, "most", 0)
+    monkeypatch.setattr(memory_module.mmap, "mmap", CountedMemory)
+    model = randomised(NETWORKS["densenet with many layers"]()).train()
+    thrifty = copy.deepcopy(model)
+    thrifty.set_grad_checkpointing()
+    expected = copied(step(model, x))
+    assert CountedMemory.most == 0
+    # Nothing of it was in use twice at once.
+    without = sum(pool.nbytes for pool in pools_of(model))
+    for _ in range(2):
+        found = copied(step(copy.deepcopy(thrifty), x))
+        assert_equal(found, expected)
+        assert 0 < CountedMemory.most < 0.6 * without
+        assert CountedMemory.now == 0
+
+
 @pytest.mark.parametrize("kept_by", [None, "graph", "hooks"])
 def test_maps_are_let_go_of_on_the_way_back(model, x, kept_by, monkeypatch):
     """Each when the last convolution that needs it is done, unless someone may want them again."""
@@ -1000,11 +1057,76 @@ def test_gradients_of_two_batches_add_up(model, x):
         assert parameter.grad.equal(gradients[0][name] + gradients[1][name])
 
 
-def test_double_backward_is_refused(model, x):
-    parameters = list(model.parameters())
-    gradients = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradients[0].square().sum().backward()
+@pytest.mark.parametrize("change", [as_built, half_frozen_norms, norms_without_affine])
+@pytest.mark.parametrize("make", STAGES)
+def test_second_derivative_of_a_chain(make, change):
+    """Numerically, with the same first derivative as otherwise and no other running statistics."""
+    stages = randomise(make())
+    change(stages)
+    for stage in stages:
+        stage.double()
+    chain = Chain(named(stages), 3)
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=chain.differentiable_input)
+    inputs = [x, *parameters(named_modules(stages))]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    y = chain(x, reference=True)
+    before = copy.deepcopy([dict(norm.named_buffers()) for norm in norms(stages)])
+    weight = torch.randn_like(y)
+    first = torch.autograd.grad(y, wanted, weight, create_graph=True)
+    for norm, buffers in zip(norms(stages), before, strict=True):
+        for name, buffer in norm.named_buffers():
+            assert buffer.equal(buffers[name])
+    again = torch.autograd.grad(chain(x, reference=True), wanted, weight)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    assert torch.autograd.gradgradcheck(
+        lambda x, *_: chain(x, reference=True), inputs, fast_mode=True
+    )
+
+
+def penalised(model, x, backend, penalty):
+    """Gradients of a loss that depends on gradients; and the model's buffers after it."""
+    model = copy.deepcopy(model)
+    x = x.clone().requires_grad_(penalty == "images")
+    with tf.use_backend(backend):
+        y = model(x)
+        loss = y.square().mean()
+        of = [x] if penalty == "images" else list(model.parameters())
+        found = torch.autograd.grad(loss, of, create_graph=True)
+        (loss + sum(g.square().sum() for g in found)).backward()
+    return [p.grad for p in model.parameters()], list(model.buffers())
+
+
+@pytest.mark.parametrize("name", ["densenet", "densenet without bottlenecks", "hardnet ds"])
+@pytest.mark.parametrize("penalty", ["images", "parameters"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_penalty(name, penalty, training, randomised, calls):
+    model = randomised(NETWORKS[name]()).train(training)
+    x = torch.randn(4, 3, 40, 36)
+    expected = penalised(model.double(), x.double(), "reference", penalty)
+    with torch.no_grad():
+        model.float()
+    plain = penalised(model, x, "reference", penalty)
+    calls.clear()
+    found = penalised(model, x, "auto", penalty)
+    # No chain gives the gradient of images that a strided convolution reads.
+    assert bool(calls) == (penalty == "parameters" or name == "densenet without bottlenecks")
+    for actual, other, wanted in zip(found[0], plain[0], expected[0], strict=True):
+        scale = wanted.norm() + 1e-12
+        of_pytorch = (other.double() - wanted).norm() / scale
+        assert (actual.double() - wanted).norm() / scale < 4 * of_pytorch + 20 * ROUNDING
+    for actual, wanted in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(actual.double(), wanted.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_parameters_run_once_in_a_second_derivative(model, x):
+    seen = []
+    weight = model.base[3].conv1.weight
+    weight.register_hook(lambda gradient: seen.append(gradient))
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), [weight], create_graph=True)
+    assert len(seen) == 1
+    gradient.square().sum().backward()
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(

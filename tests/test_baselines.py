@@ -65,6 +65,8 @@ HARDNETS = {
     ),
 }
 NAMES = [*DENSENETS, *HARDNETS]
+# Convolutions that are padded, unlike pools, leave a pixel of any image.
+LEAST = dict.fromkeys(NAMES, 29) | {"densenet_bc_100": 4, "hardnet39ds": 1, "hardnet68ds": 1}
 
 
 def small_densenet(**kwargs) -> tf.DenseNet:
@@ -87,6 +89,9 @@ def small_hardnet(**kwargs) -> tf.HarDNet:
 SMALL = {
     "densenet": small_densenet,
     "densenet with small stem": lambda **kwargs: small_densenet(small_stem=True, **kwargs),
+    "densenet without bottlenecks": lambda **kwargs: small_densenet(
+        small_stem=True, bottleneck=0, compression=1.0, **kwargs
+    ),
     "hardnet": lambda **kwargs: small_hardnet(block_drop_rate=0.1, **kwargs),
     "hardnet ds": lambda **kwargs: small_hardnet(depthwise=True, **kwargs),
 }
@@ -348,7 +353,7 @@ def test_descriptions_match_the_maps(name):
     first = model.get_submodule(model.default_cfg["first_conv"])
     assert isinstance(first, nn.Conv2d)
     assert first.in_channels == 3
-    assert model.min_size == 32
+    assert model.min_size == LEAST[name]
 
 
 @pytest.mark.parametrize("build", SMALL.values(), ids=SMALL)
@@ -431,6 +436,44 @@ def test_harmonic_block_of_depthwise_layers():
     assert isinstance(HarmonicBlock(6, 4, 1.7, 4, "relu6").layers[0], ConvBNReLU)
 
 
+def test_dense_block_without_bottlenecks(randomised):
+    """By hand: every layer normalises, activates and convolves all that is before it."""
+    block = randomised(DenseBlock(5, 3, 4, bottleneck=0)).eval().double()
+    assert [key for key in block.state_dict() if key.endswith("weight")] == [
+        f"denselayer{layer}.{name}.weight" for layer in (1, 2, 3) for name in ("norm1", "conv1")
+    ]
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
+    expected = x
+    for index, layer in enumerate(block):
+        assert layer.conv1.weight.shape == (4, 5 + 4 * index, 3, 3)
+        norm = layer.norm1
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        shift = norm.bias - norm.running_mean * scale
+        active = (expected * scale[:, None, None] + shift[:, None, None]).clamp(min=0)
+        # Zeros around what is activated, not around what is normalised.
+        patches = F.unfold(F.pad(active, (1, 1, 1, 1)), 3)
+        new = torch.einsum("ok,nkp->nop", layer.conv1.weight.flatten(1), patches)
+        expected = torch.cat([expected, new.view(2, 4, 7, 6)], 1)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_plain_densenet_of_40_layers():
+    """The network of the paper: 1.0 M parameters, 40 layers with weights."""
+    model = tf.DenseNet(
+        first_channels=16,
+        blocks=(12, 12, 12),
+        growth_rate=12,
+        bottleneck=0,
+        compression=1.0,
+        small_stem=True,
+        num_classes=10,
+    )
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) + 1 == 40
+    assert sum(p.numel() for p in model.parameters()) == 1_019_722
+    assert model.num_features == 448
+
+
 def test_dense_block_and_transition(randomised):
     block = randomised(DenseBlock(5, 3, 4, bottleneck=2)).eval()
     transition = randomised(DenseTransition(17, 8)).eval()
@@ -458,7 +501,7 @@ def test_dense_block_and_transition(randomised):
         ({"blocks": 2}, TypeError, "blocks is 2: expected a sequence"),
         ({"first_channels": 0}, ValueError, "first_channels is 0"),
         ({"growth_rate": 1.5}, TypeError, "growth_rate is 1.5: expected an integer"),
-        ({"bottleneck": 0}, ValueError, "bottleneck is 0: expected 1 or more"),
+        ({"bottleneck": -1}, ValueError, "bottleneck is -1: expected 0 or more"),
         ({"compression": 0}, ValueError, "compression is 0.0: expected a finite number above 0"),
         ({"compression": 1.5}, ValueError, "compression is 1.5: expected at most 1"),
         ({"compression": 0.001}, ValueError, "a transition would compress 22 channels to none"),
@@ -503,7 +546,8 @@ def test_bad_input(build):
     with torch.no_grad():
         with pytest.raises(ValueError, match="x has 1 channels"):
             model(torch.zeros(1, 1, 32, 32))
-        with pytest.raises(ValueError, match="expected at least 32 x 32"):
-            model(torch.zeros(1, 3, 31, 32))
+        least = model.min_size
+        with pytest.raises(ValueError, match=f"expected at least {least} x {least}"):
+            model(torch.zeros(1, 3, least - 1, 32))
         with pytest.raises(TypeError, match=r"x has dtype torch.float64: expected torch.float32"):
             model(torch.zeros(1, 3, 32, 32, dtype=torch.float64))

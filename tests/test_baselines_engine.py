@@ -191,7 +191,9 @@ def test_every_step(name, shape, forced, threads, isa, randomised):
     # So large that ReLU6 has something to do.
     x = 4 * torch.randn(shape)
     found = check_every_step(plan, x, isa, forced, threads)
-    assert found == (set() if name == "hardnet ds" else {forced} - {0})
+    # Of depthwise convolutions, and of those that normalise what they read, there is none.
+    never = ("hardnet ds", "densenet without bottlenecks")
+    assert found == (set() if name in never else {forced} - {0})
 
 
 @narrow.needs_bfloat16

@@ -22,7 +22,6 @@ from op_cases import (
 from tolerance import assert_within, dot_bound
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from threshnet_fast import use_backend
@@ -296,25 +295,6 @@ def test_gradient_passes_where_the_activation_is_nan() -> None:
     one = torch.ones(1)
     cat_bn_relu_conv([x], one, 0 * one, torch.ones(1, 1, 1, 1)).sum().backward()
     assert x.grad.tolist() == [[[[1.0, 1.0, 0.0]]]]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-@pytest.mark.parametrize("call", ["dual_level", "functional"])
-def test_forward_mode_is_an_error_not_a_zero(call: str) -> None:
-    xs, scale, shift, weight = arguments(SMALL)
-
-    def function(weight: Tensor) -> Tensor:
-        return cat_bn_relu_conv(xs, scale, shift, weight)
-
-    def by_dual_level() -> None:
-        with forward_ad.dual_level():
-            function(forward_ad.make_dual(weight, weight))
-
-    def by_functional() -> None:
-        torch.func.jvp(function, (weight,), (weight,))
-
-    with pytest.raises(RuntimeError, match="weight carries a forward-mode tangent"):
-        by_functional() if call == "functional" else by_dual_level()
 
 
 def test_in_place_change_before_backward_is_an_error() -> None:

@@ -22,7 +22,6 @@ from op_cases import (
 from tolerance import assert_within, dot_bound
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from threshnet_fast import use_backend
@@ -307,25 +306,6 @@ def test_gradient_of_a_scale_of_zero(backend: str) -> None:
     cat_conv_bn_relu(xs, weight, scale, shift, backend=backend).sum().backward()
     expected = functional.conv2d(torch.cat(xs, 1), weight, padding=1).sum((0, 2, 3))
     torch.testing.assert_close(scale.grad, expected, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-@pytest.mark.parametrize("call", ["dual_level", "functional"])
-def test_forward_mode_is_an_error_not_a_zero(call: str) -> None:
-    xs, weight, scale, shift = arguments(SMALL)
-
-    def function(weight: Tensor) -> Tensor:
-        return cat_conv_bn_relu(xs, weight, scale, shift)
-
-    def by_dual_level() -> None:
-        with forward_ad.dual_level():
-            function(forward_ad.make_dual(weight, weight))
-
-    def by_functional() -> None:
-        torch.func.jvp(function, (weight,), (weight,))
-
-    with pytest.raises(RuntimeError, match="weight carries a forward-mode tangent"):
-        by_functional() if call == "functional" else by_dual_level()
 
 
 def test_in_place_change_before_backward_is_an_error() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import threshnet_fast as tf
+from threshnet_fast import cli
 from threshnet_fast.backends import cpu, cuda, triton
 from threshnet_fast.cli import (
     CommandError,
@@ -40,6 +41,7 @@ from threshnet_fast.cli.memory import measure
 from threshnet_fast.cli.precision import PRECISIONS
 from threshnet_fast.models import registry
 from threshnet_fast.plan import prediction
+from threshnet_fast.plan.lower import lower
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -361,11 +363,14 @@ class TestBenchErrors:
             (["--cell", "224"], "expected SIZE:BATCH"),
             (["--cell", "32:0"], "expected a positive integer"),
             (["--cell", "axb:1"], "expected a size"),
-            (["--cell", "16:1"], "size 16x16 is too small for tiny: expected 32 or more"),
-            (["--size", "32x31"], "size 32x31 is too small"),
+            (["--cell", "4:1"], "size 4x4 is too small for tiny: expected 5 or more"),
+            (["--size", "32x4"], "size 32x4 is too small"),
             (["--cell", "32:1", "--batch", "2"], "leave --size, --batch out"),
             (["--batch", "-1"], "expected a positive integer"),
             (["--threads", "0"], "expected a positive integer"),
+            (["--threads", "100000"], "100000: expected at most "),
+            (["--cell", "32:999999999", "--random-input"], "32:999999999 needs at least "),
+            (["--size", "40x60000", "--batch", "1000000"], "40x60000:1000000 needs at least "),
             (["--repeats", "none"], "expected a positive integer"),
             (["--seconds", "nan"], "expected a positive number"),
             (["--seconds", "1", "--repeats", "1"], "not allowed with"),
@@ -1016,6 +1021,86 @@ class TestResults:
             results.read_rows(tmp_path / "a.csv")
 
 
+class TestErrorLine:
+    """What any command prints when it fails."""
+
+    def fails(self, capsys, monkeypatch, error: BaseException) -> str:
+        def run(arguments):
+            raise error
+
+        monkeypatch.setattr(info, "run", run)
+        return error_line(capsys, main(["info", "tiny"]), 1)
+
+    def test_long_one_is_cut(self, capsys, monkeypatch):
+        for error in (RuntimeError("Missing key\n\t" * 3000), CommandError("Missing key " * 3000)):
+            line = self.fails(capsys, monkeypatch, error)
+            assert len(line) < 1200
+            assert line.startswith("threshnet-fast info: error: Missing key Missing key")
+            assert "more letters (--debug shows all)" in line
+            with pytest.raises(type(error), match=r"(Missing key\s+){3000}"):
+                main(["info", "tiny", "--debug"])
+
+    def test_what_a_terminal_would_obey(self, capsys, monkeypatch):
+        line = self.fails(capsys, monkeypatch, CommandError("a\x1b[2J\udcff\u202eb"))
+        assert line == r"threshnet-fast info: error: a\x1b[2J\udcff\u202eb"
+
+    def test_in_arguments(self, capsys):
+        line = error_line(capsys, main(["info", "tiny", "--\x1b[2J\udcff"]), 2)
+        assert r"unrecognized arguments: --\x1b[2J\udcff" in line
+
+    @pytest.mark.parametrize("name", ["predict", "bench", "train"])
+    def test_threads(self, capsys, name):
+        rest = {"predict": ["a.png"], "bench": [], "train": ["tiny", "--output", "run"]}[name]
+        most = max(64, 4 * machine.usable_processors())
+        for wrong in (most + 1, 100000, 10**30):
+            line = error_line(capsys, main([name, *rest, "--threads", str(wrong)]), 2)
+            assert f"{wrong}: expected at most {most} threads" in line
+        assert arguments.threads(str(most)) == most
+
+    def test_interruption_while_commands_are_imported(self, capsys, monkeypatch):
+        def interrupt():
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "build_parser", interrupt)
+        assert main(["info", "tiny"]) == 130
+        assert capsys.readouterr().err == "threshnet-fast: error: interrupted\n"
+
+
+class TestAvailableMemory:
+    def test_least_of_machine_and_container(self, tmp_path, monkeypatch):
+        def write(name: str, text: str) -> Path:
+            (tmp_path / name).write_text(text)
+            return tmp_path / name
+
+        free = write("meminfo", "MemTotal: 9000 kB\nMemFree: 1 kB\nMemAvailable:   8000 kB\n")
+        monkeypatch.setattr(machine, "_MEMINFO", free)
+        usage = write("usage", "1000\n")
+        for limit, expected in (("max", 8192000), ("5000", 4000), ("10", 0), ("9" * 19, 8192000)):
+            monkeypatch.setattr(machine, "_CGROUPS", ((write("limit", limit), usage),))
+            assert machine.available_memory() == expected
+        monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "missing")
+        monkeypatch.setattr(machine, "_CGROUPS", ())
+        assert machine.available_memory() is None
+
+    def test_what_is_needed(self, monkeypatch):
+        """Of the input 12 bytes a number, and of the largest map 8: that of the first layer."""
+        network = tf.create_model("tiny").eval()
+        buffers = lower(network, (1, 3, 32, 32), fold=False).buffers
+        largest = max(buffer.pixels * buffer.channels for buffer in buffers)
+        needed = 5 * (12 * 3 * 32 * 32 + 8 * largest)
+        shapes = [(32, 32, 5)]
+        monkeypatch.setattr(machine, "available_memory", lambda: needed)
+        command._check_memory(["tiny"], shapes, torch.device("cpu"))
+        monkeypatch.setattr(machine, "available_memory", lambda: needed - 1)
+        with pytest.raises(
+            CommandError, match=r"^32:5 needs at least 0\.\d GB of memory with tiny"
+        ):
+            command._check_memory(["tiny"], shapes, torch.device("cpu"))
+        command._check_memory(["tiny"], shapes, torch.device("cuda"))
+        monkeypatch.setattr(machine, "available_memory", lambda: None)
+        command._check_memory(["tiny"], [(65536, 65536, 10**9)], torch.device("cpu"))
+
+
 class TestDisturbance:
     def row(self, load: str, processors: str = "2", threads: str = "2") -> dict[str, str]:
         return {"other_load": load, "processors": processors, "threads": threads}
@@ -1094,7 +1179,7 @@ class TestInfo:
         ("arguments", "text", "expected"),
         [
             (["threshnet96"], "did you mean 'threshnet95'?", 2),
-            (["tiny", "--size", "31"], "too small", 2),
+            (["tiny", "--size", "4"], "too small", 2),
             (["tiny", "--size", "0"], "expected 1 to 65536", 2),
             (["tiny", "--size", "1x2x3"], "expected a size", 2),
             (["tiny", "--batch", "0"], "expected a positive integer", 2),

@@ -52,6 +52,39 @@ def test_two_processes_are_one_with_the_double_batch(data, tmp_path):
             assert together[name] == alone[name]
 
 
+def test_two_processes_share_a_folder(tmp_path):
+    """Its pictures are checked by both, and balanced sampling is that of one process."""
+    root = tmp_path / "data"
+    training.write_folder(root, {"kind 0": 17, "kind 1": 9}, "train")
+    training.write_folder(root, {"kind 0": 4, "kind 1": 5}, "val")
+    damaged = root / "train" / "kind 1" / "4.png"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    options = ["--dataset", "folder", "--image-size", "32", "--workers", "0", "--drop-rate", "0"]
+    options += ["--sync-batchnorm", "--sampling", "balanced", "--patience", "2"]
+    for count, batch in ((1, "8"), (2, "4")):
+        output = tmp_path / str(count)
+        arguments = training.command(root, output, *options, "--batch-size", batch)
+        run = training.start(*arguments, processes=count, TEST_DTYPE="float64")
+        assert run.returncode == 0, run.stderr
+        assert run.stderr.count(f"left out: {damaged}") == 1
+        assert "truncated" in run.stderr
+    for file in ("model.safetensors", "best.safetensors"):
+        one, two = (load_state(tmp_path / str(count) / file) for count in (1, 2))
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=1e-6, msg=name)
+    accuracies = [
+        (tmp_path / str(count) / "class_accuracy.csv").read_text(encoding="utf-8")
+        for count in (1, 2)
+    ]
+    assert accuracies[0] == accuracies[1]
+    refused = training.command(root, tmp_path / "3", *options, "--no-skip-unreadable")
+    run = training.start(*refused, processes=2)
+    assert run.returncode != 0
+    assert f"process 0: 1 of 35 pictures cannot be read: {damaged}: " in run.stderr
+    assert "process 1: process 0 has failed" in run.stderr
+    assert not (tmp_path / "3").exists()
+
+
 def test_module_runs_under_torchrun(data, tmp_path):
     """The documented command, with a network of the package."""
     output = tmp_path / "run"

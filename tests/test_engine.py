@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from alone import run_alone
 from data import photographs
 from test_plan import small
 from tolerance import assert_within, dot_bound
@@ -434,3 +437,129 @@ def test_compile_survives_any_single_wrong_entry(randomised):
             except (RuntimeError, ValueError):
                 refused += 1
     assert refused > 4 * len(description)
+
+
+def convolution(channels, out, kernel, size, *, segments=1, padding=0):
+    """A description of one convolution that reads external inputs."""
+    window = (size + 2 * padding - kernel) + 1
+    header = [0x4E4C5046544E54, 1, 1, channels, size, size, out, window, window]
+    header += [segments, 1, 0, segments + 1, 1]
+    buffers = [number for i in range(segments) for number in (size, size, channels, -3 - i)]
+    buffers += [window, window, out, -2]
+    inputs = [number for i in range(segments) for number in (i, 0, channels)]
+    step = [segments, *inputs, segments, 0, out, kernel, kernel, 1, padding, 0, 0, -1, -1, -1]
+    return torch.tensor([*header, *buffers, 0, len(step) + 2, *step])
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        # 2^30 * 2^10 channels * 64 taps * 2^18 outputs: 2^64 weights, as many as none.
+        (convolution(2**30, 2**18, 8, 8, segments=2**10), "step 0 reads over 2\\^24 channels"),
+        (convolution(2**24, 2**24, 8, 8), "the weight of step 0 has over 2\\^48 elements"),
+        (convolution(16, 2**31 - 1, 1, 1), "step 0 writes over 2\\^24 channels"),
+        (convolution(2**31 - 1, 1, 1, 2**15), "buffer 0 has over 2\\^48 elements"),
+    ],
+)
+def test_compile_refuses_sizes_beyond_any_memory(description, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        operators.compile_plan(description, operators.best_isa(), 2, -1)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 4097, 2**31, 2**62])
+def test_numbers_of_threads_beyond_any_machine(compiled, threads):
+    _, program, *_ = compiled
+    with pytest.raises((RuntimeError, ValueError), match="threads"):
+        operators.create_workspace(program, threads)
+    with pytest.raises((RuntimeError, ValueError), match="threads must be 1 to 4096"):
+        operators.compile_plan(convolution(4, 4, 1, 4), operators.best_isa(), threads, -1)
+
+
+HOSTILE = (0, -1, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63))
+
+
+def test_no_description_crashes():
+    run_alone(run_hostile_descriptions)
+
+
+def run_hostile_descriptions() -> None:
+    """Compiles, packs and runs descriptions of which one entry is another."""
+    random = Random(0)
+    torch.set_num_threads(2)
+    x = torch.randn(2, 3, 64, 64)
+    accepted = refused = 0
+    for model, stride in ((small(), 1), (tf.create_model("hardnet39ds"), 19)):
+        plan = lower(model.eval(), x.shape)
+        description = serialize(plan, plan_memory(plan))
+        for index in range(0, len(description), stride):
+            near = int(description[index]) + random.choice((-16, -1, 1, 2, 16))
+            for value in (*HOSTILE, random.getrandbits(63), random.randrange(64), near):
+                try:
+                    run_description(_edit(description, index, value), plan.weights(), x)
+                    accepted += 1
+                except (RuntimeError, ValueError):
+                    refused += 1
+    assert accepted > 100
+    assert refused > 8 * accepted
+
+
+def run_description(description, weights, x) -> None:
+    program = operators.compile_plan(description, operators.best_isa(), 2, -1)
+    packed = operators.pack_weights(program, weights)
+    operators.run_plan(x, program, packed, operators.create_workspace(program, 2))
+
+
+def test_no_changed_program_runs(tmp_path):
+    for function in (save_program, run_changed_programs):
+        run_alone(function, str(tmp_path))
+
+
+def program_and_operands():
+    x = torch.randn(1, 3, 32, 32)
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    plan = lower(small().eval(), x.shape)
+    program = compile_plan(plan, threads=2)
+    packed = operators.pack_weights(program, plan.weights())
+    return x, program, packed, operators.create_workspace(program, 2), plan.weights()
+
+
+def save_program(folder: str) -> None:
+    torch.save(program_and_operands()[1], Path(folder) / "program.pt")
+
+
+def run_changed_programs(folder: str) -> None:
+    random = Random(0)
+    x, program, packed, workspace, weights = program_and_operands()
+    expected = operators.run_plan(x, program, packed, workspace)
+    assert operators.run_plan(x, program.clone(), packed, workspace).equal(expected)
+
+    def refused(changed: torch.Tensor) -> None:
+        for call in (
+            lambda: operators.run_plan(x, changed, packed, workspace),
+            lambda: operators.pack_weights(changed, weights),
+            lambda: operators.create_workspace(changed, 2),
+            lambda: operators.program_layout(changed),
+            lambda: operators.program_algorithms(changed),
+        ):
+            with pytest.raises((RuntimeError, ValueError), match="program is not one that this"):
+                call()
+
+    bits = 8 * len(program)
+    for bit in [*range(8 * 64), *(random.randrange(bits) for _ in range(1000)), bits - 1]:
+        changed = program.clone()
+        changed[bit // 8] ^= 1 << bit % 8
+        refused(changed)
+    for _ in range(200):
+        changed = program.clone()
+        first, count = random.randrange(len(program) - 8), random.randrange(1, 9)
+        changed[first : first + count] = torch.randint(0, 256, (count,), dtype=torch.uint8)
+        if not changed.equal(program):
+            refused(changed)
+    # Of another process, of no program, of a part of one, and where it is not aligned.
+    refused(torch.load(Path(folder) / "program.pt"))
+    refused(torch.zeros_like(program))
+    refused(program[:-8].clone())
+    refused(program[:0])
+    refused(torch.cat([program[:1], program])[1:])
+    assert operators.run_plan(x, program, packed, workspace).equal(expected)

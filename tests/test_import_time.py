@@ -70,6 +70,38 @@ def test_leaves_alone(imported, name):
     assert [new for new in imported["new"] if new == name or new.startswith(f"{name}.")] == []
 
 
+def test_leaves_other_programs_hook_alone():
+    program = "import sys, threshnet_fast; sys.exit(sys.excepthook is not sys.__excepthook__)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "interrupted"),
+    [
+        ("threshnet_fast.cli", "nn"),
+        ("threshnet_fast.train", "nn"),
+        ("threshnet_fast.cli", "cli.bench"),
+    ],
+)
+def test_interruption_of_a_command_that_still_imports_is_one_line(tmp_path, module, interrupted):
+    """A finder of modules takes the place of the user who presses Ctrl-C."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *others):\n"
+        f"        if name == 'threshnet_fast.{interrupted}':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", module, *(["info", "threshnet79"] if "cli" in module else [])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    assert (run.returncode, run.stderr) == (130, "threshnet-fast: error: interrupted\n")
+
+
 def test_loads_no_shared_library_and_no_device(imported):
     assert imported["libraries"] == []
     assert imported["mapped"] is False

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import threshnet_fast as tf
+from threshnet_fast.backends import cpu
 from threshnet_fast.models import check_input
 from threshnet_fast.nn import (
     ConvBNReLU,
@@ -470,7 +471,7 @@ def test_default_cfg_names_real_modules():
     assert model.get_submodule(model.default_cfg["first_conv"]) is model.base[0].conv
     assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
     assert model.default_cfg["pool_size"] == (7, 7)
-    assert (model.num_classes, model.in_chans, model.min_size) == (1000, 3, 32)
+    assert (model.num_classes, model.in_chans, model.min_size) == (1000, 3, 29)
 
 
 def test_initial_values():
@@ -542,11 +543,10 @@ def test_training_step_of_autocast():
         (torch.zeros(1, 4, 32, 32), ValueError, "x has 4 channels, shape (1, 4, 32, 32): expect"),
         (torch.zeros(1, 32, 32, 3), ValueError, "x has 32 channels"),
         (torch.zeros(1, 0, 32, 32), ValueError, "x has 0 channels"),
-        (torch.zeros(0, 3, 32, 32), ValueError, "x has batch size 0, shape (0, 3, 32, 32)"),
-        (torch.zeros(1, 3, 0, 32), ValueError, "x has height 0 and width 32: expected at least 32"),
+        (torch.zeros(1, 3, 0, 32), ValueError, "x has height 0 and width 32: expected at least 13"),
         (torch.zeros(1, 3, 64, 0), ValueError, "x has height 64 and width 0"),
-        (torch.zeros(1, 3, 31, 64), ValueError, "x has height 31 and width 64: expected at least"),
-        (torch.zeros(1, 3, 64, 31), ValueError, "x has height 64 and width 31"),
+        (torch.zeros(1, 3, 12, 64), ValueError, "x has height 12 and width 64: expected at least"),
+        (torch.zeros(0, 3, 64, 12), ValueError, "x has height 64 and width 12"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, "x has dtype torch.uint8"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.int64), TypeError, "x has dtype torch.int64"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.bool), TypeError, "x has dtype torch.bool"),
@@ -631,6 +631,49 @@ def test_threshold_decides_the_kind_of_block(threshold):
     assert harmonic == 3 - threshold
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        small,
+        lambda: small(downsample=(True,) * 3),
+        lambda: tf.DenseNet(blocks=(3, 2, 3), growth_rate=12, small_stem=True),
+        lambda: tf.DenseNet(blocks=(1, 1, 1), growth_rate=8),
+        lambda: tf.HarDNet(
+            blocks=(1, 2),
+            transitions=(8, 12),
+            downsample=(True, True),
+            growth_rates=(4, 6),
+            depthwise=True,
+        ),
+        lambda: tf.HarDNet(
+            blocks=(1, 2), transitions=(8, 12), downsample=(True, True), growth_rates=(4, 6)
+        ),
+    ],
+    ids=["threshnet", "deeper", "small stem", "densenet", "hardnet ds", "hardnet"],
+)
+@pytest.mark.parametrize("mode", ["reference", "cpu", "training"])
+def test_min_size_is_what_the_modules_need(build, mode, randomised):
+    model = randomised(build()).train(mode == "training")
+    least = model.min_size
+    assert model.default_cfg["min_input_size"] == (3, least, least)
+    expected = copy.deepcopy(model).double()
+    for size in ((least, least), (least, least + 3), (least + 1, least)):
+        x = torch.randn(16, 3, *size)
+        with torch.set_grad_enabled(mode == "training"):
+            backend = "cpu" if cpu.unavailable_reason() is None else "auto"
+            with tf.use_backend("reference" if mode == "reference" else backend):
+                y = model(x)
+            with tf.use_backend("reference"):
+                torch.testing.assert_close(y.double(), expected(x.double()), rtol=1e-3, atol=1e-4)
+    for size in ((least - 1, 64), (64, least - 1)):
+        with pytest.raises(ValueError, match=f"expected at least {least} x {least}"):
+            model(torch.randn(3, 3, *size))
+        if least > 1:
+            # Nor do they run.
+            with pytest.raises(RuntimeError, match=r"too small|larger than|can't be greater"):
+                model._plain_features(torch.randn(3, 3, *size))
+
+
 def test_min_size_grows_with_the_downsampling():
     model = small(
         blocks=(1,) * 5,
@@ -638,11 +681,63 @@ def test_min_size_grows_with_the_downsampling():
         growth_rates=(4,) * 5,
         downsample=(True,) * 5,
     ).eval()
-    assert model.min_size == 128
+    assert model.min_size == 125
     with torch.no_grad():
-        assert model(torch.randn(1, 3, 128, 128)).shape == (1, 10)
-        with pytest.raises(ValueError, match="expected at least 128 x 128"):
-            model(torch.randn(1, 3, 127, 128))
+        assert model(torch.randn(1, 3, 125, 125)).shape == (1, 10)
+        with pytest.raises(ValueError, match="expected at least 125 x 125"):
+            model(torch.randn(1, 3, 124, 125))
+
+
+def test_min_size_follows_the_modules():
+    model = tf.DenseNet(first_channels=8, blocks=(2, 2, 2), growth_rate=4, num_classes=5).eval()
+    assert model.min_size == 13
+    model.features.conv0 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    model.features.pool0 = nn.Identity()
+    assert model.min_size == 4
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 4, 4)).shape == (2, 5)
+        with pytest.raises(ValueError, match="expected at least 4 x 4"):
+            model(torch.randn(2, 3, 3, 4))
+    model.features.conv0 = nn.Conv2d(3, 8, 3, padding="valid", dilation=2)
+    model.features.pool0 = nn.MaxPool2d(2, ceil_mode=True)
+    assert model.min_size == 11
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 11, 11)).shape == (2, 5)
+
+
+# Empty batches
+
+
+@pytest.mark.parametrize(
+    "build", [small, lambda: tf.create_model("densenet_bc_100", num_classes=10)]
+)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_an_empty_batch_gives_an_empty_result(build, backend):
+    if backend == "cpu" and cpu.unavailable_reason() is not None:
+        pytest.skip("needs the C++ extension")
+    model = build().eval()
+    x = torch.zeros(0, 3, 48, 40)
+    with tf.use_backend(backend):
+        for enabled in (False, True):
+            with torch.set_grad_enabled(enabled):
+                assert model(x).shape == (0, 10)
+                features = model.forward_features(x)
+                assert features.shape[:2] == (0, model.num_features)
+                assert model.forward_head(features, pre_logits=True).shape == (
+                    0,
+                    model.num_features,
+                )
+    assert features.shape == (0, *model.forward_features(torch.zeros(1, 3, 48, 40)).shape[1:])
+
+
+def test_an_empty_batch_in_training_does_what_batch_norm_does():
+    model, norm = small(), nn.BatchNorm2d(8)
+    norm(torch.zeros(0, 8, 4, 4))
+    model(torch.zeros(0, 3, 32, 32)).sum().backward()
+    assert not model.base[0].conv.weight.grad.any()
+    for name, buffer in model.base[0].norm.named_buffers():
+        torch.testing.assert_close(buffer, norm.get_buffer(name))
+    assert "no images" in tf.explain(model, torch.zeros(0, 3, 32, 32)).reason
 
 
 # Compilers

@@ -287,5 +287,5 @@ def test_bad_arguments():
         lower(model, (1, 4, 32, 32))
     with pytest.raises(ValueError, match="input_shape is"):
         lower(model, (0, 3, 32, 32))
-    with pytest.raises(ValueError, match="at least 32"):
-        lower(model, (1, 3, 31, 32))
+    with pytest.raises(ValueError, match=f"at least {model.min_size}"):
+        lower(model, (1, 3, model.min_size - 1, 32))

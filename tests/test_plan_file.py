@@ -49,6 +49,21 @@ def test_replaces_a_file(tmp_path):
     assert path.read_bytes()[:8] == b"TNFPLAN1"
 
 
+def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "network.plan"
+    tf.save_plan(small().eval(), SHAPE, path)
+    before = path.read_bytes()
+
+    def fails(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("threshnet_fast.plan.file.np.asarray", fails)
+    with pytest.raises(OSError, match="no space left"):
+        tf.save_plan(small().eval(), SHAPE, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_refuses(tmp_path):
     model = small().eval()
     path = tmp_path / "network.plan"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,12 @@ from trained import CLASSES, INFO, picture, save_random, write_picture
 from threshnet_fast.cli import main
 from threshnet_fast.cli.errors import CommandError
 from threshnet_fast.cli.pictures import load_picture
-from threshnet_fast.cli.providers import plain_module
+from threshnet_fast.cli.providers import plain_module, random_model
+from threshnet_fast.data.augment import Preparation
+from threshnet_fast.data.folder import CROP_FRACTION, FolderBatches, load_folder
 from threshnet_fast.models import pretrained
 from threshnet_fast.models.preprocessing import preprocess
-from threshnet_fast.train.weights import load_model
+from threshnet_fast.train.weights import load_model, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +111,27 @@ class TestPreprocess:
         pixels[1] = 255
         x = preprocess(pixels, info)
         assert x.shape == (1, 1, 32, 32)
-        torch.testing.assert_close(x, torch.full_like(x, 0.587))
+        # As Pillow rounds 0.587 * 255.
+        torch.testing.assert_close(x, torch.full_like(x, 150 / 255))
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+    def test_folder_is_predicted_as_it_is_evaluated(self, tmp_path, channels, interpolation):
+        for split in ("train", "val"):
+            for number, size in enumerate([(90, 60), (31, 200), (24, 24)]):
+                write_picture(tmp_path / split / "a" / f"{number}.png", *size, seed=number)
+        data = load_folder(tmp_path, channels=channels)
+        info = dataclasses.replace(
+            *(INFO,),
+            **{"mean": data.mean, "std": data.std, "image_size": (32, 24), "source_size": None},
+            **{"crop_fraction": CROP_FRACTION, "interpolation": interpolation},
+        )
+        preparation = Preparation(data.mean, data.std, info.image_size, interpolation)
+        images, _ = next(FolderBatches(data.test, preparation, 3).all())
+        for path, image in zip(data.test.paths, images, strict=True):
+            for read in {channels, 3}:
+                pixels = load_picture(str(path), channels=read).pixels
+                assert torch.equal(preprocess(pixels, info), image[None])
 
     @pytest.mark.parametrize(
         ("pixels", "error"),
@@ -255,6 +280,19 @@ class TestPredict:
         _, output, _ = predict(capsys, path, path, "--checkpoint", run_folder)
         assert output.count("a.png") == 1
 
+    def test_folder_is_searched_as_in_training(self, capsys, run_folder, pictures):
+        (pictures / "._a.png").write_bytes(b"AppleDouble")
+        (pictures / ".hidden").mkdir()
+        write_picture(pictures / ".hidden" / "x.png")
+        (pictures / "a.png").rename(pictures / "a.JFIF")
+        (pictures / "inside" / "loop").symlink_to(pictures)
+        status, output, error = predict(
+            capsys, pictures, "--checkpoint", run_folder, "--json", "--top", 1
+        )
+        assert (status, error) == (0, "")
+        names = [Path(result["picture"]).name for result in json.loads(output)["results"]]
+        assert names == ["a.JFIF", "c.bmp", "b.JPG"]
+
     def test_pretrained(self, capsys, tmp_path, monkeypatch, pictures):
         monkeypatch.setattr(pretrained, "_FOLDER", tmp_path / "weights")
         path = tmp_path / "weights" / "threshnet79_cifar10.safetensors"
@@ -269,6 +307,70 @@ class TestPredict:
         assert by_path["results"] == outputs[0]["results"]
 
 
+class TestNames:
+    """Names of files that a terminal would obey, or that are no text."""
+
+    NAMES = ("a\x1b[31m.png", "b\udcff.png", "c\n\r.png", "d\u202e.png", "Größe.png")
+    SHOWN = (r"a\x1b[31m.png", r"b\udcff.png", r"c\n\r.png", r"d\u202e.png", "Größe.png")
+
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        for number, name in enumerate(self.NAMES):
+            write_picture(tmp_path / "good.png", seed=number).rename(tmp_path / name)
+        return tmp_path
+
+    def test_text(self, capsys, run_folder, folder):
+        status, output, error = predict(capsys, folder, "--checkpoint", run_folder, "--top", 1)
+        assert (status, error) == (0, "")
+        names = output.splitlines()[::2]
+        assert sorted(names) == sorted(f"{folder}/{name}" for name in self.SHOWN)
+
+    def test_json(self, capsys, run_folder, folder):
+        status, output, error = predict(capsys, folder, "--checkpoint", run_folder, "--json")
+        assert (status, error) == (0, "")
+        output.encode("ascii")
+        found = [Path(result["picture"]) for result in json.loads(output)["results"]]
+        assert sorted(found) == sorted(folder / name for name in self.NAMES)
+        assert all(path.exists() for path in found)
+
+    def test_damaged_ones_are_a_line_each(self, capsys, run_folder, folder):
+        for name in self.NAMES[:-1]:
+            (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n")
+        status, output, error = predict(capsys, folder, "--checkpoint", run_folder, "--top", 1)
+        assert status == 1
+        assert output.startswith(f"{folder}/Größe.png\n")
+        lines = error.splitlines()
+        assert len(lines) == 4
+        for name in self.SHOWN[:-1]:
+            assert sum(f"{folder}/{name}: not a picture" in line for line in lines) == 1
+
+    def test_names_of_classes(self, capsys, tmp_path, pictures):
+        classes = ("\x1b]0;title\x07", *CLASSES[1:])
+        save_random(tmp_path / "run" / "model.safetensors", classes=classes)
+        arguments = (pictures / "a.png", "--checkpoint", tmp_path / "run", "--top", 10)
+        _, output, _ = predict(capsys, *arguments)
+        assert r"\x1b]0;title\x07 " in output
+        assert "\x1b" not in output
+
+    @pytest.mark.slow
+    def test_process(self, run_folder, tmp_path):
+        """As a program, in a terminal that knows ASCII alone."""
+        name = os.fsencode(tmp_path) + b"/\xff\xe9.png"
+        write_picture(tmp_path / "good.png").rename(os.fsdecode(name))
+        write_picture(tmp_path / "Größe.png")
+        run = subprocess.run(
+            [
+                *(sys.executable, "-m", "threshnet_fast.cli", "predict"),
+                *(os.fsencode(tmp_path), "--checkpoint", run_folder, "--top", "1"),
+            ],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+        )
+        assert (run.returncode, run.stderr) == (0, b"")
+        assert rb"/\udcff\udce9.png" in run.stdout
+        assert rb"/Gr\xf6\xdfe.png" in run.stdout
+
+
 class TestErrors:
     def fails(self, capsys, *arguments: object) -> str:
         status, output, error = predict(capsys, *arguments)
@@ -280,6 +382,32 @@ class TestErrors:
     def test_missing(self, capsys, tmp_path, run_folder):
         error = self.fails(capsys, tmp_path / "none.png", "--checkpoint", run_folder)
         assert "none.png: there is no such file or folder" in error
+
+    def test_empty_name(self, capsys, tmp_path, monkeypatch, run_folder, pictures):
+        monkeypatch.chdir(pictures)
+        error = self.fails(capsys, "", "--checkpoint", run_folder)
+        assert "'': expected the name of a picture or of a folder" in error
+
+    def test_name_that_cannot_be_looked_up(self, capsys, run_folder):
+        error = self.fails(capsys, "x" * 300, "--checkpoint", run_folder)
+        assert "File name too long" in error
+
+    def test_answers_that_are_no_numbers(self, capsys, tmp_path, pictures):
+        model = random_model("threshnet79", 10, 0)
+        # Finite, as others are refused when they are read, and too large to be added up.
+        with torch.no_grad():
+            model.get_classifier().weight.fill_(3e38)
+            model.get_classifier().weight[0].neg_()
+            model.get_classifier().bias.zero_()
+        path = tmp_path / "nan" / "model.safetensors"
+        path.parent.mkdir()
+        save_model(path, model, INFO)
+        status, output, error = predict(capsys, pictures / "a.png", "--checkpoint", path)
+        assert (status, output) == (1, "")
+        assert "a.png: the network answers with NaN" in error
+        status, output, error = predict(capsys, pictures, "--checkpoint", path, "--json")
+        assert (status, error) == (1, "")
+        assert all("NaN" in result["error"] for result in json.loads(output)["results"])
 
     def test_folder_without_pictures(self, capsys, tmp_path, run_folder):
         (tmp_path / "notes.txt").touch()

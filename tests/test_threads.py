@@ -521,3 +521,104 @@ def flush_denormals(network: Network) -> None:
     torch.set_flush_denormal(True)
     with torch.no_grad(), tf.use_backend("reference"):
         assert not model(x).any()
+
+
+def test_denormals_in_training(alone):
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor has no such mode")
+    alone(flush_denormals_in_training)
+
+
+def flush_denormals_in_training(network: Network) -> None:
+    """The bits are those of one thread in the caller's mode, of everything that a chain runs."""
+    del network
+    results: dict[tuple[bool, int], dict[str, list[torch.Tensor]]] = {}
+    # The pool's threads start in the first mode.
+    for flush in (False, True):
+        for threads in (2, 3, 1):
+            torch.set_num_threads(threads)
+            torch.set_flush_denormal(flush)
+            results[flush, threads] = training_of_denormals()
+            torch.set_flush_denormal(False)
+    for flush in (False, True):
+        for name, expected in results[flush, 1].items():
+            for threads in (2, 3):
+                actual = results[flush, threads][name]
+                for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+                    assert a.equal(b), f"{name}[{index}], flush={flush}, {threads} threads"
+    for name, flushed in results[True, 1].items():
+        kept = results[False, 1][name]
+        assert any(not a.equal(b) for a, b in zip(flushed, kept, strict=True)), name
+
+
+def training_of_denormals() -> dict[str, list[torch.Tensor]]:
+    """What the operators of training write, from denormal maps and gradients."""
+    ops = torch.ops.threshnet_fast_cpu
+    isa = cpu.isa_code()
+    generator = torch.Generator().manual_seed(0)
+    tiny = torch.finfo(torch.float32).tiny
+    batch, size, channels = 3, 60, 16
+    pixels = batch * size * size
+
+    def denormal(*shape: int) -> torch.Tensor:
+        return (torch.rand(shape, generator=generator) + 0.5) / 2 * tiny
+
+    def workspace(floats: int) -> torch.Tensor:
+        memory = torch.zeros(floats + 16)
+        return memory[-(memory.data_ptr() // 4) % 16 :][:floats]
+
+    rows, gradient = denormal(pixels, channels), denormal(pixels, channels)
+    prologue = torch.stack([torch.full((channels,), value) for value in (0.5, 0.0, 0.0)])
+    correction = torch.zeros(2, channels)
+    none = torch.empty(0)
+    window = [batch, size, size, 3, 3, 1, 1]
+    segment = [0, channels]
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def empty() -> torch.Tensor:
+        return torch.zeros(pixels, channels)
+
+    depthwise = torch.rand(channels, 1, 3, 3, generator=generator) / 9
+    memory = workspace(ops.training_depthwise_workspace(window, channels, isa))
+    output, statistics = empty(), torch.zeros(2, channels)
+    given = (rows, segment, prologue, 0, depthwise, window)
+    ops.training_depthwise_forward(*given, output, 0, statistics, memory, isa)
+    found["depthwise forward"] = [output, statistics]
+    dx, sums, dw = empty(), torch.zeros(2, channels), torch.zeros_like(depthwise)
+    back = (output, gradient, 0, correction)
+    ops.training_depthwise_backward(*given, *back, dx, 0, sums, dw, memory, isa)
+    found["depthwise backward"] = [dx, sums]
+
+    memory = workspace(ops.training_pool_workspace(window, channels, isa))
+    output, statistics = empty(), torch.zeros(2, channels)
+    given = (rows, segment, prologue, 0, window)
+    ops.training_pool_forward(*given, output, 0, statistics, memory, isa)
+    found["pool forward"] = [output, statistics]
+    dx, sums = empty(), torch.zeros(2, channels)
+    back = (output, gradient, 0, correction)
+    ops.training_pool_backward(*given, *back, dx, 0, sums, memory, isa)
+    found["pool backward"] = [dx, sums]
+
+    weight = torch.rand(channels, channels, 3, 3, generator=generator) / 144
+    memory = workspace(ops.training_convolution_workspace(window, channels, channels, True, 0, isa))
+    output, statistics = empty(), torch.zeros(2, channels)
+    given = ([rows], segment, prologue, 0, weight, window)
+    ops.training_convolution_forward(*given, output, 0, statistics, memory, 0, isa)
+    found["convolution forward"] = [output, statistics]
+    dx, sums, dw = empty(), torch.zeros(2, channels), torch.zeros_like(weight)
+    back = (output, gradient, 0, correction)
+    ops.training_convolution_backward(*given, *back, [dx], [0], sums, dw, memory, 0, isa)
+    # How the pixels are divided between threads decides the last bits of sums over all of them.
+    found["convolution backward"] = [dx]
+
+    written = torch.zeros(3, channels)
+    statistics = torch.stack([denormal(channels), torch.ones(channels)])
+    gamma = denormal(channels)
+    ops.normalization_prologue(statistics, 0, channels, gamma, none, 1e-5, written, 0)
+    found["normalization forward"] = [written]
+    sums, correction = denormal(2, channels), torch.zeros(2, channels)
+    dgamma, dbeta = torch.zeros(channels), torch.zeros(channels)
+    norm = (statistics, 0, channels, gamma, 1e-5, sums, 0, 2, dgamma, dbeta, correction)
+    ops.normalization_backward(*norm)
+    found["normalization backward"] = [dgamma, dbeta, correction]
+    return found

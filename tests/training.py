@@ -17,7 +17,7 @@ NAME = "tiny"
 CIFAR10_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
 
 
-def build(num_classes: int = 10, drop_rate: float = 0.0) -> tf.ThreshNet:
+def build(num_classes: int = 10, drop_rate: float = 0.0, in_chans: int = 3) -> tf.ThreshNet:
     """A network that trains in milliseconds."""
     return tf.ThreshNet(
         first_channels=(8, 16),
@@ -28,6 +28,7 @@ def build(num_classes: int = 10, drop_rate: float = 0.0) -> tf.ThreshNet:
         growth_rates=(8, 12),
         num_classes=num_classes,
         drop_rate=drop_rate,
+        in_chans=in_chans,
     )
 
 
@@ -52,6 +53,19 @@ def write_cifar10(root: Path, count: int = 20) -> Path:
         (folder / name).write_bytes(records.tobytes())
     (folder / "batches.meta.txt").write_text("".join(f"class {n}\n" for n in range(10)) + "\n")
     return folder
+
+
+def write_folder(root: Path, counts: dict[str, int], split: str = "train") -> Path:
+    """Writes a folder of pictures with as many of each class; returns the data set's folder."""
+    from PIL import Image
+
+    for label, (name, count) in enumerate(counts.items()):
+        images, _ = pictures(count * len(counts), len(counts), seed=len(split))
+        folder = root / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images[label :: len(counts)]):
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{number}.png")
+    return root
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
@@ -81,7 +95,8 @@ def start(*arguments: str, processes: int = 1, **more: str) -> subprocess.Comple
 
 def die_at(place: str, number: int) -> None:
     """Kills this process at the given call of a function, before what the function does."""
-    from threshnet_fast.train import checkpoint, files
+    from threshnet_fast import files
+    from threshnet_fast.train import checkpoint
 
     module = {"sync_folder": checkpoint, "sha256": files, "write_json": checkpoint}[place]
     original = getattr(module, place)

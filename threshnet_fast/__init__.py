@@ -1,9 +1,18 @@
 """ThreshNet and its relatives, run fused: one plan, several executors."""
 
+# ruff: noqa: E402
+
+from .interruption import expect_interruption
+
+# Before what imports torch, which takes seconds.
+expect_interruption()
+
+# isort: split
 from . import nn, ops, plan
 from .backends.select import use_backend
 from .config import show_config
 from .models import (
+    CheckpointReport,
     DenseNet,
     DenseNet121,
     DenseNet161,
@@ -20,11 +29,13 @@ from .models import (
     ThreshNet95,
     create_model,
     list_models,
+    load_checkpoint,
 )
 from .optimize import optimize
 from .plan import explain, save_plan
 
 __all__ = [
+    "CheckpointReport",
     "DenseNet",
     "DenseNet121",
     "DenseNet161",
@@ -43,6 +54,7 @@ __all__ = [
     "create_model",
     "explain",
     "list_models",
+    "load_checkpoint",
     "nn",
     "ops",
     "optimize",

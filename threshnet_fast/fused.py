@@ -18,6 +18,9 @@ from torch.nn.modules import module as torch_module
 
 from .autograd.training import CannotTrain, FusedTraining
 from .backends import cpu, cuda_graphs, samples, select, triton
+from .backends.gpu_plan import CapturedWeights
+from .graph.settings import ModuleSettings
+from .models.validate import check_memory, has_memory
 from .nn import (
     ConvBNReLU,
     DenseBlock,
@@ -25,6 +28,7 @@ from .nn import (
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 )
 from .plan.lower import UnsupportedModule
@@ -52,6 +56,7 @@ _MODELESS = {
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 }
 
@@ -90,7 +95,7 @@ class FusedForward:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
-        self._captured: dict[int, Any] = {}
+        self._captured = CapturedWeights()
         self._training = FusedTraining()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
@@ -111,15 +116,14 @@ class FusedForward:
             RuntimeError: A fused backend was asked for by name, and it cannot run this.
         """
         requested = select.requested_backend()
-        if requested == "reference":
+        if requested == "reference" or not (torch.jit.is_tracing() or x.shape[0]):
             return None
         while True:
             try:
                 plan, packed = self.prepare(model, x, head=head)
                 self._training.release()
                 if cuda_graphs.capturing(x.device):
-                    # The caller's graph reads these weights whenever it is replayed.
-                    self._captured[id(packed)] = packed
+                    self._captured.keep(packed)
                 return plan(x, packed)
             except WantsGradients as objection:
                 try:
@@ -178,6 +182,7 @@ class FusedForward:
 
         Raises:
             Objection: The plain path must run; the message says why.
+            RuntimeError: ``x`` or a weight spans memory that was freed.
         """
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             raise Objection(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
@@ -185,6 +190,7 @@ class FusedForward:
             raise Objection("a tracer, a transform or a tensor mode is active")
         if x.device.type not in ("cpu", "cuda"):
             raise Objection(f"x is on {x.device}, which no fused backend computes on")
+        check_memory("x", x)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         snapshot: _Snapshot | None = None
@@ -223,11 +229,11 @@ class FusedForward:
 
     def _current(self, model: Network) -> _Snapshot:
         snapshot = self._snapshot
-        if snapshot is None or not snapshot.matches():
+        if snapshot is None or not snapshot.matches(model):
             with self._lock:
                 snapshot = self._snapshot
-                if snapshot is None or not snapshot.matches():
-                    snapshot = self._snapshot = _Snapshot(model)
+                if snapshot is None or not snapshot.matches(model):
+                    snapshot = self._snapshot = _Snapshot(model, self._captured)
         return snapshot
 
 
@@ -257,15 +263,13 @@ def _objection(backend: str, x: Tensor, dtype: torch.dtype, autocast: bool) -> s
 class _Snapshot:
     """What a model was when its weights were packed, and all that was made from it."""
 
-    def __init__(self, model: Network) -> None:
+    def __init__(self, model: Network, captured: CapturedWeights) -> None:
         modules = list(model.modules())
         self._with_modes = [module for module in modules if type(module) not in _MODELESS]
+        self._model = model
         self._children = [module._modules for module in modules if module._modules]
         self._child_modules = [tuple(children.values()) for children in self._children]
-        self._attributes = [module.__dict__ for module in modules]
-        self._attribute_counts = list(map(len, self._attributes))
-        self._norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
-        self._eps = [norm.eps for norm in self._norms]
+        self._settings = ModuleSettings(modules, ("_forward_hooks", "_forward_pre_hooks"))
         self._hooks: list[dict[int, Any]] = [
             torch_module._global_forward_hooks,
             torch_module._global_forward_pre_hooks,
@@ -277,10 +281,23 @@ class _Snapshot:
             (tensors, name)
             for module in modules
             for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None and name != "num_batches_tracked"
+            for name in tensors
+            if name != "num_batches_tracked"
         ]
-        self._tensors = [cast(Tensor, tensors[name]) for tensors, name in self._slots]
+        self._contents = [tensors[name] for tensors, name in self._slots]
+        self._tensors = [tensor for tensor in self._contents if tensor is not None]
+        for tensor in self._tensors:
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+                kind = f"{type(tensor).__name__} of layout {tensor.layout}"
+                raise Objection(f"the model has a parameter or buffer that is a {kind}")
+        devices = sorted({str(tensor.device) for tensor in self._tensors})
+        if len(devices) != 1:
+            raise Objection(f"the model has weights on {' and '.join(devices)}")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not has_memory(tensor):
+                # Whoever took it may give it back in a hook of the module.
+                raise Objection(f"{name} has no memory")
+            check_memory(name, tensor)
         if any(tensor.is_inference() for tensor in self._tensors):
             raise Objection("parameters are inference tensors, whose changes cannot be noticed")
         self._versions = list(map(_version, self._tensors))
@@ -290,22 +307,22 @@ class _Snapshot:
         self._probe = _Probe(self._tensors)
 
         self._cpu_plans = cpu.PlanCache()
-        self._gpu_plans = select.gpu_plan_caches()
+        self._gpu_plans = select.gpu_plan_caches(captured)
         self.unsupported: dict[str, str] = {}
 
-    def matches(self) -> bool:
-        """Whether the model is still what it was."""
+    def matches(self, model: Network) -> bool:
+        """Whether a model is the one this was made of, and still what it was."""
         try:
-            tensors = [tensors[name] for tensors, name in self._slots]
+            contents = [tensors[name] for tensors, name in self._slots]
         except KeyError:
             return False
         return (
-            not any(map(operator.is_not, tensors, self._tensors))
+            model is self._model
+            and not any(map(operator.is_not, contents, self._contents))
             and list(map(_version, self._tensors)) == self._versions
             and list(map(_data_ptr, self._tensors)) == self._pointers
             and [tuple(children.values()) for children in self._children] == self._child_modules
-            and list(map(len, self._attributes)) == self._attribute_counts
-            and [norm.eps for norm in self._norms] == self._eps
+            and self._settings.same()
             and self._probe.matches()
         )
 

@@ -1,9 +1,11 @@
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <sstream>
 #include <tuple>
 
+#include "../seal.h"
 #include "costs.h"
 #include "program.h"
 
@@ -25,6 +27,8 @@ constexpr double kImbalance = 1.2;
 constexpr int64_t kSplitPixels = 14;
 constexpr int64_t kSplitWeightBytes = 64 * 1024;
 constexpr int64_t kMaxTaps = 64;
+// Pixels of all tables of a program, of which each takes 16 bytes.
+constexpr int64_t kMostTablePixels = int64_t{1} << 27;
 constexpr int64_t kFloatBytes = sizeof(float);
 constexpr int64_t kWinogradChannels = 16;
 constexpr int64_t kTaskChannels = 256;
@@ -41,15 +45,27 @@ class Writer {
 
   template <typename T>
   int64_t append(const std::vector<T>& items) {
+    return append<T>(items, [](const T& item) { return item; });
+  }
+
+  // Of each item what `part` returns.
+  template <typename T, typename Item, typename Part>
+  int64_t append(const std::vector<Item>& items, const Part& part) {
     const int64_t offset = round_up(static_cast<int64_t>(bytes_.size()), 64);
     bytes_.resize(offset + items.size() * sizeof(T));
-    if (!items.empty()) std::memcpy(bytes_.data() + offset, items.data(), items.size() * sizeof(T));
+    std::byte* to = bytes_.data() + offset;
+    for (const Item& item : items) {
+      const T value = part(item);
+      std::memcpy(to, &value, sizeof value);
+      to += sizeof value;
+    }
     return offset;
   }
 
   std::vector<std::byte> finish(ProgramHeader header) {
     header.bytes = static_cast<int64_t>(bytes_.size());
     std::memcpy(bytes_.data(), &header, sizeof header);
+    seal_program<ProgramHeader>(bytes_.data(), header.bytes);
     return std::move(bytes_);
   }
 
@@ -73,7 +89,8 @@ class Compiler {
       message << "threshnet_fast: instruction set " << isa << " is not available on this processor";
       throw std::invalid_argument(message.str());
     }
-    if (threads < 1) fail_plan("threads must be at least 1");
+    if (threads < 1 || threads > kMostThreads)
+      fail_plan("threads must be 1 to " + std::to_string(kMostThreads));
     require_plan(winograd == -1 || winograd == 0 || winograd == 2 || winograd == 4,
                  "winograd must be -1, 0, 2 or 4");
     header_.isa = isa;
@@ -127,6 +144,7 @@ class Compiler {
       step.kind = planned.kind == PlanStepKind::kPool ? kPool : kDepthwise;
       finish_channelwise(step, planned);
     }
+    require_size(header_.packed_floats, "what is packed of the weights up to " + name_of_step());
     if (step.winograd == kWinogradInSteps) steps_.push_back(transform_step(step));
     steps_.push_back(step);
     if (step.split_count > 1) {
@@ -252,6 +270,7 @@ class Compiler {
                         step.kernel_width, step.stride, step.padding);
     if (const auto found = tables_.find(key); found != tables_.end()) return found->second;
 
+    check_pixels(step, from, to);
     struct Pixel {
       int32_t input, output;
       uint64_t taps;
@@ -282,19 +301,34 @@ class Compiler {
       std::stable_sort(pixels.begin(), pixels.end(),
                        [](const Pixel& a, const Pixel& b) { return a.taps > b.taps; });
     }
-    std::vector<int32_t> input, output;
-    std::vector<uint64_t> taps;
-    uint64_t used_taps = 0;
-    for (const Pixel& pixel : pixels) {
-      used_taps |= pixel.taps;
-      input.push_back(pixel.input);
-      output.push_back(pixel.output);
-      taps.push_back(pixel.taps);
-    }
-    PixelTables tables{writer_.append(input), writer_.append(output), writer_.append(taps),
-                       static_cast<int64_t>(pixels.size()), used_taps};
+    PixelTables tables{};
+    for (const Pixel& pixel : pixels) tables.used_taps |= pixel.taps;
+    tables.count = static_cast<int64_t>(pixels.size());
+    tables.input_pixels =
+        writer_.append<int32_t>(pixels, [](const Pixel& pixel) { return pixel.input; });
+    tables.output_pixels =
+        writer_.append<int32_t>(pixels, [](const Pixel& pixel) { return pixel.output; });
+    tables.pixel_taps =
+        writer_.append<uint64_t>(pixels, [](const Pixel& pixel) { return pixel.taps; });
     tables_.emplace(key, tables);
     return tables;
+  }
+
+  // The tables hold the top left pixel of every window, which may lie beyond the map, in 32 bits,
+  // and micro-kernels count on from there up to the end of a tile.
+  void check_pixels(const Step& step, const Buffer& from, const Buffer& to) {
+    const int64_t before = step.padding * (from.width + 1);
+    const int64_t row = std::max<int64_t>(from.height + step.padding - step.kernel_height, 0);
+    const int64_t column = std::max<int64_t>(from.width + step.padding - step.kernel_width, 0);
+    const int64_t behind = ((header_.batch - 1) * from.height + row) * from.width + column;
+    constexpr int64_t kMostPixels = std::numeric_limits<int32_t>::max() - kMaxTilePixels;
+    if (std::max(before, behind) > kMostPixels)
+      fail_plan(name_of_step() +
+                ": windows begin more than 2^31 pixels before or behind the map's first pixel");
+    table_pixels_ += header_.batch * to.height * to.width;
+    if (table_pixels_ > kMostTablePixels)
+      fail_plan("step " + std::to_string(number_) + ": windows have over " +
+                std::to_string(kMostTablePixels) + " pixels in their tables");
   }
 
   // Winograd multiplies 16 numbers where direct convolution multiplies 36, or 36 where that
@@ -382,8 +416,7 @@ class Compiler {
     step.split_count = step.chunk_count = 1;
     if (step.winograd == kWinogradInSteps) {
       const int64_t elements = step.pixel_count * step.padded_channels;
-      header_.partial_floats =
-          std::max(header_.partial_floats, positions * position_floats(floats(elements)));
+      reserve_partials(positions * position_floats(floats(elements)));
       step.group_panels = 1;
       step.group_count = step.panel_count;
       step.block_count = std::max(balanced_blocks(step.panel_count, step.pixel_count),
@@ -482,7 +515,7 @@ class Compiler {
       step.split_count = tap_chunks = threads_;
       const int64_t floats =
           step.split_count * step.panel_count * step.pixel_count * kMaxTileVectors * tiling_->lanes;
-      header_.partial_floats = std::max(header_.partial_floats, round_up(floats, 16));
+      reserve_partials(floats);
     } else if (several && used * tap_bytes + input_bytes > kChunkBytes) {
       if (2 * input_bytes <= kChunkBytes && 2 * tap_bytes <= kChunkBytes) {
         tap_chunks = divide_up(used, kChunkBytes / 2 / tap_bytes);
@@ -516,12 +549,22 @@ class Compiler {
   }
 
   void reserve(int64_t floats) {
+    require_size(floats, "the scratch memory of " + name_of_step());
     header_.scratch_floats = std::max(header_.scratch_floats, round_up(floats, 16));
   }
+
+  void reserve_partials(int64_t floats) {
+    require_size(floats, "the partial sums of " + name_of_step());
+    header_.partial_floats = std::max(header_.partial_floats, round_up(floats, 16));
+  }
+
+  // Counted from 0, as in a description.
+  std::string name_of_step() const { return "step " + std::to_string(number_ - 1); }
 
   Plan plan_;
   Writer writer_;
   int64_t threads_;
+  int64_t table_pixels_ = 0;
   int64_t number_ = 0;       // of the plan's step that is being compiled, from 1
   int64_t forced_winograd_;  // -1: none
   const Tiling* tiling_;
@@ -545,11 +588,18 @@ Algorithm algorithm_of(const Step& step) {
   return step.packs ? kPacked : kDirect;
 }
 
+int64_t Program::workspace_floats(int64_t threads) const {
+  if (threads < 1 || threads > kMostThreads)
+    throw std::invalid_argument("threshnet_fast: threads is " + std::to_string(threads) +
+                                ", expected 1 to " + std::to_string(kMostThreads));
+  // Each of them is at most 2^48.
+  return header().arena_floats + header().partial_floats + threads * header().scratch_floats;
+}
+
 Program::Program(const void* bytes, int64_t size) : bytes_(static_cast<const std::byte*>(bytes)) {
-  if (size < static_cast<int64_t>(sizeof(ProgramHeader)) || header().magic != kProgramMagic ||
-      header().version != kVersion || header().bytes != size)
+  if (!is_sealed<ProgramHeader>(bytes, size, kProgramMagic, kVersion))
     throw std::invalid_argument(
-        "threshnet_fast: program is not one that this version of threshnet_fast compiled");
+        "threshnet_fast: program is not one that this process compiled, or was changed");
   if (tiling_of(header().isa) == nullptr)
     throw std::invalid_argument(
         "threshnet_fast: program was compiled for an instruction set that this processor lacks");

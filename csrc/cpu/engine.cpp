@@ -779,23 +779,10 @@ static void run_elements(const Program& program, const float* packed, float* wor
   std::vector<int64_t> tasks;
   for (int64_t i = 0; i < header.step_count; ++i) tasks.push_back(task_count(program.step(i)));
   const Engine<Element> engine(program, packed, workspace, binding);
-  Team team(threads, tasks);
-  struct Context {
-    const Engine<Element>& engine;
-    Team& team;
-    const TaskObserver* observer;
-  } context{engine, team, observer};
-  parallel_for(
-      threads,
-      [](void* opaque, int64_t begin, int64_t) {
-        const Context& context = *static_cast<Context*>(opaque);
-        context.team.work(begin, [&](int64_t step, int64_t task) {
-          context.engine.run(step, task, begin);
-          if (context.observer != nullptr)
-            context.observer->finished(context.observer->context, step, begin);
-        });
-      },
-      &context);
+  run_team(threads, parallel_for, tasks, [&](int64_t step, int64_t task, int64_t thread) {
+    engine.run(step, task, thread);
+    if (observer != nullptr) observer->finished(observer->context, step, thread);
+  });
 }
 
 void run(const Program& program, const float* packed, float* workspace, const Binding& binding,

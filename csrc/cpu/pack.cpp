@@ -3,6 +3,7 @@
 #include <string>
 
 #include "program.h"
+#include "team.h"
 #include "winograd.h"
 
 namespace threshnet_fast::cpu {
@@ -86,7 +87,7 @@ void pack_depthwise(const Step& step, const Panel& panel, const std::vector<Weig
 }  // namespace
 
 void pack(const Program& program, const std::vector<Weight>& weights, float* packed,
-          ParallelFor parallel_for) {
+          int64_t threads, ParallelFor parallel_for) {
   const ProgramHeader& header = program.header();
   if (static_cast<int64_t>(weights.size()) != header.weight_count)
     throw std::invalid_argument("threshnet_fast: weights has " + std::to_string(weights.size()) +
@@ -125,27 +126,13 @@ void pack(const Program& program, const std::vector<Weight>& weights, float* pac
     if (step.kind == kDepthwise)
       pack_depthwise(step, *program.at<Panel>(step.panels), weights, packed);
   }
-  struct Context {
-    const std::vector<Job>& jobs;
-    const std::vector<Weight>& weights;
-    float* packed;
-    decltype(&pack_panel<float>) pack_panel;
-  } context{jobs, weights, packed,
-            header.isa == kAvx512Bf16 ? pack_panel<Bfloat16> : pack_panel<float>};
-  parallel_for(
-      static_cast<int64_t>(jobs.size()),
-      [](void* opaque, int64_t begin, int64_t end) {
-        const Context& context = *static_cast<Context*>(opaque);
-        for (int64_t i = begin; i < end; ++i) {
-          const Step& step = *context.jobs[i].step;
-          const Panel& panel = *context.jobs[i].panel;
-          const float* bias =
-              step.bias_index >= 0 ? context.weights[step.bias_index].data : nullptr;
-          context.pack_panel(step, panel, context.weights[step.weight_index].data, bias,
-                             context.packed);
-        }
-      },
-      &context);
+  const auto pack_one = header.isa == kAvx512Bf16 ? pack_panel<Bfloat16> : pack_panel<float>;
+  run_team(threads, parallel_for, {static_cast<int64_t>(jobs.size())},
+           [&](int64_t, int64_t job, int64_t) {
+             const Step& step = *jobs[job].step;
+             const float* bias = step.bias_index >= 0 ? weights[step.bias_index].data : nullptr;
+             pack_one(step, *jobs[job].panel, weights[step.weight_index].data, bias, packed);
+           });
 }
 
 }  // namespace threshnet_fast::cpu

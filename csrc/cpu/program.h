@@ -15,7 +15,7 @@
 namespace threshnet_fast::cpu {
 
 constexpr int64_t kProgramMagic = 0x4752504654544e;  // "NTTFPRG"
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 
 enum StepKind : int64_t {
   kConvolution = 0,
@@ -133,7 +133,9 @@ int64_t floats_of(int64_t elements) {
 }
 
 struct ProgramHeader {
-  int64_t magic, version, bytes, isa;
+  int64_t magic, version, bytes;
+  uint64_t seal;  // of all behind it
+  int64_t isa;
   int64_t batch, input_channels, input_height, input_width;
   int64_t output_channels, output_height, output_width;
   int64_t external_count, weight_count;
@@ -146,6 +148,8 @@ struct ProgramHeader {
 // A checked view of a program's bytes.
 class Program {
  public:
+  // Throws std::invalid_argument where this process compiled no such program, or a byte of it was
+  // changed since.
   Program(const void* bytes, int64_t size);
 
   const ProgramHeader& header() const { return *at<ProgramHeader>(0); }
@@ -155,9 +159,7 @@ class Program {
   const T* at(int64_t offset) const {
     return reinterpret_cast<const T*>(bytes_ + offset);
   }
-  int64_t workspace_floats(int64_t threads) const {
-    return header().arena_floats + header().partial_floats + threads * header().scratch_floats;
-  }
+  int64_t workspace_floats(int64_t threads) const;
 
  private:
   const std::byte* bytes_;
@@ -186,7 +188,7 @@ using ParallelFor = void (*)(int64_t count, void (*body)(void* context, int64_t 
 // Packs a plan's weights into `packed` (header().packed_floats floats), rounded to the program's
 // elements.
 void pack(const Program& program, const std::vector<Weight>& weights, float* packed,
-          ParallelFor parallel_for);
+          int64_t threads, ParallelFor parallel_for);
 
 // Strides in elements.
 struct StridedInput {

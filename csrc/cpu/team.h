@@ -19,6 +19,7 @@
 #include <sched.h>
 
 #include "float_mode.h"
+#include "program.h"
 
 namespace threshnet_fast::cpu {
 
@@ -92,5 +93,25 @@ class Team {
   std::unique_ptr<Line[]> queues_;
   std::unique_ptr<Line[]> done_;
 };
+
+// Works through steps of so many tasks each by body(step, task, thread). The only way in which the
+// engine computes on several threads.
+template <typename Body>
+void run_team(int64_t threads, ParallelFor parallel_for, const std::vector<int64_t>& tasks,
+              const Body& body) {
+  Team team(threads, tasks);
+  struct Context {
+    Team& team;
+    const Body& body;
+  } context{team, body};
+  parallel_for(
+      threads,
+      [](void* opaque, int64_t thread, int64_t) {
+        const Context& context = *static_cast<Context*>(opaque);
+        context.team.work(thread,
+                          [&](int64_t step, int64_t task) { context.body(step, task, thread); });
+      },
+      &context);
+}
 
 }  // namespace threshnet_fast::cpu

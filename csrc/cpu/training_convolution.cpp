@@ -50,23 +50,6 @@ int64_t channels_of(const std::vector<MapSegment>& segments) {
   return channels;
 }
 
-template <typename Body>
-void run_team(const Workers& workers, const std::vector<int64_t>& tasks, const Body& body) {
-  Team team(workers.threads, tasks);
-  struct Context {
-    Team& team;
-    const Body& body;
-  } context{team, body};
-  workers.parallel_for(
-      workers.threads,
-      [](void* opaque, int64_t thread, int64_t) {
-        const Context& context = *static_cast<Context*>(opaque);
-        context.team.work(thread,
-                          [&](int64_t step, int64_t task) { context.body(step, task, thread); });
-      },
-      &context);
-}
-
 // How many groups the panels are divided into, so that all threads have work, and Winograd's
 // products of one stay in L2.
 int64_t panel_groups(const Bands& bands, const Panels& panels, int64_t threads) {
@@ -164,7 +147,8 @@ void convolution_forward(const ConvolutionForward& step, float* workspace, const
   for (int64_t b = 0; b < plan.bands.count; ++b) counts.push_back(Band(plan.bands, b).pixels());
   const int64_t reductions =
       step.statistics.mean == nullptr ? 0 : divide_up(panels.outputs, kChannelsTogether);
-  run_team(workers, {panels.count(), plan.bands.count * plan.groups, reductions},
+  run_team(workers.threads, workers.parallel_for,
+           {panels.count(), plan.bands.count * plan.groups, reductions},
            [&](int64_t stage, int64_t task, int64_t thread) {
              if (stage == 0) {
                pack_panel(panels, task, weights, plan.bands.tile, packed);
@@ -336,7 +320,7 @@ class Backward {
     const int64_t unpacking =
         plan_.together && plan_.wants_weight ? divide_up(plan_.input_channels, kTogether) : 0;
     const int64_t reductions = plan_.wants_inputs ? divide_up(plan_.input_channels, kTogether) : 0;
-    run_team(workers, {packing, tasks, unpacking + reductions},
+    run_team(workers.threads, workers.parallel_for, {packing, tasks, unpacking + reductions},
              [&](int64_t stage, int64_t task, int64_t thread) {
                float* const memory = scratch_ + thread * plan_.scratch;
                if (stage == 0) {

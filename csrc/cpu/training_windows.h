@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "program.h"
+#include "team.h"
 #include "training.h"
 
 namespace threshnet_fast::cpu {
@@ -68,21 +69,8 @@ struct ReachingRows {
 // Calls body(task, worker) for all tasks, which are divided between the threads.
 template <typename Body>
 void for_each_task(int64_t tasks, const Workers& workers, const Body& body) {
-  struct Context {
-    int64_t tasks, workers;
-    const Body& body;
-  } context{tasks, workers.threads, body};
-  workers.parallel_for(
-      workers.threads,
-      [](void* opaque, int64_t begin, int64_t end) {
-        const Context& context = *static_cast<Context*>(opaque);
-        for (int64_t worker = begin; worker < end; ++worker) {
-          const int64_t last = context.tasks * (worker + 1) / context.workers;
-          for (int64_t task = context.tasks * worker / context.workers; task < last; ++task)
-            context.body(task, worker);
-        }
-      },
-      &context);
+  run_team(workers.threads, workers.parallel_for, {tasks},
+           [&](int64_t, int64_t task, int64_t worker) { body(task, worker); });
 }
 
 // Adds up what tasks found: `count` sums of each, `pitch` floats apart.

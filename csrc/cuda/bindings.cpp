@@ -127,6 +127,7 @@ Tensor pack_weights(const Tensor& program, const std::vector<Tensor>& weights) {
     const std::string name = "weights[" + std::to_string(i) + "]";
     check_same_device(weights[i], weights[0], name);
     check_dense(weights[i], name);
+    check_memory(weights[i], name);
     list.push_back({weights[i].data_ptr(), weights[i].numel(), dtype_of(weights[i], name)});
   }
   const Context context(weights[0]);
@@ -143,11 +144,13 @@ Tensor run_plan(const Tensor& x, const Tensor& program, const Tensor& packed, Te
   check(x.size(0) == header.batch && x.size(1) == header.input_channels &&
             x.size(2) == header.input_height && x.size(3) == header.input_width,
         "x has shape " + shape_of(x) + ", which is not what the program was compiled for");
+  check_memory(x, "x");
   const std::pair<const Tensor*, const char*> memory[] = {{&packed, "packed"},
                                                           {&workspace, "workspace"}};
   for (const auto& [tensor, name] : memory) {
     check_same_device(*tensor, x, name);
     check_dense(*tensor, name);
+    check_memory(*tensor, name);
     check(tensor->scalar_type() == ScalarType::Byte,
           std::string(name) + " has the wrong dtype, expected uint8");
   }
@@ -298,6 +301,7 @@ class Operator {
     for (int32_t i = 0; i < packing.segment_count; ++i) length += packing.channels[i];
     check_length(vector, name, length);
     check_same_device(vector, output_, name);
+    check_memory(vector, name);
     packing.source_dtype = dtype_of(vector, name);
     const Tensor dense = torch::stable::contiguous(vector);
     owned_.push_back(dense);

@@ -4,13 +4,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "../seal.h"
 #include "program.h"
 
 namespace threshnet_fast::cuda {
 namespace {
 
 constexpr int64_t kMagic = 0x4752504354544e;  // "NTTCPRG"
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int64_t kAlignment = 256;
 
 class Compiler {
@@ -130,11 +131,19 @@ class Compiler {
     return offset;
   }
 
+  // Kernels count a weight's elements in 32 bits.
+  int64_t reserve_weight(std::initializer_list<int64_t> sizes) {
+    const std::string what =
+        "the weight of a convolution, channels in groups of 16, or of the classifier";
+    const int64_t elements = product_of_sizes(sizes, what);
+    if (elements > kMaxPixels) fail_plan(what + " has over 2^31 - 1024 elements");
+    return reserve_packed(elements, bytes_of(dtype_));
+  }
+
   void reserve_weights(Step& step, int64_t rows) {
     step.weight_columns = static_cast<int32_t>(round_up(int64_t{step.stored_channels}, group()));
-    step.weight = reserve_packed(
-        int64_t{step.window.kernel_height} * step.window.kernel_width * rows * step.weight_columns,
-        bytes_of(dtype_));
+    step.weight = reserve_weight(
+        {step.window.kernel_height, step.window.kernel_width, rows, step.weight_columns});
     step.bias = reserve_packed(step.bias_index < 0 ? 0 : step.weight_columns, sizeof(float));
     step.scale = reserve_packed(step.scale_index < 0 ? 0 : rows, sizeof(float));
     step.shift = reserve_packed(step.shift_index < 0 ? 0 : rows, sizeof(float));
@@ -163,6 +172,7 @@ class Compiler {
     problem.out_channels = step.stored_channels;
     step.configuration = choose(problem, device_);
     const int64_t floats = partial_floats(problem, step.configuration);
+    require_size(floats, "the partial sums of a convolution");
     header_.partial_bytes =
         std::max(header_.partial_bytes, floats * static_cast<int64_t>(sizeof(float)));
     steps_.push_back(step);
@@ -196,7 +206,7 @@ class Compiler {
     step.bias_index = linear.bias_index;
     const int64_t channels = round_up(pool.inputs[0].channels, group());
     step.weight_columns = static_cast<int32_t>(channels);
-    step.weight = reserve_packed(linear.output.channels * channels, bytes_of(dtype_));
+    step.weight = reserve_weight({linear.output.channels, channels});
     step.bias = reserve_packed(step.bias_index < 0 ? 0 : linear.output.channels, sizeof(float));
     steps_.push_back(step);
   }
@@ -217,6 +227,7 @@ class Compiler {
     append(bytes, steps_, header_.steps, header_.step_count);
     header_.bytes = static_cast<int64_t>(bytes.size());
     std::memcpy(bytes.data(), &header_, sizeof header_);
+    seal_program<ProgramHeader>(bytes.data(), header_.bytes);
     return bytes;
   }
 
@@ -253,10 +264,9 @@ std::vector<Algorithm> algorithms_of(const Program& program) {
 }
 
 Program::Program(const void* bytes, int64_t size) : bytes_(static_cast<const std::byte*>(bytes)) {
-  if (size < static_cast<int64_t>(sizeof(ProgramHeader)) || header().magic != kMagic ||
-      header().version != kVersion || header().bytes != size)
+  if (!is_sealed<ProgramHeader>(bytes, size, kMagic, kVersion))
     throw std::invalid_argument(
-        "threshnet_fast: program is not one that this version of threshnet_fast compiled");
+        "threshnet_fast: program is not one that this process compiled, or was changed");
 }
 
 }  // namespace threshnet_fast::cuda

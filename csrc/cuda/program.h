@@ -36,6 +36,7 @@ struct Step {
 
 struct ProgramHeader {
   int64_t magic, version, bytes;
+  uint64_t seal;  // of all behind it
   int64_t dtype;
   int64_t batch, input_channels, input_height, input_width;
   int64_t output_channels, output_height, output_width;
@@ -47,7 +48,8 @@ struct ProgramHeader {
 // A checked view of a program's bytes.
 class THRESHNET_FAST_EXPORT Program {
  public:
-  // Throws std::invalid_argument where this version compiled no such program.
+  // Throws std::invalid_argument where this process compiled no such program, or a byte of it was
+  // changed since.
   Program(const void* bytes, int64_t size);
 
   const ProgramHeader& header() const { return *at<ProgramHeader>(0); }

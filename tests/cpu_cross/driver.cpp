@@ -157,7 +157,7 @@ void run_file(char** arguments) {
   std::vector<Weight> list;
   for (const Floats& weight : weights) list.push_back({weight->data(), weight->count()});
   const GuardedFloats packed(header.packed_floats);
-  pack(program, list, packed.data(), parallel_for);
+  pack(program, list, packed.data(), thread_count, parallel_for);
   const GuardedFloats workspace(program.workspace_floats(thread_count));
   const GuardedFloats output(header.batch * header.output_channels * header.output_height *
                              header.output_width);

@@ -8,9 +8,11 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from alone import run_alone
 
 import threshnet_fast as tf
 from emulation import cuda_library
@@ -203,6 +205,88 @@ def test_weights_of_other_sizes(plan: Path, interface: Interface, tmp_path: Path
     status, _ = interface.load(broken(plan, tmp_path, written(place, -1)))
     assert status == INVALID_ARGUMENT
     assert "sizes of weights are wrong" in interface.last_error
+
+
+def plan_file(description: list[int], sizes: list[int]) -> bytes:
+    """A file of such a description and of weights of zeros."""
+    numbers = [len(description), len(sizes), *description, *sizes]
+    return b"TNFPLAN1" + struct.pack(f"<{len(numbers)}q", *numbers) + bytes(4 * sum(sizes))
+
+
+def one_convolution(channels: int, out: int, kernel: int, size: int) -> list[int]:
+    """A description of one convolution of the network's input, without padding."""
+    after = size - kernel + 1
+    header = [0x4E4C5046544E54, 1, 1, channels, size, size, out, after, after, 0, 1, 0, 2, 1]
+    buffers = [size, size, channels, -1, after, after, out, -2]
+    step = [1, 0, 0, channels, 1, 0, out, kernel, kernel, 1, 0, 0, 0, -1, -1, -1]
+    return [*header, *buffers, 0, len(step) + 2, *step]
+
+
+@pytest.mark.parametrize(
+    ("description", "text"),
+    [
+        # Rounded up to whole groups, the output's channels are -2^31 in 32 bits.
+        (one_convolution(1, 2**31 - 1, 1, 1), "step 0 writes over 2^24 channels"),
+        (one_convolution(2**24, 2**24, 1, 1), "has over 2^31 - 1024 elements"),
+        (one_convolution(2**24, 2**24, 8, 8), "the weight of step 0 has over 2^48 elements"),
+        (one_convolution(2**17, 16, 2**15, 2**15), "the weight of step 0 has over 2^48 elements"),
+    ],
+)
+def test_sizes_beyond_any_memory(
+    interface: Interface, tmp_path: Path, description: list[int], text: str
+) -> None:
+    path = tmp_path / "large.plan"
+    path.write_bytes(plan_file(description, [1000]))
+    status, network = interface.load(path)
+    assert status == INVALID_ARGUMENT
+    assert network.value is None
+    assert text in interface.last_error
+
+
+def test_a_description_of_one_convolution_is_taken(interface: Interface, tmp_path: Path) -> None:
+    path = tmp_path / "one.plan"
+    path.write_bytes(plan_file(one_convolution(3, 16, 3, 8), [3 * 16 * 9]))
+    status, network = interface.load(path)
+    assert status == 0, interface.last_error
+    interface.call("free", network)
+
+
+HOSTILE = (0, -1, 2**31 - 1, 2**31, 2**62, 2**63 - 1)
+
+
+def test_no_file_crashes(tmp_path: Path) -> None:
+    run_alone(load_hostile_files, str(tmp_path))
+
+
+def load_hostile_files(folder: str) -> None:
+    """Loads files of which a number before the weights' elements is another."""
+    random = Random(0)
+    torch.manual_seed(0)
+    path = Path(folder) / "network.plan"
+    network = tf.ThreshNet(
+        blocks=(2, 2),
+        transitions=(32, 48),
+        downsample=(True, False),
+        growth_rates=(16, 16),
+        threshold=1,
+        num_classes=10,
+    )
+    tf.save_plan(network.eval(), (1, 3, 32, 32), path)
+    data = path.read_bytes()
+    entries, count = struct.unpack_from("<qq", data, 8)
+    interface = Interface()
+    statuses = set()
+    for place in range(8, 24 + 8 * (entries + count), 8):
+        for value in (*HOSTILE, random.getrandbits(63)):
+            path.write_bytes(written(place, value)(bytearray(data)))
+            status, network = interface.load(path)
+            statuses.add(status)
+            if status == 0:
+                interface.call("free", network)
+            else:
+                assert interface.last_error
+                assert network.value is None
+    assert statuses >= {0, INVALID_ARGUMENT}
 
 
 def test_bad_arguments(plan: Path, interface: Interface, tmp_path: Path) -> None:

@@ -476,18 +476,60 @@ def test_weights_are_not_packed_within_a_capture(executor, model, x, device, mon
 
 
 def test_weights_of_a_captured_call_are_kept(executor, model, x, monkeypatch) -> None:
-    """The caller's graph goes on reading them after the model has changed."""
+    """The caller's graph goes on reading them after the model has changed: from one memory."""
+
+    def tensors() -> list[Tensor]:
+        plans = model._fused._snapshot._gpu_plans[executor.name]
+        return gpu_plan._tensors(plans._packed[torch.float32])
+
     with torch.no_grad(), tf.use_backend(executor.name):
         model(x)
         kept = model._fused._captured
-        assert not kept
-        monkeypatch.setattr(cuda_graphs, "capturing", lambda _: True)
+        assert len(kept) == 0
+        before = [tensor.clone() for tensor in tensors()]
+        addresses = [tensor.data_ptr() for tensor in tensors()]
+        for _ in range(5):
+            monkeypatch.setattr(cuda_graphs, "capturing", lambda _: True)
+            model(x)
+            model(x)
+            assert len(kept) == 1
+            monkeypatch.setattr(cuda_graphs, "capturing", lambda _: False)
+            model.base[1].conv.weight.mul_(-2)
+            y = model(x)
+            assert len(kept) == 1
+            assert [tensor.data_ptr() for tensor in tensors()] == addresses
+        assert not all(map(torch.equal, tensors(), before))
+        with tf.use_backend("reference"):
+            torch.testing.assert_close(y, model(x), rtol=1e-3, atol=1e-3)
+        # Weights of other shapes have memory of their own.
+        model.reset_classifier(9)
+        assert model(x).shape == (len(x), 9)
+        assert len(kept) == 1
+        assert [tensor.data_ptr() for tensor in tensors()] != addresses
+
+
+def test_weights_that_nobody_captured_are_packed_into_new_memory(executor, model, x) -> None:
+    with torch.no_grad(), tf.use_backend(executor.name):
         model(x)
-        model(x)
-        (packed,) = kept.values()
-        monkeypatch.setattr(cuda_graphs, "capturing", lambda _: False)
+        plans = model._fused._snapshot._gpu_plans[executor.name]
+        packed = plans._packed[torch.float32]
         model.base[1].conv.weight.mul_(-2)
         model(x)
-        assert list(kept.values()) == [packed]
         plans = model._fused._snapshot._gpu_plans[executor.name]
         assert plans._packed[torch.float32] is not packed
+
+
+def test_plans_used_last_are_kept(executor, model, x, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_plan, "_MAX_PLANS", 3)
+    with torch.no_grad(), tf.use_backend(executor.name):
+        model(x)
+        plans = model._fused._snapshot._gpu_plans[executor.name]
+        (first,) = plans._plans.values()
+        for width in (33, 34, 35, 36):
+            model(torch.randn(1, 3, 32, width))
+            model(x)
+        assert len(plans) == 3
+        assert first in plans._plans.values()
+        monkeypatch.setattr(gpu_plan, "_MAX_BYTES", first.arena_bytes - 1)
+        model(torch.randn(1, 3, 32, 37))
+        assert len(plans) == 1

@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..backends import cpu
 from ..graph.modules import graph_of_stages
@@ -38,6 +37,7 @@ from .kernels import (
     Step,
 )
 from .memory import Pool
+from .recomputation import recompute
 
 __all__ = ["CHECKPOINTS", "Chain"]
 
@@ -45,6 +45,8 @@ CHECKPOINTS = (None, "features")
 _MAX_SHAPES = 8
 # Maps of fewer bytes are left to the C library, which keeps what it gets back of them.
 _POOLED_BYTES = 8 << 20
+# Where memory counts for more than time, only maps of fewer bytes than these.
+_THRIFTY_BYTES = 1 << 18
 _PARAMETERS = ("weights", "gammas", "betas")
 _TENSORS = (*_PARAMETERS, "maps", "statistics", "fixed", "prologues")
 
@@ -186,6 +188,8 @@ class _Pass:
         self.maps: list[Tensor | None] = [None] * len(plan.buffers)
         # Whether large maps come from the chain's pool and go back there.
         self.pooled = False
+        # Whether it keeps as little as it can.
+        self.thrifty = False
         self.maps[0] = x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
         self.statistics: list[Tensor | None] = [None] * len(plan.buffers)
         self.fixed: list[Tensor | None] = [None] * len(plan.norms)
@@ -251,7 +255,7 @@ class _Pass:
         """Memory for the map of a buffer, or for its gradient."""
         pixels, channels = self.shapes[index].pixels, self.chain.plan.buffers[index].channels
         if self._pools(index):
-            return self.chain.pool.take(pixels, channels)
+            return self.chain.pool.take(pixels, channels, self.thrifty)
         return torch.empty(pixels, channels, **self.options)
 
     def drop(self, index: int, map: Tensor | None) -> None:
@@ -263,7 +267,9 @@ class _Pass:
         # Others see the chain's input and output.
         floats = self.shapes[index].pixels * self.chain.plan.buffers[index].channels
         return (
-            self.pooled and 4 * floats >= _POOLED_BYTES and index not in (0, self.chain.plan.output)
+            self.pooled
+            and 4 * floats >= (_THRIFTY_BYTES if self.thrifty else _POOLED_BYTES)
+            and index not in (0, self.chain.plan.output)
         )
 
     def prepare_prologue(self, index: int, kernels: Kernels) -> None:
@@ -296,13 +302,13 @@ class _Pass:
             module = norm.module
             if not module.training or not module.track_running_stats:
                 continue
-            if module.running_mean is None or module.running_var is None:
-                continue
             momentum = module.momentum
             if module.num_batches_tracked is not None:
                 module.num_batches_tracked.add_(1)
                 if momentum is None:
                     momentum = 1.0 / float(module.num_batches_tracked)
+            if module.running_mean is None or module.running_var is None:
+                continue
             given = self.normalization(index)
             mean, variance = given.statistics[:, given.channel : given.channel + norm.channels]
             count = self.shapes[norm.buffer].pixels
@@ -375,8 +381,9 @@ class _ChainFunction(torch.autograd.Function):
         wanted = differentiating and any(ctx.needs_input_grad)
         ctx.everything = _has_hooks_on_saved_tensors()
         # Who asks for checkpoints would rather have the memory than the time.
-        if wanted and not ctx.everything and not reference and checkpoint is None:
-            run.pooled = True
+        run.thrifty = checkpoint == "features"
+        run.pooled = wanted and not ctx.everything and not reference
+        if run.pooled and not run.thrifty:
             chain.pool.begin(run.shapes[0])
         elif wanted:
             chain.pool.clear()
@@ -395,26 +402,79 @@ class _ChainFunction(torch.autograd.Function):
                 if index in dropped:
                     run.drop(dropped[index], run.maps[dropped[index]])
                     run.maps[dropped[index]] = None
+        if run.thrifty:
+            chain.pool.clear()
         run.update_running_statistics()
         output = run.map_of(plan.output)
         if wanted:
             # Autograd notices where one that it saves is changed before the backward pass, but lets
             # go of none of them before the end of it.
-            ctx.save_for_backward(*run.take(ctx.everything))
+            # The input itself, unlike its map, has a history, for a second derivative.
+            given = x if ctx.needs_input_grad[1] else None
+            ctx.save_for_backward(given, *run.take(ctx.everything))
             ctx.run = run
         shape = run.shapes[plan.output]
         return output.view(shape.batch, shape.height, shape.width, -1).permute(0, 3, 1, 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         run = ctx.run.copy()
-        run.put(ctx.saved_tensors, ctx.everything)
+        x, *saved = ctx.saved_tensors
+        run.put(saved, ctx.everything)
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(run, x, needs, gradient)
         keeps = _keeps_graph()
         if not keeps:
             ctx.run.take(everything=True)
-        return _Backward(run, needs[1], needs[5:], keeps).run(gradient)
+        gradients = _Backward(run, needs[1], needs[5:], keeps).run(gradient)
+        if run.thrifty:
+            run.chain.pool.clear()
+        return gradients
+
+
+def _differentiable_gradients(
+    run: _Pass, x: Tensor | None, needs: Sequence[bool], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of what the chain's function was called with, with a history of their own.
+
+    Args:
+        run: The pass forward.
+        x: The chain's input, or None where its gradient is not wanted.
+        needs: Which gradients are wanted.
+        gradient: Of the chain's output.
+    """
+    plan = run.chain.plan
+
+    def view(tensor: Tensor | None) -> Tensor | None:
+        # Its gradient is that of this use alone, and runs no hooks of the tensor.
+        return None if tensor is None else tensor.view_as(tensor)
+
+    if x is None:
+        shape = run.shapes[0]
+        rows = run.map_of(0).view(shape.batch, shape.height, shape.width, -1)
+        x = rows.permute(0, 3, 1, 2)
+    run.weights = list(map(view, run.weights))
+    run.gammas, run.betas = list(map(view, run.gammas)), list(map(view, run.betas))
+    x = x.view_as(x)
+    norms = [run.normalization(index) for index in range(len(plan.norms))]
+    y = recompute(plan, x, run.weights, norms, run.from_batch)
+    parameters = [
+        weight
+        for node, weight in zip(plan.nodes, run.weights, strict=True)
+        if isinstance(node, Convolution)
+    ]
+    for norm in norms:
+        parameters += [norm.gamma, norm.beta]
+    inputs = [None, x, None, None, None, *parameters]
+    wanted = [index for index, needed in enumerate(needs) if needed]
+    found = torch.autograd.grad(
+        y, [cast(Tensor, inputs[index]) for index in wanted], gradient, create_graph=True
+    )
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for index, value in zip(wanted, found, strict=True):
+        gradients[index] = value
+    return tuple(gradients)
 
 
 class _Backward:

@@ -6,6 +6,7 @@ Given back to the system in between, its pages would be mapped and filled with z
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Hashable
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["Pool"]
+
+_BYTES = torch.float32.itemsize
 
 
 class Pool:
@@ -34,14 +37,25 @@ class Pool:
                 self._step = step
                 self._free.clear()
 
-    def take(self, pixels: int, channels: int) -> Tensor:
-        """Returns a map in float32, of any values."""
+    def take(self, pixels: int, channels: int, thrifty: bool = False) -> Tensor:
+        """Returns a map in float32, of any values.
+
+        Args:
+            pixels: Its rows.
+            channels: Its columns.
+            thrifty: Whether to let go of what is free before any new memory is taken, which then
+                goes back to the system as soon as nobody uses it.
+        """
         with self._lock:
             free = self._free.get(pixels * channels)
             map = free.pop() if free else None
-        if map is None:
-            return torch.empty(pixels, channels)
-        return map.view(pixels, channels)
+            if map is None and thrifty:
+                self._free.clear()
+        if map is not None:
+            return map.view(pixels, channels)
+        if thrifty:
+            return _of_the_system(pixels * channels).view(pixels, channels)
+        return torch.empty(pixels, channels)
 
     def give(self, map: Tensor) -> None:
         """Takes back a map that :meth:`take` returned, which nobody uses any more."""
@@ -57,3 +71,15 @@ class Pool:
         """Bytes of what is free."""
         with self._lock:
             return sum(map.nbytes for maps in self._free.values() for map in maps)
+
+
+def _of_the_system(floats: int) -> Tensor:
+    """Memory that bypasses the C library, which would keep what is freed, in pieces of all sizes.
+
+    A large map does not fit where two small ones were, so that a step would take far more memory
+    than it ever uses at once.
+    """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(floats)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, floats * _BYTES, flags=flags), dtype=torch.float32)

@@ -12,7 +12,8 @@ from torch.nn.modules import module as torch_module
 from ..backends import cpu
 from ..graph.ir import UnsupportedModule
 from ..graph.modules import split_stages
-from ..nn import ConvBNReLU
+from ..graph.settings import ModuleSettings
+from ..models.validate import check_memory, has_memory
 from ..plan.raw import Convolution
 from .chain import CHECKPOINTS, Chain
 
@@ -109,14 +110,15 @@ class _Parts:
     """A model's stages, as chains and as the modules between them."""
 
     def __init__(self, model: Network) -> None:
-        modules = [module for _, stage in model._stages() for module in stage.modules()]
+        for name, container in model._containers():
+            if type(container) is not nn.Sequential or "forward" in container.__dict__:
+                raise CannotTrain(f"{name} is not exactly a Sequential")
+        modules: list[nn.Module] = [container for _, container in model._containers()]
+        modules += [module for _, stage in model._stages() for module in stage.modules()]
         self._stages = [module for _, module in model._stages()]
-        self._settings = _settings(modules)
-        self._modules = modules
-        self._children = [module._modules for module in modules if module._modules]
+        self._settings = ModuleSettings(modules, _HOOKS)
+        self._children = [module._modules for module in modules]
         self._child_modules = [tuple(children.values()) for children in self._children]
-        self._attributes = [module.__dict__ for module in modules]
-        self._counts = list(map(len, self._attributes))
         self._hooks: list[dict[int, Any]] = [
             torch_module._global_forward_hooks,
             torch_module._global_forward_pre_hooks,
@@ -124,13 +126,19 @@ class _Parts:
             torch_module._global_backward_pre_hooks,
         ]
         self._hooks += [getattr(module, name) for module in modules for name in _HOOKS]
-        self._slots = [
-            (tensors, name)
-            for module in modules
+        slots = [
+            (f"{stage}.{path}.{name}".replace("..", "."), tensors, name)
+            for stage, root in model._stages()
+            for path, module in root.named_modules()
             for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None and name != "num_batches_tracked"
+            for name in tensors
+            if name != "num_batches_tracked"
         ]
+        self._names = [path for path, _, _ in slots]
+        self._slots = [(tensors, name) for _, tensors, name in slots]
+        # Where all of them had memory.
+        self._addresses: list[int | None] | None = None
+        self._shapes = self._find_shapes()
         self._parts = _divide(split_stages(model._stages()))
         if not any(isinstance(part, Chain) for part in self._parts):
             raise CannotTrain("no part of the model can be trained fused")
@@ -139,10 +147,15 @@ class _Parts:
         """Whether the model is still made of the same modules, and they of the same settings."""
         return (
             [module for _, module in model._stages()] == self._stages
-            and _settings(self._modules) == self._settings
             and [tuple(children.values()) for children in self._children] == self._child_modules
-            and list(map(len, self._attributes)) == self._counts
+            and self._settings.same()
+            and self._find_shapes() == self._shapes
         )
+
+    def _find_shapes(self) -> list[torch.Size | None]:
+        """The shapes of parameters and buffers, None for those that are not there."""
+        tensors = [tensors.get(name) for tensors, name in self._slots]
+        return [None if tensor is None else tensor.shape for tensor in tensors]
 
     def check(self, x: Tensor) -> None:
         """Refuses what may differ from call to call.
@@ -172,6 +185,25 @@ class _Parts:
                 raise CannotTrain(f"the model has a {name} of type {type(tensor).__name__}")
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise CannotTrain("the model has inference tensors")
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Refuses parameters and buffers whose memory was freed.
+
+        Raises:
+            CannotTrain: One has none, which a hook may change.
+            RuntimeError: One spans more than there is.
+        """
+        found = [tensors.get(name) for tensors, name in self._slots]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in found]
+        if addresses == self._addresses:
+            return
+        for name, tensor in zip(self._names, found, strict=True):
+            if tensor is not None:
+                if not has_memory(tensor):
+                    raise CannotTrain(f"{name} has no memory")
+                check_memory(name, tensor)
+        self._addresses = addresses
 
     @property
     def kept_bytes(self) -> int:
@@ -186,28 +218,21 @@ class _Parts:
 
     def run(self, x: Tensor, checkpoint: str | None) -> Tensor:
         """The last feature map."""
+        after_chain = False
         for part in self._parts:
-            x = part(x, checkpoint) if isinstance(part, Chain) else part(x)
+            if isinstance(part, Chain):
+                x = part(x, checkpoint)
+            elif after_chain and _works_in_place(part):
+                # The chain's own memory, which its backward pass reads.
+                x = part(x.clone())
+            else:
+                x = part(x)
+            after_chain = isinstance(part, Chain)
         return x
 
 
-def _settings(modules: list[nn.Module]) -> list[Any]:
-    """What the chains of modules depend on, other than tensors and the modules' mode."""
-    settings: list[Any] = []
-    window: tuple[Any, ...]
-    for module in modules:
-        if isinstance(module, nn.Conv2d):
-            window = (module.stride, module.padding, module.dilation)
-            settings.append((window, module.padding_mode, module.groups))
-        elif isinstance(module, nn.AvgPool2d):
-            window = (module.kernel_size, module.stride, module.padding)
-            settings.append((window, module.ceil_mode, module.divisor_override))
-        elif isinstance(module, nn.MaxPool2d):
-            window = (module.kernel_size, module.stride, module.padding)
-            settings.append((window, module.dilation, module.ceil_mode, module.return_indices))
-        elif isinstance(module, ConvBNReLU):
-            settings.append(module.activation)
-    return settings
+def _works_in_place(module: nn.Module) -> bool:
+    return any(getattr(part, "inplace", False) for part in module.modules())
 
 
 def _divide(stages: list[tuple[str, nn.Module]]) -> list[Chain | nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
 from collections import deque
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from .. import extension
 from ..models.network import Network
-from ..plan.ir import Plan
-from ..plan.lower import lower
+from ..plan.ir import FusedConv, Plan
+from ..plan.lower import UnsupportedModule, lower
 from ..plan.memory import plan_memory
 from ..plan.serialize import serialize
 
@@ -43,10 +44,26 @@ EXACT_VARIABLE = "THRESHNET_FAST_EXACT"
 WINOGRAD_VARIABLE = "THRESHNET_FAST_WINOGRAD"
 """Environment variable that overrides the choice of the algorithm of 3x3 convolutions."""
 
-_WINOGRAD = {"": -1, "auto": -1, "0": 0, "2": 2, "4": 4}
+# Those that it makes faster.
+_AUTOMATIC = -1
+_WINOGRAD = {"": _AUTOMATIC, "auto": _AUTOMATIC, "0": 0, "2": 2, "4": 4}
 
-# Compiled plans kept for a network: one for each input shape and number of threads.
+# Compiled plans kept for a network, one for each input shape and number of threads; and what their
+# workspaces may take together.
 _MAX_PLANS = 16
+_MAX_WORKSPACE_BYTES = 1 << 30
+
+# What the packed weights of a network may take together, in different layouts.
+_MAX_PACKED_BYTES = 1 << 30
+
+# Weights that none of the last so many compiled plans used make room for others.
+_UNUSED_PLANS = 64
+
+# Input shapes of which is remembered that they keep to direct convolution.
+_MAX_DIRECT = 4096
+
+# Of the workspaces that concurrent calls of a plan have left, as many are kept as fit in this.
+_SPARE_BYTES = 256 << 20
 
 # By their codes: 0 everywhere, 1 and 2 each with all before it, 3 on 64-bit ARM alone. 4 extends 2
 # by products of bfloat16.
@@ -150,6 +167,9 @@ class CompiledPlan:
         threads: How many threads to split the work for.
         winograd: As :func:`winograd_by_default` returns it.
 
+    Raises:
+        UnsupportedModule: A step is beyond a limit of the engine.
+
     Attributes:
         batch: Images that are worked on at once.
         flat_output: Whether the result is ``[N, channels]``.
@@ -167,9 +187,13 @@ class CompiledPlan:
         self.flat_output = plan.flat_output
         self.dtype = _dtype_of(isa)
         self.arena_bytes = arena.size * self.dtype.itemsize
-        self.program: Tensor = operators.compile_plan(
-            serialize(plan, arena), isa, threads, winograd
-        )
+        try:
+            self.program: Tensor = operators.compile_plan(
+                serialize(plan, arena), isa, threads, winograd
+            )
+        except (RuntimeError, ValueError) as error:
+            # The description is sound, so it is beyond a limit, such as that of a kernel's taps.
+            raise UnsupportedModule(str(error)) from error
         self.layout: int = operators.program_layout(self.program)
         self._isa = isa
         self._threads = threads
@@ -192,6 +216,11 @@ class CompiledPlan:
         codes = torch.ops.threshnet_fast_cpu.program_algorithms(self.program)
         return [_ALGORITHMS[code] for code in codes.tolist()]
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the workspaces that are kept for the next calls."""
+        return sum(workspace.nbytes for workspace in self._workspaces.copy())
+
     def __call__(self, x: Tensor, packed: Tensor) -> Tensor:
         """Runs the plan.
 
@@ -209,7 +238,8 @@ class CompiledPlan:
         except IndexError:
             workspace = torch.ops.threshnet_fast_cpu.create_workspace(self.program, self._threads)
         output: Tensor = self._run(x, self.program, packed, workspace)
-        self._workspaces.append(workspace)
+        if not self._workspaces or self.kept_bytes + workspace.nbytes <= _SPARE_BYTES:
+            self._workspaces.append(workspace)
         return output.flatten(1) if self.flat_output else output
 
 
@@ -247,19 +277,47 @@ def compile_network(
     return CompiledPlan(plan, isa, threads, winograd)
 
 
+_Key = tuple[Sequence[int], bool, int, int, int]
+
+
+class _Cached:
+    """A compiled plan, its packed weights, and when it was used last."""
+
+    __slots__ = ("compiled", "packed", "used")
+
+    def __init__(self, compiled: CompiledPlan, packed: Tensor, used: int) -> None:
+        self.compiled = compiled
+        self.packed = packed
+        self.used = used
+
+
 class PlanCache:
     """Compiled plans and packed weights of a network that does not change.
+
+    The sixteen plans that were used last are kept, fewer where their workspaces would take more
+    than 1 GB. The layout of packed weights depends on the steps that take Winograd's algorithm, so
+    on the input shape. Where weights in another layout would exceed 1 GB together, a shape keeps to
+    direct convolution, whose one layout serves all of them, and goes on to do so.
 
     Calls may come from several threads at once.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._compiled: dict[tuple[Sequence[int], bool, int, int, int], CompiledPlan] = {}
-        self._packed: dict[tuple[int, int], Tensor] = {}
+        self._plans: dict[_Key, _Cached] = {}
+        # By instruction set and layout: the weights, and which compilation used them last.
+        self._packed: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self._direct: dict[_Key, None] = {}
+        self._calls = itertools.count()
+        self._compilations = 0
 
     def __len__(self) -> int:
-        return len(self._compiled)
+        return len(self._plans)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all packed weights."""
+        return sum(packed.nbytes for packed, _ in self._packed.copy().values())
 
     def get(
         self, module: Network, shape: torch.Size, *, head: bool, isa: int, winograd: int
@@ -277,28 +335,66 @@ class PlanCache:
             UnsupportedModule: The network cannot be lowered.
         """
         key = (shape, head, isa, torch.get_num_threads(), winograd)
-        compiled = self._compiled.get(key)
-        if compiled is None:
+        # Without the lock, which is held while another thread packs weights.
+        cached = self._plans.get(key)
+        if cached is None:
             with self._lock:
-                compiled = self._compiled.get(key) or self._add(module, key)
-        return compiled, self._packed[isa, compiled.layout]
+                cached = self._plans.get(key) or self._add(module, key)
+        cached.used = next(self._calls)
+        return cached.compiled, cached.packed
 
-    def _add(self, module: Network, key: tuple[Sequence[int], bool, int, int, int]) -> CompiledPlan:
+    def _add(self, module: Network, key: _Key) -> _Cached:
         shape, head, isa, threads, winograd = key
-        compiled = compile_network(
-            module, shape, head=head, isa=isa, threads=threads, winograd=winograd
-        )
-        if (isa, compiled.layout) not in self._packed:
-            whole = compiled
-            if not head:
-                whole = compile_network(
-                    module, shape, head=True, isa=isa, threads=threads, winograd=winograd
-                )
-            self._packed[isa, whole.layout] = pack_network(module, whole)
-        if len(self._compiled) >= _MAX_PLANS:
-            self._compiled.pop(next(iter(self._compiled)))
-        self._compiled[key] = compiled
-        return compiled
+
+        def compile_with(winograd: int, head: bool) -> CompiledPlan:
+            return compile_network(
+                module, shape, head=head, isa=isa, threads=threads, winograd=winograd
+            )
+
+        self._compilations += 1
+        if key in self._direct:
+            winograd = 0
+        compiled = compile_with(winograd, head)
+        if winograd == _AUTOMATIC and not self._has_room((isa, compiled.layout)):
+            if len(self._direct) >= _MAX_DIRECT:
+                self._direct.pop(next(iter(self._direct)))
+            self._direct[key] = None
+            compiled = compile_with(0, head)
+        layout = (isa, compiled.layout)
+        if layout in self._packed:
+            packed = self._packed[layout][0]
+        else:
+            whole = compiled if head else compile_with(0 if key in self._direct else winograd, True)
+            packed = pack_network(module, whole)
+        self._packed[layout] = packed, self._compilations
+        cached = self._plans[key] = _Cached(compiled, packed, next(self._calls))
+        self._forget()
+        return cached
+
+    def _has_room(self, layout: tuple[int, int]) -> bool:
+        """Whether weights in a layout are there or may be added; removes those long unused."""
+        if layout in self._packed or not self._packed:
+            return True
+        # About as much as those that are there.
+        needed = max(packed.nbytes for packed, _ in self._packed.values())
+        in_use = {id(cached.packed) for cached in self._plans.values()}
+        oldest_first = sorted(self._packed, key=lambda layout: self._packed[layout][1])
+        for other in oldest_first:
+            if self.packed_bytes + needed <= _MAX_PACKED_BYTES:
+                break
+            packed, used = self._packed[other]
+            if id(packed) not in in_use and self._compilations - used > _UNUSED_PLANS:
+                del self._packed[other]
+        return self.packed_bytes + needed <= _MAX_PACKED_BYTES
+
+    def _forget(self) -> None:
+        """Lets go of the plans that were used least recently."""
+        oldest_first = sorted(self._plans, key=lambda key: self._plans[key].used)
+        kept = sum(cached.compiled.kept_bytes for cached in self._plans.values())
+        for key in oldest_first[:-1]:
+            if len(self._plans) <= _MAX_PLANS and kept <= _MAX_WORKSPACE_BYTES:
+                break
+            kept -= self._plans.pop(key).compiled.kept_bytes
 
 
 def pack_network(module: Network, compiled: CompiledPlan) -> Tensor:
@@ -312,12 +408,27 @@ def pack_network(module: Network, compiled: CompiledPlan) -> Tensor:
         compiled: A plan of it, with its head.
 
     Raises:
-        UnsupportedModule: The network cannot be lowered.
+        UnsupportedModule: The network cannot be lowered, or has a weight that is not finite.
     """
     size = module.min_size
-    weights = lower(module, (1, module.in_chans, size, size)).weights()
-    packed: Tensor = torch.ops.threshnet_fast_cpu.pack_weights(compiled.program, weights)
+    plan = lower(module, (1, module.in_chans, size, size))
+    for step in plan.steps:
+        if isinstance(step, FusedConv) and skips_products([step.weight], step.padding):
+            raise UnsupportedModule(
+                f"the weight of {step.name} is not finite, and products of padding are left out"
+            )
+    packed: Tensor = torch.ops.threshnet_fast_cpu.pack_weights(compiled.program, plan.weights())
     return packed
+
+
+def skips_products(weights: Sequence[Tensor], padding: int) -> bool:
+    """Whether the engine leaves out products of padding that are not 0, but NaN.
+
+    Args:
+        weights: What a convolution multiplies by, in float32 on the CPU.
+        padding: Its zero padding.
+    """
+    return padding > 0 and bool(weights) and not torch.ops.threshnet_fast_cpu.all_finite(weights)
 
 
 def describe(dtype: torch.dtype) -> str:

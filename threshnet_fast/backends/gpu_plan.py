@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -20,7 +22,15 @@ from ..plan.lower import UnsupportedModule, lower
 from ..plan.memory import Arena, plan_memory
 from . import cuda_graphs
 
-__all__ = ["GpuPlan", "GpuPlanCache", "GpuTarget", "Workspace", "check", "reads_input"]
+__all__ = [
+    "CapturedWeights",
+    "GpuPlan",
+    "GpuPlanCache",
+    "GpuTarget",
+    "Workspace",
+    "check",
+    "reads_input",
+]
 
 # Channels come in groups of as many, see kernels/layout.py and csrc/cuda/operands.h.
 _GROUP = 16
@@ -28,8 +38,10 @@ _GROUP = 16
 # Workspaces kept for a plan, one for each stream that it was called on.
 _MAX_WORKSPACES = 4
 
-# Prepared plans kept for a network: one for each input shape, dtype and precision.
+# Prepared plans kept for a network: one for each input shape, dtype and precision; and what their
+# features may take together.
 _MAX_PLANS = 16
+_MAX_BYTES = 4 << 30
 
 # Indices of pixels are 32-bit in the kernels, those behind the last pixel in the last tile too;
 # offsets are 64-bit.
@@ -149,6 +161,11 @@ class GpuPlan(ABC):
         """Memory for features."""
         return self.arena.size * self._dtype.itemsize
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory for features that is kept for the next call, on all streams; at least on one."""
+        return self.arena_bytes * max(1, len(self._workspaces))
+
     def __call__(self, x: Tensor, packed: Any) -> Tensor:
         """Runs the plan on the current stream.
 
@@ -243,16 +260,85 @@ Prepared = TypeVar("Prepared", bound=GpuPlan)
 Packed = TypeVar("Packed")
 
 
-class GpuPlanCache(ABC, Generic[Target, Prepared, Packed]):
-    """Prepared plans and packed weights of a network that does not change.
+class CapturedWeights:
+    """Packed weights that graphs of the caller read whenever they are replayed.
 
-    Calls may come from several threads at once.
+    Nobody tells when such a graph is gone, so the weights stay as long as the model. Weights that
+    are packed anew, in the same dtype and for the same shapes, are written over them: there is one
+    copy, however often a model changes and is captured again.
     """
 
     def __init__(self) -> None:
+        self._kept: dict[tuple[Hashable, ...], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, packed: Any) -> None:
+        """Keeps weights that a graph of the caller has begun to read.
+
+        Args:
+            packed: A tensor, or tuples and dataclasses of tensors.
+        """
+        self._kept[_form(packed)] = packed
+
+    def renewed(self, packed: Packed) -> Packed:
+        """Returns packed weights in the memory that graphs read, where there is such.
+
+        Args:
+            packed: Weights that were packed just now.
+        """
+        kept: Packed | None = self._kept.get(_form(packed))
+        if kept is None:
+            return packed
+        old, new = _tensors(kept), _tensors(packed)
+        for device in {tensor.device for tensor in old if tensor.device.type == "cuda"}:
+            # Whatever has been launched before may still read them.
+            torch.cuda.synchronize(device)
+        with torch.inference_mode():
+            for tensor, values in zip(old, new, strict=True):
+                tensor.copy_(values)
+        return kept
+
+
+def _tensors(packed: Any) -> list[Tensor]:
+    return [leaf for leaf in _leaves(packed) if isinstance(leaf, Tensor)]
+
+
+def _form(packed: Any) -> tuple[Hashable, ...]:
+    """What packed weights are apart from their values."""
+    return tuple(
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+        for leaf in _leaves(packed)
+    )
+
+
+def _leaves(packed: Any) -> Iterator[Any]:
+    if isinstance(packed, tuple):
+        for item in packed:
+            yield from _leaves(item)
+    elif is_dataclass(packed):
+        for field in fields(packed):
+            yield from _leaves(getattr(packed, field.name))
+    else:
+        yield packed
+
+
+class GpuPlanCache(ABC, Generic[Target, Prepared, Packed]):
+    """Prepared plans and packed weights of a network that does not change.
+
+    The plans that were used last are kept, sixteen at most, and as many as have their features in
+    4 GB. Calls may come from several threads at once.
+
+    Args:
+        captured: Where to look for memory that graphs of the caller read; None for nowhere.
+    """
+
+    def __init__(self, captured: CapturedWeights | None = None) -> None:
         self._lock = threading.Lock()
-        self._plans: dict[tuple[torch.Size, bool, Target], Prepared] = {}
+        self._plans: OrderedDict[tuple[torch.Size, bool, Target], Prepared] = OrderedDict()
         self._packed: dict[torch.dtype, Packed] = {}
+        self._captured = captured
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -287,6 +373,7 @@ class GpuPlanCache(ABC, Generic[Target, Prepared, Packed]):
         key = (x.shape, head, self._target(x.device, dtype))
         with self._lock:
             plan = self._plans.get(key) or self._add(module, key)
+            self._plans.move_to_end(key)
             return plan, self._packed[dtype]
 
     def _add(self, module: Network, key: tuple[torch.Size, bool, Target]) -> Prepared:
@@ -300,11 +387,16 @@ class GpuPlanCache(ABC, Generic[Target, Prepared, Packed]):
                 )
             size = module.min_size
             whole = lower(module, (1, module.in_chans, size, size))
-            self._packed[target.dtype] = self._pack(whole, target)
+            packed = self._pack(whole, target)
+            if self._captured is not None:
+                packed = self._captured.renewed(packed)
+            self._packed[target.dtype] = packed
             if target.device.type == "cuda":
                 # The next call may be on another stream.
                 torch.cuda.current_stream(target.device).synchronize()
-        if len(self._plans) >= _MAX_PLANS:
-            self._plans.pop(next(iter(self._plans)))
         self._plans[key] = plan
+        kept = sum(each.kept_bytes for each in self._plans.values())
+        while len(self._plans) > 1 and (len(self._plans) > _MAX_PLANS or kept > _MAX_BYTES):
+            _, oldest = self._plans.popitem(last=False)
+            kept -= oldest.kept_bytes
         return plan

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import cpu, cuda, triton
-from .gpu_plan import GpuPlanCache
+from .gpu_plan import CapturedWeights, GpuPlanCache
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 """Every name that can be asked for."""
@@ -175,9 +175,15 @@ def network_backends(x: torch.Tensor) -> tuple[str, ...]:
     return _fused_backends(requested_backend(), x)
 
 
-def gpu_plan_caches() -> dict[str, GpuPlanCache[Any, Any, Any]]:
-    """Returns empty caches of one network's plans, by the name of the backend for a GPU."""
-    return {"triton": triton.PlanCache(), "cuda": cuda.PlanCache()}
+def gpu_plan_caches(
+    captured: CapturedWeights | None = None,
+) -> dict[str, GpuPlanCache[Any, Any, Any]]:
+    """Returns empty caches of one network's plans, by the name of the backend for a GPU.
+
+    Args:
+        captured: Where to look for weights that graphs of the caller read.
+    """
+    return {"triton": triton.PlanCache(captured), "cuda": cuda.PlanCache(captured)}
 
 
 def _fused_backends(name: str, x: torch.Tensor) -> tuple[str, ...]:

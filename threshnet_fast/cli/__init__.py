@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .errors import CommandError
+from ..text import printable
+from .errors import CommandError, print_error
 
 __all__ = ["CommandError", "build_parser", "main"]
 
@@ -17,13 +19,13 @@ class _Parser(argparse.ArgumentParser):
     """Reports wrong arguments in one line, without the usage text before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the whole command line."""
     from .. import __version__
-    from . import bench, doctor, export, info, predict, train
+    from . import bench, convert, doctor, evaluate, export, info, predict, train
 
     parser = _Parser(
         prog="threshnet-fast",
@@ -34,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, parser_class=_Parser
     )
-    for module in (predict, bench, info, train, export, doctor):
+    for module in (predict, bench, info, train, evaluate, export, convert, doctor):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name, help=module.SUMMARY, description=module.DESCRIPTION, formatter_class=_formatter
@@ -62,10 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 where the command failed, 2 where its arguments are wrong.
     """
     debug = os.environ.get("THRESHNET_FAST_DEBUG", "0") not in ("", "0")
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks must not cost the other results.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        return _fail("", "interrupted", 130)
     try:
         return int(arguments.run(arguments))
     except CommandError as error:
@@ -86,6 +93,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(command: str, text: str, status: int) -> int:
-    line = " ".join(text.split())
-    print(f"threshnet-fast {command}: error: {line}", file=sys.stderr)
+    print_error(command, text)
     return status

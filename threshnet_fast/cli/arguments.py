@@ -10,17 +10,21 @@ import re
 import torch
 
 from .errors import CommandError
+from .machine import usable_processors
 
 __all__ = [
     "check_device",
     "check_model",
     "device",
     "image_size",
+    "natural_number",
     "positive_float",
     "positive_integer",
+    "threads",
 ]
 
 _LARGEST = 65536
+_THREADS, _THREADS_PER_PROCESSOR = 64, 4
 
 
 def positive_integer(text: str) -> int:
@@ -31,6 +35,27 @@ def positive_integer(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
+    return number
+
+
+def natural_number(text: str) -> int:
+    """An integer from 0 up."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 0 up")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """A number of threads, from 1 to what can hardly be meant.
+
+    Making tens of thousands ends the process, in OpenMP, without an exception.
+    """
+    number = positive_integer(text)
+    most = max(_THREADS, _THREADS_PER_PROCESSOR * usable_processors())
+    if number > most:
+        raise argparse.ArgumentTypeError(
+            f"{number}: expected at most {most} threads on {usable_processors()} processors"
+        )
     return number
 
 

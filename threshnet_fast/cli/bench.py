@@ -25,6 +25,7 @@ from .arguments import (
     image_size,
     positive_float,
     positive_integer,
+    threads,
 )
 from .comparison import (
     checked,
@@ -162,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--threads",
-        type=positive_integer,
+        type=threads,
         metavar="N",
         help="threads (default: torch's; with --device cuda 1)",
     )
@@ -213,6 +214,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_model(name)
     shapes = _cells(arguments)
     _check_sizes(models, shapes)
+    _check_memory(models, shapes, place)
     names = {} if arguments.profile else _providers(arguments)
     arguments.csv = arguments.csv or (profile.CSV if arguments.profile else _CSV)
     picture: Path = arguments.plot or arguments.csv.with_suffix(".png")
@@ -221,8 +223,8 @@ def run(arguments: argparse.Namespace) -> int:
         results.check_writable(arguments.csv, tuple(columns))
         check_plot(picture)
 
-    threads = arguments.threads or (torch.get_num_threads() if place.type == "cpu" else 1)
-    torch.set_num_threads(threads)
+    count = arguments.threads or (torch.get_num_threads() if place.type == "cpu" else 1)
+    torch.set_num_threads(count)
     photographs: list[Picture] = []
     if arguments.image:
         photographs = [pictures.load_picture(path) for path in arguments.image]
@@ -231,7 +233,7 @@ def run(arguments: argparse.Namespace) -> int:
     setting = _Run(
         names,
         arguments.classes,
-        threads,
+        count,
         arguments.seed,
         photographs,
         arguments.memory,
@@ -245,7 +247,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.profile:
         networks = {name: random_model(name, setting.classes, setting.seed) for name in models}
         inputs = {shape: _input(shape, setting) for shape in shapes}
-        return profile.run(arguments, networks, inputs, threads, setting.common, picture)
+        return profile.run(arguments, networks, inputs, count, setting.common, picture)
     with torch.cuda.device(place) if setting.on_gpu else contextlib.nullcontext():
         return _run(models, shapes, arguments, setting, picture)
 
@@ -510,6 +512,32 @@ def _check_sizes(models: Sequence[str], shapes: Sequence[tuple[int, int, int]]) 
             if min(height, width) < least:
                 raise CommandError(
                     f"size {height}x{width} is too small for {name}: expected {least} or more", 2
+                )
+
+
+def _check_memory(
+    models: Sequence[str], shapes: Sequence[tuple[int, int, int]], place: torch.device
+) -> None:
+    """Refuses what would run out of memory after minutes, or be ended by the system."""
+    available = machine.available_memory()
+    if available is None:
+        return
+    for name in models:
+        with torch.device("meta"):
+            model = create_model(name).eval()
+        for height, width, batch in shapes:
+            # The input, and on the CPU, in float64, the input and the largest map of the reference.
+            image = 4 * 3 * height * width
+            if place.type == "cpu":
+                buffers = lower(model, (1, 3, height, width), fold=False).buffers
+                largest = max(buffer.pixels * buffer.channels for buffer in buffers)
+                image += 8 * (3 * height * width + largest)
+            if batch * image > available:
+                size = f"{height}" if height == width else f"{height}x{width}"
+                raise CommandError(
+                    f"{size}:{batch} needs at least {batch * image / 1e9:,.1f} GB of memory with "
+                    f"{name}: {available / 1e9:,.1f} GB are available",
+                    status=2,
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ DESCRIPTION = """\
 Reads a trained model and writes it again, as NAME.safetensors and NAME.json: in half precision,
 with its accuracy on the test images as the written weights have it, and with what else there is to
 say about it. threshnet-fast predict --checkpoint reads the result, threshnet_fast.train.load_model
-does so in Python."""
+does so in Python. It takes weights of other packages too (.pth, .pt, .safetensors), whose classes
+are then numbers, and pictures normalised as ImageNet's; threshnet-fast convert sets both."""
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -32,9 +34,17 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument(
-        "source", type=Path, metavar="MODEL", help="folder of a run, or NAME.safetensors"
+        "source",
+        type=Path,
+        metavar="MODEL",
+        help="folder of a run, NAME.safetensors, or weights of others (.pth, .pt)",
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="NAME.safetensors to write")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="which network weights of others are (default: the only one that fits)",
+    )
     parser.add_argument(
         "--dtype", choices=list(_DTYPES), default="float16", help="default %(default)s"
     )
@@ -55,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ..train.weights import load_model, load_state, save_model
+    from ..train.weights import load_state, save_model
 
     output: Path = arguments.output
     if output.suffix != ".safetensors":
@@ -63,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not output.parent.is_dir():
         raise CommandError(f"cannot write {output}: there is no folder {output.parent}", status=2)
     try:
-        model, info = load_model(arguments.source)
+        model, info = _load(arguments)
         extra: dict[str, Any] = {
             name: value for name, value in info.extra.items() if name != "sha256"
         }
@@ -88,6 +98,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _load(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo]:
+    from .foreign import load_any
+
+    source: Path = arguments.source
+    try:
+        model, info, assumed = load_any(source, arguments.model)
+    except (FileNotFoundError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"cannot read {source}: {error.strerror}") from error
+    if assumed is not None:
+        print(f"threshnet-fast export: {assumed}", file=sys.stderr)
+    return model, info
+
+
 def _with_accuracy(model: nn.Module, info: ModelInfo, arguments: argparse.Namespace) -> ModelInfo:
     """The description with the accuracy on the test images, of all and of each class."""
     from ..data.augment import Preparation
@@ -109,10 +134,5 @@ def _with_accuracy(model: nn.Module, info: ModelInfo, arguments: argparse.Namesp
     prepare = Preparation(info.mean, info.std, info.image_size, info.interpolation)
     test = make_batches(data.test, prepare, 250, Shard())
     result = evaluate(model, test, len(info.classes))
-    right = result.confusion.diagonal() / result.confusion.sum(1)
-    extra = {
-        **info.extra,
-        "test_images": result.count,
-        "class_accuracy": dict(zip(info.classes, right.tolist(), strict=True)),
-    }
+    extra = {**info.extra, **result.describe(info.classes)}
     return dataclasses.replace(info, accuracy=result.accuracy, extra=extra)

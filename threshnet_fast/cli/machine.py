@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ __all__ = [
     "OtherLoad",
     "accelerator",
     "accelerator_libraries",
+    "available_memory",
     "clocks",
     "commit",
     "distribution_version",
@@ -27,6 +29,15 @@ __all__ = [
 
 _CPUINFO = Path("/proc/cpuinfo")
 _STAT = Path("/proc/stat")
+_MEMINFO = Path("/proc/meminfo")
+# What limits a container, and what of it is in use: of both versions of control groups.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
 _RELEVANT = ("amx", "avx", "asimd", "bf16", "f16c", "fma", "fphp", "sse4", "sve")
 
 
@@ -59,6 +70,20 @@ def usable_processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, without swapping; None where that is not known."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(1024 * int(line.split()[1]))
+    for limit, usage in _CGROUPS:
+        # Without a limit, the newer version says "max".
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(limit.read_text()) - int(usage.read_text()))
+    return max(0, min(found)) if found else None
 
 
 class OtherLoad:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import CommandError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 __all__ = ["Picture", "as_batch", "find_pictures", "load_picture"]
 
@@ -30,7 +26,7 @@ class Picture:
     Attributes:
         name: For people.
         source: Where it is from.
-        pixels: ``(3, H, W)``, uint8.
+        pixels: ``(3, H, W)``, uint8; grey ``(1, H, W)``.
     """
 
     name: str
@@ -38,44 +34,26 @@ class Picture:
     pixels: Tensor
 
 
-def load_picture(path: str, argument: str = "--image") -> Picture:
-    """Reads a picture file of any format that Pillow knows, upright, on white where transparent.
+def load_picture(path: str, argument: str = "--image", channels: int = 3) -> Picture:
+    """Reads a picture file, as :mod:`threshnet_fast.data.pictures` says.
 
     Args:
         path: The file.
         argument: What it was named by, which error messages begin with.
+        channels: 3 for RGB, 1 for grey.
 
     Raises:
         CommandError: The file cannot be read as a picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    from ..data.errors import PictureError
+    from ..data.pictures import quiet_decoder, read_picture
 
-    name = f"{argument} {path}".strip()
     try:
-        with Image.open(path) as image:
-            pixels = _to_tensor(_as_rgb(image))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise CommandError(f"{name}: not a picture: {error}", status=2) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CommandError(f"{name}: cannot be read: {reason}", status=2) from error
+        with quiet_decoder():
+            pixels = _to_tensor(read_picture(path, channels))
+    except PictureError as error:
+        raise CommandError(f"{argument} {error}".strip(), status=2) from error
     return Picture(Path(path).name, argument or path, pixels)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a camera's orientation mark shows it, in three channels of 8 bits."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow would cut off what exceeds 8 bits.
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 def find_pictures() -> list[Picture]:
@@ -106,12 +84,10 @@ def _from_skimage() -> list[Picture]:
 def _from_matplotlib() -> list[Picture]:
     try:
         import matplotlib
-        from PIL import Image
 
         path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-        with Image.open(path) as image:
-            whole = _to_tensor(image.convert("RGB"))
-    except (ImportError, OSError):
+        whole = load_picture(str(path)).pixels
+    except (ImportError, CommandError):
         return []
     _, height, width = whole.shape
     views = {
@@ -125,7 +101,8 @@ def _from_matplotlib() -> list[Picture]:
 def _to_tensor(image: object) -> Tensor:
     import numpy as np
 
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def as_batch(pictures: Sequence[Picture], height: int, width: int, batch: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_device, check_model, device, positive_integer
-from .errors import CommandError
+from ..text import printable
+from .arguments import check_device, check_model, device, positive_integer, threads
+from .errors import CommandError, print_error
 from .pictures import load_picture
 
 if TYPE_CHECKING:
@@ -27,7 +29,9 @@ SUMMARY = "classify pictures"
 DESCRIPTION = """\
 Prints the most probable classes of each picture. Of a folder, all pictures in it and below are
 taken. The model is one that comes with the package, by default ThreshNet79 trained on CIFAR-10,
-or, with --checkpoint, one that threshnet-fast train or export has written.
+or, with --checkpoint, one that threshnet-fast train, export or convert has written, or a file of
+weights of another package (.pth, .pt, .safetensors; docs/checkpoints.md), whose network --model
+names.
 
 A network answers with one of its classes whatever it is shown: the default one knows airplane,
 automobile, bird, cat, deer, dog, frog, horse, ship and truck, and nothing else."""
@@ -55,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained", metavar="NAME", help=f"its trained weights (default {_PRETRAINED})"
     )
     which.add_argument(
-        "--checkpoint", metavar="PATH", help="instead: folder of a run, or NAME.safetensors"
+        "--checkpoint",
+        metavar="PATH",
+        help="instead: folder of a run, NAME.safetensors, or weights of others (.pth, .pt)",
     )
     how = parser.add_argument_group("how to run it")
     how.add_argument("--top", type=positive_integer, default=_TOP, metavar="N", help="default 5")
@@ -67,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu (default), cuda or cuda:N",
     )
-    how.add_argument("--threads", type=positive_integer, metavar="N", help="default: torch's")
+    how.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
     how.add_argument(
         "--backend", default="auto", metavar="NAME", help="as use_backend takes it (default auto)"
     )
@@ -95,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print(answers, info, arguments.top)
     for answer in answers:
         if answer.error and not arguments.json:
-            print(f"threshnet-fast predict: error: {answer.error}", file=sys.stderr)
+            print_error("predict", answer.error)
     return int(any(answer.error for answer in answers))
 
 
@@ -105,22 +111,30 @@ def _find(names: Sequence[str]) -> list[Path]:
     Raises:
         CommandError: There is no such file or folder, or no picture in a folder.
     """
-    from PIL import Image
+    from ..data.errors import DataError
+    from ..data.pictures import list_pictures
 
-    known = Image.registered_extensions()
     found: list[Path] = []
     for name in names:
+        # An empty name would be that of the current folder.
+        if not name:
+            raise CommandError("'': expected the name of a picture or of a folder", status=2)
         path = Path(name)
-        if not path.exists():
-            raise CommandError(f"{name}: there is no such file or folder", status=2)
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file()
-        )
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+            inside, others = list_pictures(path) if is_folder else ([path], 0)
+        except DataError as error:
+            raise CommandError(str(error), status=2) from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, FileNotFoundError):
+                reason = "there is no such file or folder"
+            raise CommandError(f"{printable(name)}: {reason}", status=2) from error
         if not inside:
-            raise CommandError(f"{name}: there is no picture in this folder", status=2)
+            files = f", only {others} other files" if others else ""
+            raise CommandError(
+                f"{printable(name)}: there is no picture in this folder{files}", status=2
+            )
         found += inside
     return list(dict.fromkeys(found))
 
@@ -129,18 +143,9 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo, dict[str
     """The network, its description, and where it is from."""
     from ..models import create_model
     from ..models.pretrained import find_pretrained
-    from ..train.weights import load_model
 
     if arguments.checkpoint is not None:
-        for name in ("model", "pretrained"):
-            if getattr(arguments, name) is not None:
-                raise CommandError(
-                    f"--{name}: a checkpoint says what it is, leave this out or --checkpoint", 2
-                )
-        try:
-            model, info = load_model(arguments.checkpoint)
-        except (OSError, ValueError) as error:
-            raise CommandError(f"--checkpoint {arguments.checkpoint}: {error}", status=2) from error
+        model, info = _load_checkpoint(arguments)
         return model, info, {"checkpoint": arguments.checkpoint}
     name = arguments.model or _MODEL
     check_model(name)
@@ -152,6 +157,23 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo, dict[str
     return model, weights.info, {"pretrained": weights.tag}
 
 
+def _load_checkpoint(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo]:
+    from ..train.weights import check_finite
+    from .foreign import load_any
+
+    path = arguments.checkpoint
+    if arguments.pretrained is not None:
+        raise CommandError("--pretrained: leave this out or --checkpoint", status=2)
+    try:
+        model, info, assumed = load_any(path, arguments.model)
+        check_finite(model)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--checkpoint {path}: {error}", status=2) from error
+    if assumed is not None:
+        print(f"threshnet-fast predict: {assumed}", file=sys.stderr)
+    return model, info
+
+
 def _classify(
     model: nn.Module, info: ModelInfo, paths: Sequence[Path], place: torch.device
 ) -> Iterator[_Answer]:
@@ -160,6 +182,7 @@ def _classify(
 
     from ..models.preprocessing import preprocess
 
+    channels = 1 if len(info.mean) == 1 else 3
     # The bar would stand between the answers, and is of no use for a few pictures.
     hidden = True if len(paths) <= _BATCH else None
     with tqdm(total=len(paths), desc="predict", unit="picture", disable=hidden, leave=False) as bar:
@@ -167,7 +190,7 @@ def _classify(
             answers, images = [], []
             for path in paths[start : start + _BATCH]:
                 try:
-                    picture = load_picture(str(path), "")
+                    picture = load_picture(str(path), "", channels)
                     images.append(preprocess(picture.pixels, info))
                     answers.append(_Answer(str(path)))
                 except CommandError as error:
@@ -176,9 +199,15 @@ def _classify(
                 with torch.inference_mode():
                     logits = model(torch.cat(images).to(place))
                 rows = iter(logits.double().softmax(1).cpu())
-                answers = [a if a.error else _Answer(a.picture, next(rows)) for a in answers]
+                answers = [a if a.error else _judge(a.picture, next(rows)) for a in answers]
             yield from answers
             bar.update(len(answers))
+
+
+def _judge(picture: str, probabilities: Tensor) -> _Answer:
+    if not probabilities.isfinite().all():
+        return _Answer(picture, error=f"{printable(picture)}: the network answers with NaN")
+    return _Answer(picture, probabilities)
 
 
 def _best(answer: _Answer, info: ModelInfo, top: int) -> list[tuple[int, str, float]]:
@@ -209,14 +238,14 @@ def _as_json(
 
 
 def _print(answers: Sequence[_Answer], info: ModelInfo, top: int) -> None:
-    width = max(map(len, info.classes))
+    width = max(len(printable(name)) for name in info.classes)
     blocks = []
     for answer in answers:
         if not answer.error:
             lines = [
-                f"  {name.ljust(width)}  {probability:7.2%}"
+                f"  {printable(name).ljust(width)}  {probability:7.2%}"
                 for _, name, probability in _best(answer, info, top)
             ]
-            blocks.append("\n".join([answer.picture, *lines]))
+            blocks.append("\n".join([printable(answer.picture), *lines]))
     if blocks:
         print("\n".join(blocks))

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,16 @@ from .arguments import (
     check_model,
     device,
     image_size,
+    natural_number,
     positive_float,
     positive_integer,
+    threads,
 )
 from .errors import CommandError
+from .unreadable import add_check_arguments, find_unreadable
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..data.dataset import DataSet
     from ..train.distributed import Processes
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from ..train.progress import SilentReporter
     from ..train.recipes import Recipe
     from ..train.settings import Settings
+    from ..train.weights import ModelInfo
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -51,6 +56,10 @@ _DATASETS = ("cifar10", "cifar100", "svhn", "svhn-extra", "folder")
 # Of the images of a folder.
 _FOLDER_SIZE = (224, 224)
 _TEST_BATCH = 250
+_WRITTEN = (
+    *("model.safetensors", "model.json", "best.safetensors", "best.json", "log.csv"),
+    *("class_accuracy.csv", "confusion.csv", "confusion.png", "curves.png"),
+)
 # Seconds that a process waits for another, which may be downloading.
 _TIMEOUT = 1800.0
 
@@ -64,13 +73,6 @@ def _number(text: str) -> float:
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 up")
     return number
-
-
-def _integer(text: str) -> int:
-    """An integer from 0 up."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 0 up")
-    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,12 +93,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept files of the data set that are not as large as the published ones",
     )
+    add_check_arguments(what)
     what.add_argument(
         "--workers",
-        type=_integer,
+        type=natural_number,
         default=2,
         metavar="N",
         help="processes that read a folder's images (default 2)",
+    )
+    what.add_argument(
+        "--in-chans",
+        type=int,
+        choices=(1, 3),
+        default=3,
+        help="channels of the pictures and of the network's input: 3 colours (default), or 1, grey",
     )
     what.add_argument(
         "--image-size",
@@ -113,12 +123,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("recipe")
     how.add_argument(
+        "--weights",
+        metavar="PATH|NAME",
+        help="start from trained weights, with a new classifier where they have another number of "
+        "classes: a file or a folder of a run, of another package, or the name of shipped ones, "
+        "such as cifar10",
+    )
+    how.add_argument(
         "--recipe",
         choices=("modern", "paper"),
         default="modern",
         help="what the options below default to (default %(default)s)",
     )
-    how.add_argument("--epochs", type=positive_integer, metavar="N")
+    how.add_argument(
+        "--epochs", type=positive_integer, metavar="N", help="can be raised with --resume"
+    )
+    how.add_argument(
+        "--patience",
+        type=positive_integer,
+        metavar="N",
+        help="stop after N epochs without a better test accuracy (default: never)",
+    )
     how.add_argument(
         "--batch-size", type=positive_integer, metavar="N", help="images of each process's batch"
     )
@@ -129,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--momentum", type=_number, metavar="X")
     how.add_argument("--weight-decay", type=_number, metavar="X")
     how.add_argument(
-        "--padding", type=_integer, metavar="N", help="pixels of random shifts; 0 for none"
+        "--padding", type=natural_number, metavar="N", help="pixels of random shifts; 0 for none"
     )
     how.add_argument(
         "--crop-scale",
@@ -143,7 +168,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--clip-norm", type=_number, metavar="X", help="of the gradient; 0 for none")
     how.add_argument("--drop-rate", type=_number, metavar="X", help="dropout before the classifier")
-    how.add_argument("--seed", type=_integer, default=0, metavar="N", help="default 0")
+    how.add_argument(
+        "--class-weights",
+        choices=("none", "balanced"),
+        help="of the loss: balanced makes up for the classes' numbers of images",
+    )
+    how.add_argument(
+        "--sampling",
+        choices=("uniform", "balanced"),
+        help="of an epoch's images: balanced shows as many of each class",
+    )
+    how.add_argument("--seed", type=natural_number, default=0, metavar="N", help="default 0")
     how.add_argument(
         "--accumulate",
         type=positive_integer,
@@ -172,7 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu (default), cuda or cuda:1; of several processes each takes a GPU of its own",
     )
-    where.add_argument("--threads", type=positive_integer, metavar="N", help="default: torch's")
+    where.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
     where.add_argument("--backend", default="auto", metavar="NAME", help="as use_backend takes it")
 
     files = parser.add_argument_group("files")
@@ -265,17 +300,24 @@ def _train(
     if arguments.amp == "float16" and processes.device.type == "cpu":
         raise CommandError("--amp float16 needs a GPU: on the CPU, take bfloat16", status=2)
     # Everything that can be wrong is found before anything is written.
-    reporter = processes.together(lambda: _reporter(arguments, recipe, processes))
     recorded = processes.together(lambda: _recorded(arguments))
+    if arguments.epochs is None and recorded is not None:
+        recipe = dataclasses.replace(recipe, epochs=_recorded_epochs(recorded, recipe.epochs))
+    reporter = processes.together(lambda: _reporter(arguments, recipe, processes))
     data = processes.after_first(lambda: _load_data(arguments))
-    settings = processes.together(lambda: _settings(arguments, recipe, data, processes, recorded))
-    model = processes.together(lambda: _model(settings, processes.device))
+    data = _checked(arguments, data, processes)
+    start = processes.together(lambda: _start(arguments, recorded))
+    settings = processes.together(
+        lambda: _settings(arguments, recipe, data, processes, recorded, start)
+    )
+    weights = processes.together(lambda: _class_weights(recipe, data))
+    model = processes.together(lambda: _model(settings, start, reporter, processes.device))
     processes.together(lambda: _lock(output, stack) if processes.first else None)
     try:
-        trainer = _trainer(arguments, settings, data, model, reporter, processes)
+        trainer = _trainer(arguments, settings, data, model, weights, reporter, processes)
         if recorded is not None:
             processes.together(trainer.resume)
-        elif processes.first:
+        if processes.first and recorded != settings.to_json():
             write_settings(output, settings)
         with _signals(trainer):
             trainer.run()
@@ -333,6 +375,13 @@ def _recorded(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return recorded
 
 
+def _recorded_epochs(recorded: dict[str, Any], default: int) -> int:
+    """For how many epochs a run was meant to go, where the command does not say."""
+    recipe = recorded.get("recipe")
+    epochs = recipe.get("epochs") if isinstance(recipe, dict) else None
+    return epochs if type(epochs) is int and epochs > 0 else default
+
+
 def _lock(output: Path, stack: contextlib.ExitStack) -> None:
     """Makes the folder, and keeps other runs out of it until the stack closes."""
     import fcntl
@@ -351,10 +400,94 @@ def _load_data(arguments: argparse.Namespace) -> DataSet:
 
     try:
         return sources.load(
-            arguments.dataset, arguments.data, not arguments.no_verify, arguments.download
+            arguments.dataset,
+            arguments.data,
+            not arguments.no_verify,
+            arguments.download,
+            arguments.in_chans,
         )
     except DataError as error:
         raise CommandError(str(error)) from error
+
+
+def _checked(arguments: argparse.Namespace, data: DataSet, processes: Processes) -> DataSet:
+    """The data set without pictures that cannot be read, where those are to be left out."""
+    from ..data.folder import FolderSet, leave_out_unreadable
+
+    if not isinstance(data.train, FolderSet) or not isinstance(data.test, FolderSet):
+        return data
+    if data.skipped and processes.first:
+        print(f"{data.skipped} files are no pictures by their names", file=sys.stderr)
+    paths = (*data.train.paths, *data.test.paths)
+    unreadable = find_unreadable(arguments, paths, data.train.channels, processes)
+    try:
+        return processes.together(lambda: leave_out_unreadable(data, unreadable=unreadable)[0])
+    except DataError as error:
+        raise CommandError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The trained weights that a run starts from.
+
+    Attributes:
+        path: The file or folder; None where there are none, or a checkpoint goes before them.
+        sha256: Of the file of weights; also of those that a resumed run has started from.
+        info: What is known of them, if anything is.
+    """
+
+    path: Path | None = None
+    sha256: str = ""
+    info: ModelInfo | None = None
+
+
+def _start(arguments: argparse.Namespace, recorded: dict[str, Any] | None) -> _Start:
+    from ..files import sha256
+    from ..models.pretrained import find_pretrained
+    from ..train import checkpoint
+    from ..train.weights import DEFAULT_NAME, is_pair, read_info
+
+    before = "" if recorded is None else str(recorded.get("weights", ""))
+    if recorded is not None and checkpoint.exists(arguments.output):
+        return _Start(sha256=before)
+    if arguments.weights is None:
+        if before:
+            raise CommandError(
+                f"--output {arguments.output} has no checkpoint yet: its run starts from weights, "
+                "which --weights must name again",
+                status=2,
+            )
+        return _Start()
+    path = Path(arguments.weights)
+    try:
+        if not path.exists():
+            if len(path.parts) > 1 or path.suffix:
+                raise FileNotFoundError("there is no such file or folder")
+            path = find_pretrained(arguments.model, arguments.weights).path
+        file = path / DEFAULT_NAME if path.is_dir() else path.with_suffix(".safetensors")
+        described = is_pair(path)
+        info = read_info(path) if described else None
+        digest = sha256(file if described else path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--weights {arguments.weights}: {error}", status=2) from error
+    if info is not None:
+        _check_description(arguments, info)
+    if recorded is not None and digest != before:
+        raise CommandError(
+            f"--weights {arguments.weights}: the run in {arguments.output} starts from others",
+            status=2,
+        )
+    return _Start(path, digest, info)
+
+
+def _check_description(arguments: argparse.Namespace, info: ModelInfo) -> None:
+    problem = None
+    if info.model != arguments.model:
+        problem = f"they are those of {info.model}, not of {arguments.model}"
+    elif len(info.mean) != arguments.in_chans:
+        problem = f"they are for {len(info.mean)} channels: expected --in-chans {len(info.mean)}"
+    if problem is not None:
+        raise CommandError(f"--weights {arguments.weights}: {problem}", status=2)
 
 
 def _settings(
@@ -363,9 +496,15 @@ def _settings(
     data: DataSet,
     processes: Processes,
     recorded: dict[str, Any] | None,
+    start: _Start,
 ) -> Settings:
     from ..train.settings import Settings, differences
 
+    mean, std = data.mean, data.std
+    if start.info is not None:
+        mean, std = start.info.mean, start.info.std
+    elif start.path is None and recorded is not None and start.sha256:
+        mean, std = (_recorded_numbers(recorded, name) for name in ("mean", "std"))
     settings = Settings(
         model=arguments.model,
         dataset=data.name,
@@ -379,6 +518,11 @@ def _settings(
         accumulate=arguments.accumulate,
         amp=arguments.amp or "",
         sync_batchnorm=arguments.sync_batchnorm,
+        classes=data.classes,
+        in_chans=arguments.in_chans,
+        mean=mean,
+        std=std,
+        weights=start.sha256,
     )
     if settings.train_images < settings.images_per_step:
         raise CommandError(
@@ -395,20 +539,44 @@ def _settings(
     return settings
 
 
-def _model(settings: Settings, place: torch.device) -> nn.Module:
+def _recorded_numbers(recorded: dict[str, Any], name: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, recorded[name]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"config.json of the run is damaged: {name}: {error!r}") from error
+
+
+def _class_weights(recipe: Recipe, data: DataSet) -> Tensor | None:
+    from ..train.recipes import balanced_weights
+
+    if recipe.class_weights != "balanced":
+        return None
+    try:
+        return balanced_weights(data.train.labels, len(data.classes))
+    except ValueError as error:
+        raise CommandError(f"--class-weights balanced: {error}", status=2) from error
+
+
+def _model(
+    settings: Settings, start: _Start, reporter: SilentReporter, place: torch.device
+) -> nn.Module:
     """Builds the network, and sees that it takes what it is going to be given."""
     from ..models import create_model
 
     torch.manual_seed(settings.seed)
-    drop_rate = settings.recipe.drop_rate
-    dropout: dict[str, Any] = {"drop_rate": drop_rate} if drop_rate else {}
+    arguments = _network_arguments(settings)
+    if settings.recipe.drop_rate:
+        arguments["drop_rate"] = settings.recipe.drop_rate
     try:
-        model = create_model(settings.model, num_classes=settings.num_classes, **dropout)
+        model = create_model(settings.model, **arguments)
+        if start.path is not None:
+            _load_weights(model, start.path, reporter)
         model.to(place)
         # Missing from the annotations of Module.to.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        image = torch.zeros(1, settings.in_chans, *settings.image_size, device=place)
         with use_backend("reference"), torch.no_grad():
-            outputs = model.eval()(torch.zeros(1, 3, *settings.image_size, device=place))
+            outputs = model.eval()(image)
     except (TypeError, ValueError) as error:
         raise CommandError(f"{settings.model} cannot be trained so: {error}", status=2) from error
     if outputs.shape != (1, settings.num_classes):
@@ -419,11 +587,29 @@ def _model(settings: Settings, place: torch.device) -> nn.Module:
     return model
 
 
+def _network_arguments(settings: Settings) -> dict[str, Any]:
+    """Keywords for ``create_model``, as the description of the trained model has them."""
+    channels = {} if settings.in_chans == 3 else {"in_chans": settings.in_chans}
+    return {"num_classes": settings.num_classes, **channels}
+
+
+def _load_weights(model: nn.Module, path: Path, reporter: SilentReporter) -> None:
+    from ..models import load_checkpoint
+
+    try:
+        report = load_checkpoint(path, model, new_classifier=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise CommandError(f"--weights {path}: {error}", status=2) from error
+    new = f"; new: {', '.join(report.initialised)}" if report.initialised else ""
+    reporter.note(f"starts from {len(report.mapped)} tensors of {report.source}{new}")
+
+
 def _trainer(
     arguments: argparse.Namespace,
     settings: Settings,
     data: DataSet,
     model: nn.Module,
+    class_weights: Tensor | None,
     reporter: SilentReporter,
     processes: Processes,
 ) -> Trainer:
@@ -435,7 +621,9 @@ def _trainer(
     from ..train.weights import ModelInfo
 
     recipe, device = settings.recipe, processes.device
-    preparation = Preparation(data.mean, data.std, settings.image_size, settings.interpolation)
+    preparation = Preparation(
+        settings.mean, settings.std, settings.image_size, settings.interpolation
+    )
     shard = Shard(processes.rank, processes.count)
     train = make_batches(
         data.train,
@@ -446,6 +634,7 @@ def _trainer(
         Augmentation(recipe.flip, recipe.padding, recipe.crop_scale),
         device,
         arguments.workers,
+        balanced=recipe.sampling == "balanced",
     )
     test = make_batches(
         data.test, preparation, _TEST_BATCH, shard, device=device, workers=arguments.workers
@@ -453,24 +642,35 @@ def _trainer(
     info = ModelInfo(
         model=settings.model,
         classes=data.classes,
-        mean=data.mean,
-        std=data.std,
+        mean=settings.mean,
+        std=settings.std,
         image_size=settings.image_size,
-        arguments={"num_classes": settings.num_classes},
+        arguments=_network_arguments(settings),
         source_size=data.source_size,
         interpolation=settings.interpolation,
         crop_fraction=CROP_FRACTION if data.source_size is None else 1.0,
         dataset=data.name,
         recipe=settings.to_json()["recipe"],
+        extra={"initial_weights_sha256": settings.weights} if settings.weights else {},
     )
     options = Options(
         backend=arguments.backend,
         checkpoint_seconds=60 * arguments.checkpoint_minutes,
         evaluate_every=arguments.evaluate_every,
         half=arguments.half,
+        patience=arguments.patience,
     )
     return Trainer(
-        settings, model, train, test, info, arguments.output, options, reporter, processes
+        settings,
+        model,
+        train,
+        test,
+        info,
+        arguments.output,
+        options,
+        reporter,
+        processes,
+        class_weights,
     )
 
 
@@ -480,14 +680,13 @@ def _finish(trainer: Trainer, classes: tuple[str, ...], output: Path) -> None:
 
     assert trainer.evaluation is not None
     confusion = trainer.evaluation.confusion
-    written = ["model.safetensors", "model.json", "log.csv", "confusion.csv"]
     figures.write_confusion(output / "confusion.csv", confusion, classes)
     try:
         figures.draw_curves(output / "curves.png", trainer.progress.rows)
         figures.draw_confusion(output / "confusion.png", confusion, classes)
-        written += ["curves.png", "confusion.png"]
     except ImportError as error:
         print(f"no pictures: {error}", file=sys.stderr)
+    written = [name for name in _WRITTEN if (output / name).exists()]
     print(f"wrote {', '.join(written)} to {output}")
 
 

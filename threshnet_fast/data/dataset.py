@@ -25,6 +25,7 @@ class DataSet:
         source_size: Height and width of all pictures, or None where they differ.
         train: The training images.
         test: The test images.
+        skipped: Files in a folder of images that are not taken for pictures, by their names.
     """
 
     name: str
@@ -34,3 +35,4 @@ class DataSet:
     source_size: tuple[int, int] | None
     train: ImageSet | FolderSet
     test: ImageSet | FolderSet
+    skipped: int = 0

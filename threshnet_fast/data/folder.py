@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
+from ..text import printable
 from .augment import Augmentation, Preparation
 from .dataset import DataSet
-from .errors import DataError
-from .images import Shard, augmentation_generator, epoch_order
+from .errors import DataError, PictureError
+from .images import Shard, augmentation_generator, epoch_order, generator, visits
+from .pictures import check_pictures, list_folders, list_pictures, quiet_decoder, read_picture
 
-__all__ = ["CROP_FRACTION", "FolderBatches", "FolderSet", "load_folder"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+__all__ = [
+    "CROP_FRACTION",
+    "FolderBatches",
+    "FolderSet",
+    "leave_out_unreadable",
+    "load_folder",
+    "load_test_folder",
+]
 
 _TRAIN = ("train",)
 _TEST = ("val", "test", "valid", "validation")
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+# Mean and standard deviation of ImageNet by channels; those of grey are the averages of the others.
+_IMAGENET: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    1: ((0.449,), (0.226,)),
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+_KINDS = "pictures such as .jpg, .png or .tif"
+_Box = tuple[float, float, float, float]
 # Of a random crop, as is customary.
 _RATIO = 4 / 3
 _ATTEMPTS = 10
@@ -41,25 +58,40 @@ class FolderSet:
     Attributes:
         paths: The files.
         labels: ``(N,)``, int64.
+        channels: 3 if they are read as RGB, 1 if as grey.
     """
 
     paths: tuple[Path, ...]
     labels: Tensor
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def without(self, paths: Collection[Path]) -> FolderSet:
+        """The others."""
+        kept = [number for number, path in enumerate(self.paths) if path not in paths]
+        return FolderSet(
+            tuple(self.paths[number] for number in kept), self.labels[kept], self.channels
+        )
 
-def load_folder(root: Path, name: str = "folder") -> DataSet:
+
+def load_folder(root: Path, name: str = "folder", channels: int = 3) -> DataSet:
     """Finds the images of a folder; every folder of ``train`` is a class.
 
     Args:
-        root: The folder that has ``train`` and ``val`` (or ``test``, ``valid``, ``validation``).
+        root: The folder that has ``train`` and ``val`` (or ``test``, ``valid``, ``validation``),
+            which may lack classes.
         name: What the data set is called.
+        channels: Of the pictures: 3 for RGB, 1 for grey.
 
     Raises:
-        DataError: A folder is missing or empty, or the two have other classes.
+        DataError: A folder is missing or cannot be read, a class has no training images, there are
+            no test images, or some are of a class that ``train`` does not have.
+        ValueError: ``channels`` is neither 1 nor 3.
     """
+    if channels not in _IMAGENET:
+        raise ValueError(f"channels is {channels}: expected 1 or 3")
     folders = []
     for names in (_TRAIN, _TEST):
         found = [root / name for name in names if (root / name).is_dir()]
@@ -67,66 +99,128 @@ def load_folder(root: Path, name: str = "folder") -> DataSet:
             raise DataError(f"{root} has no folder {' or '.join(names)}")
         folders.append(found[0])
     train, test = folders
-    classes = _classes(train)
+    classes = list_folders(train)
     if not classes:
         raise DataError(f"{train} has no folders: expected one for each class")
-    if _classes(test) != classes:
-        only = sorted(set(classes) ^ set(_classes(test)))
+    tested = list_folders(test)
+    unknown = sorted(set(tested) - set(classes))
+    if unknown:
         raise DataError(
-            f"{train} has {len(classes)} classes and {test} {len(_classes(test))}; only one of "
-            f"them has {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
+            f"{test} has classes that {train} does not: {', '.join(unknown[:5])}"
+            f"{', ...' if len(unknown) > 5 else ''}"
         )
+    train_set, train_others = _scan(train, classes, classes, channels)
+    test_set, test_others = _scan(test, tested, classes, channels)
+    without = set(range(len(classes))) - set(train_set.labels.tolist())
+    if without:
+        raise DataError(f"{train / classes[min(without)]} has no images: expected {_KINDS}")
+    if not len(test_set):
+        raise DataError(f"{test} has no images: expected {_KINDS}, in a folder for each class")
+    mean, std = _IMAGENET[channels]
     return DataSet(
         name=name,
-        classes=classes,
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
+        classes=tuple(classes),
+        mean=mean,
+        std=std,
         source_size=None,
-        train=_scan(train, classes),
-        test=_scan(test, classes),
+        train=train_set,
+        test=test_set,
+        skipped=train_others + test_others,
     )
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
-    return tuple(
-        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    )
+def load_test_folder(root: Path, classes: Sequence[str], channels: int = 3) -> FolderSet:
+    """Finds the images of a folder for the evaluation of a network that knows some classes.
+
+    Args:
+        root: The folder that has a folder for each class, or one that has ``val`` (or ``test``,
+            ``valid``, ``validation``) with those.
+        classes: Names of the network's classes, in the order of its outputs, which the labels
+            follow; some may have no folder.
+        channels: Of the pictures: 3 for RGB, 1 for grey.
+
+    Raises:
+        DataError: A folder is missing or cannot be read, has no images, or is none of the classes.
+    """
+    if not root.is_dir():
+        raise DataError(f"there is no folder {printable(root)}")
+    folder = next((root / name for name in _TEST if (root / name).is_dir()), root)
+    present = list_folders(folder)
+    unknown = sorted(set(present) - set(classes))
+    if unknown:
+        names = ", ".join(map(printable, unknown[:5]))
+        raise DataError(
+            f"{printable(folder)} has folders that are no classes of the model: {names}"
+            f"{', ...' if len(unknown) > 5 else ''}"
+        )
+    images, _ = _scan(folder, present, classes, channels)
+    if not len(images):
+        raise DataError(
+            f"{printable(folder)} has no images: expected {_KINDS}, in a folder for each class"
+        )
+    return images
 
 
-def _scan(folder: Path, classes: Sequence[str]) -> FolderSet:
+def _scan(
+    folder: Path, present: Sequence[str], classes: Sequence[str], channels: int
+) -> tuple[FolderSet, int]:
+    """The pictures of the classes that are present, and the number of other files."""
     paths: list[Path] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = sorted(
-            path
-            for path in (folder / name).rglob("*")
-            if path.suffix.lower() in _SUFFIXES and path.is_file()
-        )
-        if not files:
-            raise DataError(f"{folder / name} has no images: expected {', '.join(_SUFFIXES)}")
-        paths += files
-        labels += [label] * len(files)
-    return FolderSet(tuple(paths), torch.tensor(labels))
+    others = 0
+    for name in present:
+        pictures, rest = list_pictures(folder / name)
+        paths += pictures
+        labels += [classes.index(name)] * len(pictures)
+        others += rest
+    return FolderSet(tuple(paths), torch.tensor(labels, dtype=torch.int64), channels), others
 
 
-def _pillow_loader(path: str) -> Any:
-    from PIL import Image
+def leave_out_unreadable(
+    data: DataSet,
+    workers: int | None = None,
+    progress: bool = True,
+    unreadable: Sequence[tuple[Path, str]] | None = None,
+) -> tuple[DataSet, list[PictureError]]:
+    """Reads all pictures of a folder, and leaves out those that cannot be read.
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    Args:
+        data: What :func:`load_folder` returned.
+        workers: As of :func:`threshnet_fast.data.pictures.check_pictures`.
+        progress: Likewise.
+        unreadable: What that function returned, where it was called already.
+
+    Returns:
+        The rest, and what was left out and why. Without any of it, ``data`` itself.
+
+    Raises:
+        DataError: No training image of a class, or no test image, can be read.
+        TypeError: ``data`` is not of a folder.
+    """
+    if not isinstance(data.train, FolderSet) or not isinstance(data.test, FolderSet):
+        raise TypeError(f"data is {data.name}: expected a folder of images")
+    sets = (data.train, data.test)
+    if unreadable is None:
+        paths = [path for part in sets for path in part.paths]
+        unreadable = check_pictures(paths, workers, data.train.channels, progress)
+    if not unreadable:
+        return data, []
+    train, test = (part.without({path for path, _ in unreadable}) for part in sets)
+    errors = [PictureError(path, reason) for path, reason in unreadable]
+    for label, name in enumerate(data.classes):
+        if label not in train.labels:
+            raise DataError(f"no training image of {name} can be read, for example {errors[0]}")
+    if not len(test):
+        raise DataError(f"no test image can be read, for example {errors[0]}")
+    return replace(data, train=train, test=test), errors
 
 
-def _loader() -> Callable[[str], Any]:
-    """Torchvision's loader, which may be told to decode otherwise, or else Pillow's."""
-    try:
-        from torchvision.datasets.folder import default_loader
-    except ImportError:
-        return _pillow_loader
-    loader: Callable[[str], Any] = default_loader
-    return loader
+def _pillow_loader(path: str, channels: int = 3) -> Image.Image:
+    with quiet_decoder():
+        return read_picture(path, channels)
 
 
-def middle(width: int, height: int, size: tuple[int, int], fraction: float) -> tuple[float, ...]:
+def middle(width: int, height: int, size: tuple[int, int], fraction: float) -> _Box:
     """The largest box of the shape of ``size`` in the middle of a picture, reduced by a fraction.
 
     Args:
@@ -144,9 +238,30 @@ def middle(width: int, height: int, size: tuple[int, int], fraction: float) -> t
     return left, top, left + box_width, top + box_height
 
 
+def cut_out(
+    picture: Image.Image, box: _Box, size: tuple[int, int], interpolation: str
+) -> NDArray[np.uint8]:
+    """Resizes a box of a picture.
+
+    Args:
+        picture: RGB or grey.
+        box: Left, top, right, bottom.
+        size: Height and width of the result.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
+
+    Returns:
+        ``(*size, C)``.
+    """
+    from PIL import Image
+
+    resampling = Image.Resampling[interpolation.upper()]
+    pixels = np.array(picture.resize((size[1], size[0]), resampling, box))
+    return pixels.reshape(*size, len(picture.getbands()))
+
+
 def random_box(
     width: int, height: int, size: tuple[int, int], smallest: float, random: torch.Generator
-) -> tuple[float, ...]:
+) -> _Box:
     """A random box of at least a share of a picture's area, of about the shape of ``size``.
 
     Args:
@@ -170,8 +285,16 @@ def random_box(
     return middle(width, height, size, 1.0)
 
 
-class _Pictures(TorchDataset[tuple[Tensor, int]]):
-    """Reads pictures; the key of one is its index and, for training, its epoch."""
+def _collate(items: list[tuple[Tensor, int] | DataError]) -> Any:
+    """A batch, or the first error: raised in a worker, its traceback would become its message."""
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+    return default_collate(items)
+
+
+class _Pictures(TorchDataset["tuple[Tensor, int] | DataError"]):
+    """Reads pictures; the key of one is its epoch, its index, and its visit in the epoch."""
 
     def __init__(
         self,
@@ -180,36 +303,38 @@ class _Pictures(TorchDataset[tuple[Tensor, int]]):
         interpolation: str,
         seed: int,
         augmentation: Augmentation | None,
+        crop_fraction: float,
     ) -> None:
+        self._crop_fraction = crop_fraction
         self._paths = [str(path) for path in data.paths]
         self._labels = data.labels.tolist()
         self._size = size
         self._interpolation = interpolation
         self._seed = seed
         self._augmentation = augmentation
-        self._load = _loader()
+        self._channels = data.channels
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int] | DataError:
+        """The pixels and the label, or why there are none."""
         try:
-            picture = self._load(self._paths[index])
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{self._paths[index]} cannot be read: {error}") from error
+            return self._read(key)
+        except DataError as error:
+            return error
+
+    def _read(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
+        epoch, index, visit = key
+        picture = _pillow_loader(self._paths[index], self._channels)
         width, height = picture.size
         mirrored = False
         if self._augmentation is None:
-            box = middle(width, height, self._size, CROP_FRACTION)
+            box = middle(width, height, self._size, self._crop_fraction)
         else:
-            random = augmentation_generator(self._seed, epoch, index)
+            random = augmentation_generator(self._seed, epoch, index, visit)
             box = random_box(width, height, self._size, self._augmentation.smallest, random)
             mirrored = self._augmentation.flip and bool(
                 torch.randint(0, 2, (), generator=random).item()
             )
-        resampling = getattr(Image.Resampling, self._interpolation.upper())
-        picture = picture.resize((self._size[1], self._size[0]), resampling, box)
-        pixels = np.array(picture)
+        pixels = cut_out(picture, box, self._size, self._interpolation)
         if mirrored:
             pixels = pixels[:, ::-1].copy()
         return torch.from_numpy(pixels), self._labels[index]
@@ -229,6 +354,8 @@ class FolderBatches:
         augmentation: None for evaluation.
         device: Where the batches are wanted.
         workers: Processes that read; 0 reads in this one.
+        balanced: As :func:`~threshnet_fast.data.images.epoch_order` takes it.
+        crop_fraction: Share of a picture's shorter side that an evaluation looks at.
     """
 
     def __init__(
@@ -241,7 +368,11 @@ class FolderBatches:
         augmentation: Augmentation | None = None,
         device: torch.device | str = "cpu",
         workers: int = 0,
+        balanced: bool = False,
+        crop_fraction: float = CROP_FRACTION,
     ) -> None:
+        self._labels = data.labels
+        self._balanced = balanced
         self._count = len(data)
         self._preparation = preparation
         self._batch_size = batch_size
@@ -250,7 +381,12 @@ class FolderBatches:
         self._device = torch.device(device)
         self._workers = workers
         self._pictures = _Pictures(
-            data, preparation.size, preparation.interpolation, seed, augmentation
+            data,
+            preparation.size,
+            preparation.interpolation,
+            seed,
+            augmentation,
+            crop_fraction,
         )
 
     def __len__(self) -> int:
@@ -264,12 +400,10 @@ class FolderBatches:
             epoch: Number of the epoch.
             start: Number of the first batch that is wanted.
         """
-        order = epoch_order(self._count, self._seed, epoch).tolist()
+        order = epoch_order(self._labels, self._seed, epoch, self._balanced)
+        keys = [(epoch, index, visit) for index, visit in visits(order.tolist())]
         return self._read(
-            [
-                [(epoch, index) for index in order[self._shard.of(batch, self._batch_size)]]
-                for batch in range(start, len(self))
-            ]
+            [keys[self._shard.of(batch, self._batch_size)] for batch in range(start, len(self))]
         )
 
     def all(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -277,18 +411,24 @@ class FolderBatches:
         indices = range(self._count)[self._shard.rank :: self._shard.count]
         return self._read(
             [
-                [(0, index) for index in indices[first : first + self._batch_size]]
+                [(0, index, 0) for index in indices[first : first + self._batch_size]]
                 for first in range(0, len(indices), self._batch_size)
             ]
         )
 
-    def _read(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, batches: list[list[tuple[int, int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             self._pictures,
             batch_sampler=batches,
             num_workers=min(self._workers, len(batches)),
             pin_memory=self._device.type == "cuda",
+            # The loader seeds its workers by it: the default one is the network's, of dropout.
+            generator=generator(self._seed),
+            collate_fn=_collate,
         )
-        for images, labels in loader:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            images, labels = batch
             images = images.to(self._device, non_blocking=True)
             yield self._preparation(images), labels.to(self._device, non_blocking=True)

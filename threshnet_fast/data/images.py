@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,22 @@ from torch import Tensor
 
 from .augment import Augmentation, Preparation
 
-__all__ = ["ImageBatches", "ImageSet", "Shard", "generator"]
+__all__ = ["ImageBatches", "ImageSet", "Shard", "generator", "to_grey"]
 
 # Domains of random numbers, so that no two uses of one seed see the same ones.
 _ORDER, _AUGMENTATION = 1, 2
 _MASK = (1 << 63) - 1
+
+
+# Of red, green and blue in what the eye sees as brightness (ITU-R 601), in 65536ths, as in Pillow.
+_LUMINANCE = (19595, 38470, 7471)
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """Brightness of ``(..., 3)`` uint8 as ``(..., 1)``, equal to what Pillow's mode ``L`` is."""
+    red, green, blue = images.to(torch.int32).unbind(-1)
+    levels = red * _LUMINANCE[0] + green * _LUMINANCE[1] + blue * _LUMINANCE[2] + (1 << 15)
+    return (levels >> 16).to(torch.uint8)[..., None]
 
 
 def generator(seed: int, *position: int) -> torch.Generator:
@@ -34,14 +46,53 @@ def generator(seed: int, *position: int) -> torch.Generator:
     return torch.Generator().manual_seed(state & _MASK)
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits the training images."""
-    return torch.randperm(count, generator=generator(seed, _ORDER, epoch))
+def epoch_order(labels: Tensor, seed: int, epoch: int, balanced: bool = False) -> Tensor:
+    """The order in which an epoch visits the training images.
+
+    Args:
+        labels: ``(N,)``, of the images.
+        seed: The run's seed.
+        epoch: Number of the epoch.
+        balanced: Whether all classes that there are take equal parts, which differ by one image at
+            most: an image of a small class comes several times, but never once more than another
+            of its class, and a part of a large class is left out, another in each epoch.
+
+    Returns:
+        ``(N,)``, int64, the numbers of the images.
+    """
+    random = generator(seed, _ORDER, epoch)
+    if not balanced:
+        return torch.randperm(len(labels), generator=random)
+    counts = [count for count in torch.bincount(labels).tolist() if count]
+    share, rest = divmod(len(labels), len(counts))
+    larger = set(torch.randperm(len(counts), generator=random)[:rest].tolist())
+    chosen = []
+    for number, images in enumerate(labels.sort(stable=True).indices.split(counts)):
+        wanted = share + (number in larger)
+        rounds = -(-wanted // len(images))
+        orders = [torch.randperm(len(images), generator=random) for _ in range(rounds)]
+        chosen.append(images[torch.cat(orders)[:wanted]])
+    return torch.cat(chosen)[torch.randperm(len(labels), generator=random)]
 
 
-def augmentation_generator(seed: int, epoch: int, index: int) -> torch.Generator:
-    """The generator of what happens to one batch, or one image, of an epoch."""
-    return generator(seed, _AUGMENTATION, epoch, index)
+def visits(order: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yields each image of an order, and how often it has come before."""
+    seen: Counter[int] = Counter()
+    for index in order:
+        yield index, seen[index]
+        seen[index] += 1
+
+
+def augmentation_generator(seed: int, epoch: int, index: int, visit: int = 0) -> torch.Generator:
+    """The generator of what happens to one batch, or one image, of an epoch.
+
+    Args:
+        seed: The run's seed.
+        epoch: Number of the epoch.
+        index: Number of the batch or of the image.
+        visit: How often the epoch has shown it before.
+    """
+    return generator(seed, _AUGMENTATION, epoch, index, *([visit] if visit else []))
 
 
 @dataclass(frozen=True)
@@ -103,6 +154,7 @@ class ImageBatches:
         seed: Of the order and the augmentation.
         augmentation: None leaves the images as they are.
         device: Where the batches are made; the images are copied there once.
+        balanced: As :func:`epoch_order` takes it.
     """
 
     def __init__(
@@ -114,7 +166,10 @@ class ImageBatches:
         seed: int = 0,
         augmentation: Augmentation | None = None,
         device: torch.device | str = "cpu",
+        balanced: bool = False,
     ) -> None:
+        self._all_labels = data.labels
+        self._balanced = balanced
         self._images = data.images.to(device)
         self._labels = data.labels.to(device)
         self._preparation = preparation
@@ -135,7 +190,7 @@ class ImageBatches:
             epoch: Number of the epoch.
             start: Number of the first batch that is wanted.
         """
-        order = epoch_order(len(self._labels), self._seed, epoch)
+        order = epoch_order(self._all_labels, self._seed, epoch, self._balanced)
         size, shard = self._batch_size, self._shard
         for batch in range(start, len(self)):
             indices = order[shard.of(batch, size)].to(self._device)

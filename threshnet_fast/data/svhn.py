@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .dataset import DataSet
-from .download import check_md5, fetch
+from .download import Published, fetch
 from .errors import DataError
 from .images import ImageSet
 
@@ -17,7 +17,7 @@ __all__ = ["SVHN", "SVHN_EXTRA", "Svhn"]
 
 _SIDE = 32
 _DIGITS = 10
-_URL = "http://ufldl.stanford.edu/housenumbers/"
+_URL = "https://ufldl.stanford.edu/housenumbers/"
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Svhn:
 
     Attributes:
         name: As ``--dataset`` takes it.
-        train: Files of the training images, with their checksums.
+        train: Files of the training images, with their sizes and checksums.
         test: Likewise of the test images.
     """
 
     name: str
-    train: dict[str, str]
-    test: dict[str, str]
+    train: dict[str, Published]
+    test: dict[str, Published]
 
     def load(self, root: Path, verify: bool = True, download: bool = False) -> DataSet:
         """Reads the data set.
@@ -62,9 +62,9 @@ class Svhn:
                     f"{self.name}: no {name} in {folder} (--download fetches it from {_URL})"
                 )
             elif verify:
-                check_md5(path, expected)
+                expected.check(path)
 
-        def read(names: dict[str, str]) -> ImageSet:
+        def read(names: dict[str, Published]) -> ImageSet:
             parts = [_read(folder / name, loadmat) for name in names]
             return ImageSet(
                 torch.cat([part.images for part in parts]),
@@ -106,12 +106,25 @@ def _read(path: Path, loadmat) -> ImageSet:  # type: ignore[no-untyped-def]
 
 SVHN = Svhn(
     name="svhn",
-    train={"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373"},
-    test={"test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"},
+    train={
+        "train_32x32.mat": Published(
+            182040794, "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"
+        )
+    },
+    test={
+        "test_32x32.mat": Published(
+            64275384, "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"
+        )
+    },
 )
 
 SVHN_EXTRA = Svhn(
     name="svhn-extra",
-    train={**SVHN.train, "extra_32x32.mat": "a93ce644f1a588dc4d68dda5feec44a7"},
+    train={
+        **SVHN.train,
+        "extra_32x32.mat": Published(
+            1329278602, "a133a4beb38a00fcdda90c9489e0c04f900b660ce8a316a5e854838379a71eb3"
+        ),
+    },
     test=SVHN.test,
 )

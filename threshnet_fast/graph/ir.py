@@ -233,21 +233,35 @@ class Graph:
         return readers[0] if len(readers) == 1 and value != self.output else None
 
     def check(self, node: Node) -> None:
-        """Refuses a node whose module reads another number of channels than there are.
+        """Refuses a node whose module does not read the channels that there are.
+
+        PyTorch goes by the shapes of weights, whatever a module says of itself: so must they agree.
 
         Raises:
-            UnsupportedModule: It does.
+            UnsupportedModule: Its parameters are of other shapes, or it reads other channels.
         """
-        expected: int | None = None
-        what = "channels"
-        if isinstance(node, Conv):
-            expected = node.module.in_channels
-        elif isinstance(node, Norm):
-            expected = node.module.num_features
-        elif isinstance(node, Linear):
-            expected, what = node.module.in_features, "features"
         actual = self.channels[node.input]
-        if None not in (expected, actual) and expected != actual:
+        if isinstance(node, Conv):
+            conv = node.module
+            outputs, inputs, *_ = conv.weight.shape
+            if outputs != conv.out_channels or inputs * conv.groups != conv.in_channels:
+                raise UnsupportedModule(
+                    f"{node.name} has a weight of shape {tuple(conv.weight.shape)}"
+                )
+            self._expect(node, conv.in_channels, "channels")
+        elif isinstance(node, Norm):
+            norm = node.module
+            self._expect(node, norm.num_features, "channels")
+            tensors = norm.running_mean, norm.running_var, norm.weight, norm.bias
+            shapes = {tuple(tensor.shape) for tensor in tensors if tensor is not None}
+            if not shapes <= {(actual,)}:
+                raise UnsupportedModule(f"{node.name} does not normalise {actual} channels")
+        elif isinstance(node, Linear):
+            self._expect(node, node.module.weight.shape[1], "features")
+
+    def _expect(self, node: Node, expected: int, what: str) -> None:
+        actual = self.channels[node.input]
+        if actual is not None and expected != actual:
             raise UnsupportedModule(f"{node.name} reads {expected} {what}, not {actual}")
 
     def foreign(self) -> Iterable[Foreign]:

@@ -15,6 +15,7 @@ from ..nn import (
     DenseTransition,
     DepthwiseConvBN,
     HarmonicBlock,
+    PlainDenseLayer,
     PointwiseDepthwise,
 )
 from .ir import (
@@ -31,6 +32,7 @@ from .ir import (
     Pool,
     UnsupportedModule,
 )
+from .settings import override
 
 __all__ = ["graph_of_network", "graph_of_stages", "split_stages"]
 
@@ -49,11 +51,15 @@ def graph_of_network(network: nn.Module, *, head: bool = True) -> Graph:
         raise UnsupportedModule(
             f"module is a {type(network).__name__}: expected a {Network.__name__}"
         )
-    for method in ("forward", "forward_features", "forward_head"):
-        if not _inherits(network, Network, method):
-            raise UnsupportedModule(f"module has a {method} of its own")
+    own = "forward" if "forward" in network.__dict__ else network._overridden(head=True)
+    if own is not None or type(network).forward is not Network.forward:
+        raise UnsupportedModule(f"module has a {own or 'forward'} of its own")
+    for name, container in network._containers():
+        own = override(container, nn.Sequential)
+        if own is not None:
+            raise UnsupportedModule(f"{name} has a {own} of its own")
     graph = graph_of_stages(network._stages(), network.in_chans)
-    if head and network.global_pool == "avg":
+    if head:
         _Builder(graph).head(network)
     return graph
 
@@ -84,18 +90,13 @@ def split_stages(stages: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.
     """
     result: list[tuple[str, nn.Module]] = []
     for name, module in stages:
-        if isinstance(module, DenseTransition) and _inherits(module, DenseTransition, "forward"):
+        if isinstance(module, DenseTransition) and override(module, DenseTransition) is None:
             parts = module.norm, nn.ReLU(), module.conv, module.pool
             names = "norm", "relu", "conv", "pool"
             result += [(f"{name}.{part}", child) for part, child in zip(names, parts, strict=True)]
         else:
             result.append((name, module))
     return result
-
-
-def _inherits(module: nn.Module, kind: type[nn.Module], method: str) -> bool:
-    """Whether a method of a module is that of a class, not one of a subclass or of the object."""
-    return method not in module.__dict__ and getattr(type(module), method) is getattr(kind, method)
 
 
 class _Builder:
@@ -108,8 +109,9 @@ class _Builder:
         """Adds a module that reads a value; returns the value that it makes."""
         for kind, add in _KINDS.items():
             if isinstance(module, kind):
-                if not _inherits(module, kind, "forward"):
-                    reason = f"is not exactly a {kind.__name__}: it has a forward of its own"
+                own = override(module, kind)
+                if own is not None:
+                    reason = f"is not exactly a {kind.__name__}: it has a {own} of its own"
                     return self.foreign(name, module, value, reason)
                 return add(self, name, module, value)
         reason = f"is a {type(module).__name__}, which no plan can express"
@@ -133,7 +135,7 @@ class _Builder:
 
     def conv_of(self, unit: str, name: str, module: nn.Module, value: int) -> int:
         """Adds the convolution that is the main part of a module."""
-        if isinstance(module, nn.Conv2d) and _inherits(module, nn.Conv2d, "forward"):
+        if isinstance(module, nn.Conv2d) and override(module, nn.Conv2d) is None:
             return self.conv(name, module, value, unit)
         return self.module(name, module, value)
 
@@ -182,12 +184,12 @@ class _Builder:
         return self.module(f"{name}.layer2", unit.layer2, value)
 
     def dense_layer(self, name: str, module: nn.Module, value: int) -> int:
-        layer = cast(DenseLayer, module)
         new = value
-        for norm, conv in ("norm1", "conv1"), ("norm2", "conv2"):
-            new = self.module(f"{name}.{norm}", getattr(layer, norm), new)
+        for number in (1,) if isinstance(module, PlainDenseLayer) else (1, 2):
+            norm, conv = f"norm{number}", f"conv{number}"
+            new = self.module(f"{name}.{norm}", getattr(module, norm), new)
             new = self.activate(f"{name}.{norm}", "relu", new)
-            new = self.module(f"{name}.{conv}", getattr(layer, conv), new)
+            new = self.module(f"{name}.{conv}", getattr(module, conv), new)
         return self.concat(name, [value, new])
 
     def transition(self, name: str, module: nn.Module, value: int) -> int:
@@ -202,6 +204,9 @@ class _Builder:
         if self.graph.channels[value] not in (block.channels[0], None):
             reason = f"reads {block.channels[0]} channels, not {self.graph.channels[value]}"
             return self.foreign(name, module, value, reason)
+        if not len(block.links) == len(block.channels) == len(block.layers) + 1:
+            reason = f"has {len(block.layers)} layers, but other links"
+            return self.foreign(name, module, value, reason)
         values = [value]
         for index, layer in enumerate(block.layers):
             part = f"{name}.layers.{index}"
@@ -212,21 +217,22 @@ class _Builder:
     def head(self, network: Network) -> int:
         """Adds pooling and the classifier of a network."""
         value = self.graph.output
-        for part, module in network._pooling():
-            if not _is_global_pooling(module):
-                raise UnsupportedModule(f"{part} is no part of a global average pooling")
         name, classifier = network.default_cfg["classifier"], network.get_classifier()
-        # Of the module that pools too, where there is one.
-        whole = name.rpartition(".")[0] or name
-        value = self.graph.add(Mean(whole, (value,), self._like(value)))
-        value = self.graph.add(Flatten(whole, (value,), self._like(value)))
-        if type(classifier) is nn.Identity and "forward" not in classifier.__dict__:
+        if _pools(network):
+            # Of the module that pools too, where there is one.
+            whole = name.rpartition(".")[0] or name
+            value = self.graph.add(Mean(whole, (value,), self._like(value)))
+            value = self.graph.add(Flatten(whole, (value,), self._like(value)))
+        elif not isinstance(classifier, nn.Identity):
+            reason = f"is a {type(classifier).__name__} behind no pooling"
+            return self.foreign(name, classifier, value, reason)
+        if isinstance(classifier, nn.Identity) and override(classifier, nn.Identity) is None:
             return value
         return self.module(name, classifier, value)
 
     def linear(self, name: str, module: nn.Module, value: int) -> int:
         linear = cast(nn.Linear, module)
-        return self.graph.add(Linear(name, (value,), self.graph.value(linear.out_features), linear))
+        return self.graph.add(Linear(name, (value,), self.graph.value(linear.weight.shape[0]), linear))
 
     def _like(self, value: int) -> int:
         """A new value with as many channels as another."""
@@ -252,20 +258,35 @@ def _out_channels(module: nn.Module) -> int | None:
     return None
 
 
-def _is_global_pooling(module: nn.Module) -> bool:
-    """Whether a module is part of an average over whole maps."""
-    expected: dict[type[nn.Module], dict[str, Any]] = {
-        nn.AdaptiveAvgPool2d: {"output_size": 1},
-        nn.Flatten: {"start_dim": 1, "end_dim": -1},
-        nn.Identity: {},
-    }
-    for kind, settings in expected.items():
-        if isinstance(module, kind):
-            return _inherits(module, kind, "forward") and all(
-                getattr(module, name) == value for name, value in settings.items()
-            )
-    return False
+def _pools(network: Network) -> bool:
+    """Whether a network ends with an average over whole maps; refuses any other pooling."""
+    pooling = network._pooling()
+    if not pooling:
+        return network.global_pool == "avg"
+    parts = []
+    for name, module in pooling:
+        kind = next((k for k in (nn.Dropout, nn.Identity) if isinstance(module, k)), None)
+        if kind is None:
+            parts.append((name, module))
+        elif override(module, kind) is not None:
+            raise UnsupportedModule(f"{name} is not exactly a {kind.__name__}")
+    for (name, module), (expected, settings) in zip(parts, _AVERAGE, strict=False):
+        if not (
+            isinstance(module, expected)
+            and override(module, expected) is None
+            and all(getattr(module, key) in values for key, values in settings.items())
+        ):
+            raise UnsupportedModule(f"{name} is no part of a global average pooling")
+    if len(parts) not in (0, len(_AVERAGE)):
+        raise UnsupportedModule(f"{pooling[0][0]} is no part of a global average pooling")
+    return bool(parts)
 
+
+# The modules of an average over whole maps, in order, with the settings that they must have.
+_AVERAGE: tuple[tuple[type[nn.Module], dict[str, tuple[object, ...]]], ...] = (
+    (nn.AdaptiveAvgPool2d, {"output_size": (1, (1, 1))}),
+    (nn.Flatten, {"start_dim": (1,), "end_dim": (-1, 3)}),
+)
 
 _KINDS: dict[type[nn.Module], Callable[[_Builder, str, Any, int], int]] = {
     ConvBNReLU: _Builder.conv_bn_relu,
@@ -274,6 +295,7 @@ _KINDS: dict[type[nn.Module], Callable[[_Builder, str, Any, int], int]] = {
     DenseTransition: _Builder.transition,
     DepthwiseConvBN: _Builder.depthwise_conv_bn,
     HarmonicBlock: _Builder.harmonic_block,
+    PlainDenseLayer: _Builder.dense_layer,
     PointwiseDepthwise: _Builder.pointwise_depthwise,
     nn.AvgPool2d: _Builder.pool,
     nn.BatchNorm2d: _Builder.norm,

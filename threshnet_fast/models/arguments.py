@@ -87,15 +87,15 @@ def integer(name: str, value: Any, minimum: int = 1) -> int:
     return number
 
 
-def integers(name: str, values: Any) -> list[int]:
-    """Returns a sequence of positive integers as a list.
+def integers(name: str, values: Any, minimum: int = 1) -> list[int]:
+    """Returns a sequence of integers, each at least ``minimum``, as a list.
 
     Raises:
         TypeError: ``values`` is not a sequence, or an entry not an integer.
-        ValueError: An entry is not positive.
+        ValueError: An entry is less than ``minimum``.
     """
     sequence = _sequence(name, values)
-    return [integer(f"{name}[{i}]", value) for i, value in enumerate(sequence)]
+    return [integer(f"{name}[{i}]", value, minimum) for i, value in enumerate(sequence)]
 
 
 def flag(name: str, value: Any) -> bool:

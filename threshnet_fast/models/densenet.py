@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import DenseBlock, DenseTransition
-from .arguments import flag, integer, layers, positive
+from .arguments import flag, integer, integers, layers, positive
 from .network import Network, Options
 from .registry import register_model
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class DenseNet(Network):
-    """The general DenseNet with bottlenecks ("Densely Connected Convolutional Networks").
+    """The general DenseNet ("Densely Connected Convolutional Networks").
 
     A stem (7x7 stride 2, BatchNorm, ReLU, max pooling 3x3 stride 2), then blocks of dense layers
     with a transition (BatchNorm, ReLU, 1x1, average pooling 2x2) between every two, BatchNorm and
@@ -39,8 +39,10 @@ class DenseNet(Network):
         first_channels: Output channels of the first convolution.
         blocks: Number of layers in each block.
         growth_rate: Channels that each layer adds.
-        bottleneck: Width of a layer's bottleneck as a multiple of ``growth_rate``.
+        bottleneck: Width of a layer's bottleneck as a multiple of ``growth_rate``; 0 for layers of
+            one 3x3 convolution without bottleneck.
         compression: Output channels of a transition over those of its input, at most 1.
+        transitions: Output channels of each transition instead; None for those of ``compression``.
         small_stem: Start with nothing but a 3x3 convolution of stride 1, for images of 32x32.
         num_classes: As in :class:`~threshnet_fast.models.Network`, which has the attributes and
             shapes too.
@@ -64,6 +66,7 @@ class DenseNet(Network):
         growth_rate: int = 32,
         bottleneck: int = 4,
         compression: float = 0.5,
+        transitions: Iterable[int] | None = None,
         small_stem: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -74,11 +77,18 @@ class DenseNet(Network):
         channels = integer("first_channels", first_channels)
         blocks = layers(blocks)
         growth_rate = integer("growth_rate", growth_rate)
-        bottleneck = integer("bottleneck", bottleneck)
+        bottleneck = integer("bottleneck", bottleneck, minimum=0)
         compression = positive("compression", compression)
         if compression > 1:
             raise ValueError(f"compression is {compression}: expected at most 1")
         small_stem = flag("small_stem", small_stem)
+        if transitions is not None:
+            transitions = integers("transitions", transitions)
+            if len(transitions) != len(blocks) - 1:
+                raise ValueError(
+                    f"transitions has {len(transitions)} entries: expected {len(blocks) - 1}, one "
+                    "between every two blocks"
+                )
 
         self.features = nn.Sequential()
         if small_stem:
@@ -90,7 +100,7 @@ class DenseNet(Network):
             conv = nn.Conv2d(self.in_chans, channels, 7, stride=2, padding=3, bias=False)
             self.features.add_module("conv0", conv)
             self.features.add_module("norm0", nn.BatchNorm2d(channels))
-            self.features.add_module("relu0", nn.ReLU(inplace=True))
+            self.features.add_module("relu0", nn.ReLU())
             self.features.add_module("pool0", nn.MaxPool2d(3, stride=2, padding=1))
             self._add_feature_info(channels, 2, "features.relu0")
             reduction = 4
@@ -101,6 +111,8 @@ class DenseNet(Network):
             if index < len(blocks):
                 self._add_feature_info(channels, reduction, f"features.denseblock{index}")
                 compressed = int(channels * compression)
+                if transitions is not None:
+                    compressed = transitions[index - 1]
                 if compressed < 1:
                     raise ValueError(
                         f"compression is {compression}: a transition would compress {channels} "
@@ -111,7 +123,7 @@ class DenseNet(Network):
                 channels = compressed
                 reduction *= 2
         self.features.add_module("norm5", nn.BatchNorm2d(channels))
-        self.features.add_module("relu5", nn.ReLU(inplace=True))
+        self.features.add_module("relu5", nn.ReLU())
         self._add_feature_info(channels, reduction, "features.relu5")
         self.num_features = channels
         self.classifier = self._make_classifier()
@@ -128,8 +140,21 @@ class DenseNet(Network):
     def _stages(self) -> list[tuple[str, nn.Module]]:
         return [(f"features.{name}", module) for name, module in self.features.named_children()]
 
-    def _pool(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(x, 1).flatten(1) if self.global_pool == "avg" else x
+    def _containers(self) -> list[tuple[str, nn.Sequential]]:
+        return [("features", self.features)]
+
+    def _plain_features(self, x: Tensor) -> Tensor:
+        # As a whole, so that its hooks run.
+        features: Tensor = self.features(x)
+        return features
+
+    def _run_head(self, x: Tensor, pre_logits: bool) -> Tensor:
+        if self.global_pool == "avg":
+            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        x = F.dropout(x, self.drop_rate, self.training)
+        if not pre_logits:
+            x = self.classifier(x)
+        return x
 
     def _replace_head(self) -> None:
         weight = self._first_weight

@@ -130,6 +130,7 @@ def create_pretrained(
         ValueError: ``in_chans`` is not that of the weights, or a file is damaged.
     """
     from ..train.weights import load_state
+    from .checkpoints import load_checkpoint
 
     info = weights.info
     classes, channels = len(info.classes), len(info.mean)
@@ -139,15 +140,11 @@ def create_pretrained(
             f"in_chans is {model.in_chans}: expected {channels}, which the weights "
             f"{weights.tag!r} of {weights.model} were trained on"
         )
-    state = load_state(weights.path)
     with_classifier = model.num_classes == classes
-    prefix = model.default_cfg["classifier"] + "."
-    if not with_classifier:
-        state = {name: value for name, value in state.items() if not name.startswith(prefix)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if with_classifier or not name.startswith(prefix)]
-    if missing or unexpected:
-        raise ValueError(f"{weights.path} does not fit {weights.model}: {missing + unexpected}")
+    try:
+        load_checkpoint(load_state(weights.path), model, new_classifier=not with_classifier)
+    except ValueError as error:
+        raise ValueError(f"{weights.path}: {error}") from error
     model.default_cfg.update(
         input_size=(channels, *info.image_size),
         interpolation=info.interpolation,

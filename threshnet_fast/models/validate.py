@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_input"]
+__all__ = ["check_input", "check_memory", "has_memory"]
 
 
 def check_input(x: Tensor, in_chans: int, min_size: int, weight: Tensor) -> None:
     """Raises a one-line error unless ``x`` is a batch of images that the model can run on.
 
+    The batch may be empty.
     NaN and infinity are legal values and are not looked for.
 
     Args:
@@ -39,14 +40,12 @@ def check_input(x: Tensor, in_chans: int, min_size: int, weight: Tensor) -> None
             f"x has {len(shape)} dimensions, shape {tuple(shape)}: "
             f"expected 4, (N, {in_chans}, height, width)"
         )
-    batch, channels, height, width = shape
+    _, channels, height, width = shape
     if channels != in_chans:
         raise ValueError(
             f"x has {channels} channels, shape {tuple(shape)}: expected {in_chans}, "
             f"(N, {in_chans}, height, width)"
         )
-    if batch < 1:
-        raise ValueError(f"x has batch size 0, shape {tuple(shape)}: expected 1 or more images")
     if height < min_size or width < min_size:
         raise ValueError(
             f"x has height {height} and width {width}: expected at least {min_size} x {min_size}"
@@ -57,6 +56,40 @@ def check_input(x: Tensor, in_chans: int, min_size: int, weight: Tensor) -> None
         )
     if dtype != weight.dtype and not _autocast_converts(x, weight):
         raise TypeError(f"x has dtype {dtype}: expected {weight.dtype}, as the model's parameters")
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has memory at all, as it has not while it is sharded or offloaded.
+
+    Args:
+        tensor: A dense tensor.
+    """
+    return tensor.data_ptr() != 0 or tensor.numel() == 0
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raises a one-line error unless a tensor lies within its storage.
+
+    A storage that was resized leaves its tensors as they are.
+
+    Args:
+        name: What to call it.
+        tensor: A dense tensor.
+
+    Raises:
+        RuntimeError: It spans more than its storage has.
+    """
+    if tensor.numel() == 0:
+        return
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    there = tensor.untyped_storage().nbytes()
+    if needed > there:
+        raise RuntimeError(
+            f"{name} spans {needed} bytes of a storage of {there}: expected one that was not freed"
+        )
 
 
 def _autocast_converts(x: Tensor, weight: Tensor) -> bool:

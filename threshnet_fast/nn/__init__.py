@@ -1,7 +1,7 @@
 """Building blocks of ThreshNet, HarDNet and DenseNet as plain PyTorch modules."""
 
 from .conv import ConvBNReLU
-from .dense import DenseBlock, DenseLayer
+from .dense import DenseBlock, DenseLayer, PlainDenseLayer
 from .depthwise import DepthwiseConvBN, PointwiseDepthwise
 from .harmonic import HarmonicBlock, harmonic_channels, harmonic_links
 from .transition import DenseTransition
@@ -13,6 +13,7 @@ __all__ = [
     "DenseTransition",
     "DepthwiseConvBN",
     "HarmonicBlock",
+    "PlainDenseLayer",
     "PointwiseDepthwise",
     "harmonic_channels",
     "harmonic_links",

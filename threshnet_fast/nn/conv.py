@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .overwriting import may_overwrite
+
 __all__ = ["ConvBNReLU"]
 
-_ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6}
+_ACTIVATIONS = ["relu", "relu6"]
 
 
 class ConvBNReLU(nn.Module):
@@ -42,7 +45,7 @@ class ConvBNReLU(nn.Module):
         if kernel_size % 2 != 1:
             raise ValueError(f"kernel_size is {kernel_size}: expected an odd number")
         if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}: expected one of {list(_ACTIVATIONS)}")
+            raise ValueError(f"activation is {activation!r}: expected one of {_ACTIVATIONS}")
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
         )
@@ -51,7 +54,13 @@ class ConvBNReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ...)``."""
-        return _ACTIVATIONS[self.activation](self.norm(self.conv(x)), inplace=True)
+        x = self.norm(self.conv(x))
+        inplace = False if torch.jit.is_scripting() else may_overwrite(self.norm, x)
+        if self.activation == "relu":
+            return F.relu(x, inplace=inplace)
+        if self.activation == "relu6":
+            return F.relu6(x, inplace=inplace)
+        raise ValueError("activation is " + self.activation + ": expected 'relu' or 'relu6'")
 
     def extra_repr(self) -> str:
         """Shown in the printed form of the module."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from .conv import ConvBNReLU
@@ -34,7 +32,8 @@ class DepthwiseConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, channels, H, W)`` to ``(N, channels, ceil(H / stride), ceil(W / stride))``."""
-        return cast(Tensor, self.norm(self.dwconv(x)))
+        normalised: Tensor = self.norm(self.dwconv(x))
+        return normalised
 
 
 class PointwiseDepthwise(nn.Module):
@@ -59,4 +58,5 @@ class PointwiseDepthwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
-        return cast(Tensor, self.layer2(self.layer1(x)))
+        filtered: Tensor = self.layer2(self.layer1(x))
+        return filtered

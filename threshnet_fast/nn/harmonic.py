@@ -1,7 +1,5 @@
 """The harmonic densely connected block of HarDNet, used by the late blocks of ThreshNet."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +74,9 @@ class HarmonicBlock(nn.Module):
         ValueError: ``num_layers`` is not positive, or a layer would have no channels.
     """
 
+    # Not as text, so that torch.jit.script can read it: an empty list does not tell its type.
+    links: list[list[int]]
+
     def __init__(
         self,
         in_channels: int,
@@ -89,7 +90,7 @@ class HarmonicBlock(nn.Module):
         if num_layers < 1:
             raise ValueError(f"num_layers is {num_layers}: expected 1 or more")
         numbers = range(1, num_layers + 1)
-        self.links: list[list[int]] = [harmonic_links(i) for i in range(num_layers + 1)]
+        self.links = [harmonic_links(i) for i in range(num_layers + 1)]
         self.channels: list[int] = [in_channels]
         self.channels += [harmonic_channels(i, growth_rate, multiplier) for i in numbers]
         if min(self.channels) < 1:
@@ -112,6 +113,7 @@ class HarmonicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The odd layers and the last one, ``(N, out_channels, H, W)``."""
         features = [x]
-        for links, layer in zip(self.links[1:], self.layers, strict=True):
+        for index, layer in enumerate(self.layers):
+            links = self.links[index + 1]
             features.append(layer(torch.cat([features[k] for k in links], 1)))
         return torch.cat([features[i] for i in self.out_layers], 1)

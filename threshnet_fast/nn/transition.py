@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .overwriting import may_overwrite
 
 __all__ = ["DenseTransition"]
 
@@ -32,4 +33,7 @@ class DenseTransition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, out_channels, H // 2, W // 2)``."""
-        return cast(Tensor, self.pool(self.conv(F.relu(self.norm(x), inplace=True))))
+        x = self.norm(x)
+        inplace = False if torch.jit.is_scripting() else may_overwrite(self.norm, x)
+        pooled: Tensor = self.pool(self.conv(F.relu(x, inplace=inplace)))
+        return pooled

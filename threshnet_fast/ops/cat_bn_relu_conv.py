@@ -14,6 +14,9 @@ from torch import Tensor
 from ..backends import cpu
 from . import registration, validate
 
+_LOWERED = (0, 3)
+"""Positions of the arguments that autocast casts to its dtype."""
+
 
 def cat_bn_relu_conv(
     xs: Sequence[Tensor],
@@ -34,6 +37,9 @@ def cat_bn_relu_conv(
 
     Differentiable in ``xs``, ``scale``, ``shift`` and ``weight``, twice. Under autocast, ``xs`` and
     ``weight`` are cast to its dtype, ``scale`` and ``shift`` keep theirs.
+
+    Within functorch's transforms (``vmap``, ``torch.func.grad``, ``jvp``) and in forward-mode
+    differentiation, plain PyTorch computes the same.
 
     On a GPU, Triton kernels compute the result and its gradients, always deterministically; plain
     PyTorch computes gradients of gradients. Sums are float32; float32 is multiplied in TF32 only
@@ -60,12 +66,18 @@ def cat_bn_relu_conv(
     Raises:
         TypeError: If an argument has a wrong type or dtype, or one the backend asked for lacks.
         ValueError: If a shape, device, stride, padding or backend name is wrong,
-            or sizes are beyond the 32-bit indices of the backend asked for.
-        RuntimeError: If the backend asked for is not available, or in forward-mode differentiation.
+            or sizes are beyond the limits of the backend asked for.
+        RuntimeError: If the backend asked for is not available, or cannot run within a transform.
     """
     segments = validate.check_arguments(
         xs, {"scale": scale, "shift": shift, "weight": weight}, stride, padding, backend
     )
+    if registration.differentiates_formulas([*segments, scale, shift, weight], backend):
+        segments, scale, shift, weight = registration.autocast(
+            (segments, scale, shift, weight), _LOWERED
+        )
+        validate.check_tensors(segments, weight, scale, shift, stride, padding, affine_of="input")
+        return reference(segments, scale, shift, weight, stride, padding)
     return _operator(segments, scale, shift, weight, stride, padding, backend)
 
 
@@ -91,7 +103,7 @@ def _forward(
     backend: str | None = None,
 ) -> Tensor:
     shape = validate.check_tensors(xs, weight, scale, shift, stride, padding, affine_of="input")
-    chosen = registration.choose(xs, weight, shape, padding, backend)
+    chosen = registration.choose(xs, weight, shape, padding, backend, [weight])
     if chosen == "cpu":
         y = torch.ops.threshnet_fast_cpu.cat_bn_relu_conv(
             xs, scale, shift, weight, stride, padding, cpu.isa_code()
@@ -233,5 +245,5 @@ _operator = registration.register(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    lowered=(0, 3),
+    lowered=_LOWERED,
 )

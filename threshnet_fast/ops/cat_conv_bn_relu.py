@@ -14,6 +14,9 @@ from torch import Tensor
 from ..backends import cpu
 from . import registration, validate
 
+_LOWERED = (0, 1)
+"""Positions of the arguments that autocast casts to its dtype."""
+
 ACTIVATIONS = ("relu", "none")
 """Values of the argument ``act``."""
 
@@ -37,6 +40,9 @@ def cat_conv_bn_relu(
 
     Differentiable in ``xs``, ``weight``, ``scale`` and ``shift``, twice. Under autocast, ``xs`` and
     ``weight`` are cast to its dtype, ``scale`` and ``shift`` keep theirs.
+
+    Within functorch's transforms (``vmap``, ``torch.func.grad``, ``jvp``) and in forward-mode
+    differentiation, plain PyTorch computes the same.
 
     On a GPU, Triton kernels compute the result and its gradients, always deterministically; plain
     PyTorch computes gradients of gradients. Sums are float32; float32 is multiplied in TF32 only
@@ -64,14 +70,20 @@ def cat_conv_bn_relu(
     Raises:
         TypeError: If an argument has a wrong type or dtype, or one the backend asked for lacks.
         ValueError: If a shape, device, stride, padding, activation or backend name is wrong,
-            or sizes are beyond the 32-bit indices of the backend asked for.
-        RuntimeError: If the backend asked for is not available, or in forward-mode differentiation.
+            or sizes are beyond the limits of the backend asked for.
+        RuntimeError: If the backend asked for is not available, or cannot run within a transform.
     """
     segments = validate.check_arguments(
         xs, {"weight": weight, "scale": scale, "shift": shift}, stride, padding, backend
     )
     if not isinstance(act, str):
         raise TypeError(f"act is a {type(act).__name__}: expected 'relu' or 'none'")
+    if registration.differentiates_formulas([*segments, weight, scale, shift], backend):
+        segments, weight, scale, shift = registration.autocast(
+            (segments, weight, scale, shift), _LOWERED
+        )
+        _check(segments, weight, scale, shift, stride, padding, act)
+        return reference(segments, weight, scale, shift, stride, padding, act)
     return _operator(segments, weight, scale, shift, stride, padding, act, backend)
 
 
@@ -115,7 +127,7 @@ def _forward(
     backend: str | None = None,
 ) -> Tensor:
     shape = _check(xs, weight, scale, shift, stride, padding, act)
-    chosen = registration.choose(xs, weight, shape, padding, backend)
+    chosen = registration.choose(xs, weight, shape, padding, backend, [weight, scale])
     if chosen == "cpu":
         y = torch.ops.threshnet_fast_cpu.cat_conv_bn_relu(
             xs, weight, scale, shift, stride, padding, act == "relu", cpu.isa_code()
@@ -266,5 +278,5 @@ _operator = registration.register(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    lowered=(0, 1),
+    lowered=_LOWERED,
 )

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..backends import select, triton
+from ..backends import cpu, select, triton
 from . import validate
 
 LIBRARY = torch.library.Library("threshnet_fast", "FRAGMENT")
@@ -98,6 +99,7 @@ def choose(
     shape: Sequence[int],
     padding: int,
     backend: str | None,
+    factors: Sequence[Tensor] = (),
 ) -> str:
     """Chooses the backend of an operator, as :func:`..backends.select.choose` does.
 
@@ -107,21 +109,26 @@ def choose(
         shape: Of the result.
         padding: The convolution's zero padding.
         backend: What was asked for; None takes what ``use_backend`` asks for.
+        factors: Weight and scale as far as they are multiplied by padding, where they have values:
+            a backward may be traced.
 
     Returns:
         The backend's name.
 
     Raises:
-        ValueError: If ``"triton"`` or ``"cuda"`` was asked for, and the sizes are beyond its
-            indices; others as from :func:`..backends.select.choose`.
+        ValueError: If a fused backend was asked for, and the sizes are beyond its limits, or it is
+            ``"cpu"`` and a weight is not finite where there is padding; others as from
+            :func:`..backends.select.choose`.
     """
     chosen = select.choose(xs, backend).backend
-    if chosen in ("triton", "cuda"):
-        problem = validate.too_large_for_a_gpu(chosen, xs, weight, shape, padding)
+    if chosen != "reference":
+        problem = validate.beyond_limits(chosen, xs, weight, shape, padding)
+        if problem is None and chosen == "cpu" and cpu.skips_products(factors, padding):
+            problem = "backend 'cpu' leaves out products of padding, and takes finite weights only"
         if problem is not None:
             if (backend or select.requested_backend()) == chosen:
                 raise ValueError(problem)
-            # What is too large for one is for the other.
+            # On a GPU, what is too large for Triton is for CUDA C++ too.
             return "reference"
     return chosen
 
@@ -165,6 +172,52 @@ def has_gradient_kernels(
     return chosen == "triton" or (chosen == "cuda" and triton.objection(xs[0]) is None)
 
 
+def differentiates_formulas(tensors: Sequence[Tensor], backend: str | None) -> bool:
+    """Returns whether a call has to run as formulas in plain PyTorch that are differentiated.
+
+    So it has within functorch's transforms (``vmap``, ``torch.func.grad``, ``jvp``) and in
+    forward-mode differentiation, neither of which looks into an operator. While a call is traced
+    they are left to the tracer.
+
+    Args:
+        tensors: All that the operator reads.
+        backend: What was asked for; None takes what ``use_backend`` asks for.
+
+    Raises:
+        RuntimeError: If they are active and a fused backend was asked for.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if not torch._C._are_functorch_transforms_active() and not _has_tangents(tensors):
+        return False
+    requested = backend or select.requested_backend()
+    if requested not in ("auto", "reference"):
+        raise RuntimeError(
+            f"backend {requested!r} cannot run this call: a functorch transform or forward-mode "
+            "differentiation is active"
+        )
+    return True
+
+
+def _has_tangents(tensors: Sequence[Tensor]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def autocast(arguments: Sequence[Any], lowered: Sequence[int]) -> list[Any]:
+    """Returns an operator's arguments as autocast hands them to it, where it is enabled.
+
+    Args:
+        arguments: Of the operator, tensors and lists of them.
+        lowered: As for :func:`register`.
+    """
+    device_type = arguments[0][0].device.type
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+        return list(arguments)
+    return _cast_all(arguments, device_type, lowered)
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the device of ``x`` the current one, on which kernels are launched."""
     if x.device.type == "cuda":
@@ -193,21 +246,24 @@ def _backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[A
 
 
 def _autocast(operator: Any, device_type: str, lowered: Sequence[int]) -> Callable[..., Tensor]:
-    def cast(value: Any, dtype: torch.dtype) -> Any:
+    def kernel(*args: Any) -> Tensor:
+        with torch.autocast(device_type, enabled=False):
+            return operator(*_cast_all(args, device_type, lowered))
+
+    return kernel
+
+
+def _cast_all(args: Sequence[Any], device_type: str, lowered: Sequence[int]) -> list[Any]:
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return [cast(item, dtype) for item in value]
+            return [cast(item) for item in value]
         # Autocast leaves float64 alone everywhere in PyTorch.
         eligible = value.is_floating_point() and value.dtype != torch.float64
         return value.to(dtype) if eligible and value.device.type == device_type else value
 
-    def kernel(*args: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            return operator(
-                *(cast(arg, dtype) if i in lowered else arg for i, arg in enumerate(args))
-            )
-
-    return kernel
+    return [cast(arg) if i in lowered else arg for i, arg in enumerate(args)]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

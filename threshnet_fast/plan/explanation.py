@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -64,12 +65,17 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     if not isinstance(model, Network):
         raise TypeError(f"model is a {type(model).__name__}: expected a model of threshnet_fast")
     model._check_input(x)
-    try:
-        plan = lower(model, x.shape, fold=False)
-    except UnsupportedModule:
-        plan = None
+    plan: Plan | None = None
+    if len(x):
+        with contextlib.suppress(UnsupportedModule):
+            plan = lower(model, x.shape, fold=False)
     nothing = () if plan is None else (None,) * len(plan.steps)
     requested = select.requested_backend()
+    method = model._overridden(head=True)
+    if method is not None:
+        return Explanation("reference", f"the model has a {method} of its own", nothing, plan)
+    if not len(x):
+        return Explanation("reference", "x has no images", nothing, plan)
     if requested == "reference":
         return Explanation("reference", "asked for by use_backend", nothing, plan)
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import replacing
 from ..models.network import Network
 from .lower import lower
 from .memory import plan_memory
@@ -33,7 +34,7 @@ def save_plan(module: Network, input_shape: Sequence[int], path: str | os.PathLi
     Args:
         module: The network, in evaluation mode; on any device.
         input_shape: ``(N, C, H, W)`` of the images.
-        path: Where to write; an existing file is replaced.
+        path: Where to write; an existing file is replaced once the new one is complete.
 
     Raises:
         UnsupportedModule: ``module``, or a part of it, is none that can be lowered, or that a GPU
@@ -54,7 +55,7 @@ def save_plan(module: Network, input_shape: Sequence[int], path: str | os.PathLi
         for weight in plan.weights()
     ]
     description = serialize(plan, plan_memory(plan)).numpy()
-    with Path(path).open("wb") as file:
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         file.write(_MAGIC)
         for numbers in (
             [len(description), len(weights)],

@@ -186,7 +186,9 @@ class _Fusion:
         """A convolution, with the BatchNorm, the activation or the pool behind it."""
         conv = node.module
         groups = conv.in_channels if node.depthwise else 1
-        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        kernel, stride = conv.weight.shape[2], _first(conv.stride)
+        if stride < 1:
+            raise UnsupportedModule(f"{node.name} has stride {stride}")
         _require_plain(conv, node.name, kernel, stride, groups)
         affine = activation = None
         name, last = node.unit, node.output
@@ -230,8 +232,8 @@ class _Fusion:
         return (
             isinstance(reader, PoolNode)
             and reader.average
-            and module.kernel_size == (1, 1)
-            and module.stride == (1, 1)
+            and module.weight.shape[2:] == (1, 1)
+            and _first(module.stride) == 1
         )
 
     def _pooled_conv(self, node: Conv, pool: PoolNode) -> None:
@@ -314,7 +316,7 @@ class _Fusion:
         if isinstance(linear, Linear):
             self.graph.check(linear)
             last, module = linear, linear.module
-            channels = module.out_features
+            channels = module.weight.shape[0]
             weight = _single(self._double(module.weight))
             bias = None if module.bias is None else _single(self._double(module.bias))
         elif linear is not None:
@@ -454,6 +456,7 @@ def _window(node: PoolNode, averages: bool) -> tuple[int, int, int]:
         or pool.dilation not in (1, (1, 1))
         or pool.ceil_mode
         or pool.return_indices
+        or not (kernel >= 1 and stride >= 1 and 0 <= padding <= kernel // 2)
     ):
         raise UnsupportedModule(f"{node.name} is not a plain square max pooling")
     return kernel, stride, padding
@@ -488,8 +491,10 @@ def _single(tensor: Tensor) -> Tensor:
 
 
 def _require_plain(conv: nn.Conv2d, name: str, kernel: int, stride: int, groups: int) -> None:
+    window = list(conv.weight.shape[2:])
+    if window != [kernel, kernel]:
+        raise UnsupportedModule(f"{name} has a window of {window}, expected {kernel}x{kernel}")
     expected = {
-        "kernel_size": (kernel, kernel),
         "stride": (stride, stride),
         "padding": (kernel // 2, kernel // 2),
         "dilation": (1, 1),
@@ -499,5 +504,13 @@ def _require_plain(conv: nn.Conv2d, name: str, kernel: int, stride: int, groups:
     }
     for attribute, value in expected.items():
         actual = getattr(conv, attribute)
-        if actual is not value and actual != value:
+        # One number stands for both directions.
+        if actual is not value and actual != value and (actual, actual) != value:
             raise UnsupportedModule(f"{name} has {attribute} {actual}, expected {value}")
+
+
+def _first(value: object) -> int:
+    """The first of two numbers, or the one that stands for both; 0 where it is neither."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, int) else 0

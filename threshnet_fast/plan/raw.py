@@ -428,6 +428,11 @@ class _Raw:
     def _checked(self, node: ir.Conv) -> nn.Conv2d:
         """A convolution whose window is a square one."""
         conv, name = node.module, node.name
+        for attribute in ("kernel_size", "stride", "padding"):
+            if not isinstance(getattr(conv, attribute), tuple):
+                raise UnsupportedModule(f"{name} has {attribute} {getattr(conv, attribute)!r}")
+        if tuple(conv.weight.shape[2:]) != conv.kernel_size:
+            raise UnsupportedModule(f"{name} has a weight of shape {tuple(conv.weight.shape)}")
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         for attribute, expected in {
             "kernel_size": (kernel, kernel),

@@ -2,16 +2,19 @@
 
 A checkpoint is a folder, ``checkpoints/epoch-EEEE-batch-BBBBBB``, of ``state.safetensors``
 (weights, moving average, the optimiser's tensors) and ``state.json`` (the rest, and the SHA-256 of
-the former). It is written under another name and renamed when both files are on the disk. A process
-that is killed leaves the checkpoint before, whole.
+the former and of itself). It is written under another name and renamed when both files are on the
+disk. A process that is killed leaves the checkpoint before, whole. Whatever else lies in
+``checkpoints``, copies of a checkpoint among it, is the user's and stays.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import sha256, sync_folder, write_json, write_tensors
+from ..files import sha256, sync_folder, write_json, write_tensors
 
-__all__ = ["Checkpoint", "load_latest", "optimizer_tensors", "restore_optimizer", "save"]
+__all__ = ["Checkpoint", "exists", "load_latest", "optimizer_tensors", "restore_optimizer", "save"]
 
-VERSION = 1
+FORMAT = "threshnet_fast checkpoint"
+# The first version has neither the format nor a checksum of state.json: it is still read.
+VERSION, _FIRST_VERSION = 2, 1
 _FOLDER = "checkpoints"
 _TENSORS, _STATE = "state.safetensors", "state.json"
+_TEMPORARY = ".tmp"
 _NAME = re.compile(r"epoch-(\d+)-batch-(\d+)")
+_FILES = {name + suffix for name in (_TENSORS, _STATE) for suffix in ("", _TEMPORARY)}
 # The one before is kept, in case the disk damages the last.
 _KEPT = 2
 
@@ -37,7 +44,7 @@ class Checkpoint:
 
     Attributes:
         tensors: By name, with a prefix for what they belong to.
-        state: What JSON can hold.
+        state: What JSON can hold: how far the run is, ``progress``, among it.
     """
 
     tensors: Mapping[str, Tensor]
@@ -68,23 +75,60 @@ def save(output: Path, checkpoint: Checkpoint, epoch: int, batch: int) -> Path:
     parent = output / _FOLDER
     parent.mkdir(exist_ok=True)
     folder = parent / f"epoch-{epoch:04d}-batch-{batch:06d}"
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(folder.name + _TEMPORARY)
+    _make_way(temporary)
     temporary.mkdir()
     digest = write_tensors(temporary / _TENSORS, checkpoint.tensors)
-    write_json(
-        temporary / _STATE, {"version": VERSION, **checkpoint.state, "tensors_sha256": digest}
-    )
-    if folder.exists():
-        # A run that was resumed from an older checkpoint comes here again.
-        shutil.rmtree(folder)
+    state = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": folder.name,
+        **checkpoint.state,
+        "tensors_sha256": digest,
+    }
+    write_json(temporary / _STATE, {**state, "sha256": _state_sha256(state)})
+    # A run that was resumed from an older checkpoint comes here again.
+    _make_way(folder)
     temporary.rename(folder)
     sync_folder(parent)
-    kept = [path for _, path in zip(range(_KEPT), _folders(output), strict=False)]
-    for path in parent.iterdir():
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+    ours = [path for path in _folders(output) if _is_ours(path)]
+    # Those that are further were passed over when the run was resumed, and are void now.
+    newest = ours.index(folder)
+    left = [path for path in parent.iterdir() if path.suffix == _TEMPORARY and _is_ours(path)]
+    for path in ours[:newest] + ours[newest + _KEPT :] + left:
+        shutil.rmtree(path, ignore_errors=True)
     return folder
+
+
+def _state_sha256(state: Mapping[str, Any]) -> str:
+    """The checksum of what a ``state.json`` says, but for the checksum itself."""
+    content = {name: value for name, value in state.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of this run as it was written, which may be removed."""
+    name = folder.name.removesuffix(_TEMPORARY)
+    if not _NAME.fullmatch(name) or folder.is_symlink() or not folder.is_dir():
+        return False
+    if not {path.name for path in folder.iterdir()} <= _FILES:
+        return False
+    if name != folder.name:
+        # Of a process that was killed while it wrote.
+        return True
+    try:
+        return _name(_read_state(folder)) == name
+    except (OSError, ValueError):
+        return False
+
+
+def _make_way(folder: Path) -> None:
+    """Frees a checkpoint's name: removes what was written under it, moves what was not."""
+    if _is_ours(folder):
+        shutil.rmtree(folder)
+    elif folder.exists() or folder.is_symlink():
+        names = (folder.with_name(f"{folder.name}.kept-{n}") for n in itertools.count(1))
+        folder.rename(next(name for name in names if not name.exists()))
 
 
 def _folders(output: Path) -> Iterator[Path]:
@@ -97,14 +141,23 @@ def _folders(output: Path) -> Iterator[Path]:
             yield path
 
 
-def load_latest(output: Path) -> tuple[Checkpoint, Path, list[str]] | None:
-    """Reads the furthest checkpoint of a run that is whole.
+def exists(output: Path) -> bool:
+    """Whether a run has a checkpoint, whole or not."""
+    return next(_folders(output), None) is not None
+
+
+def load_latest(
+    output: Path, restore: Callable[[Checkpoint], None]
+) -> tuple[Path, list[str]] | None:
+    """Goes back to the furthest checkpoint of a run that is whole.
 
     Args:
         output: The run's folder.
+        restore: Takes a checkpoint over, or raises ValueError where it cannot be one of the run;
+            then the one before is tried.
 
     Returns:
-        The checkpoint, its folder, and what was wrong with those that were passed over; None where
+        The checkpoint's folder, and what was wrong with those that were passed over; None where
         there is no checkpoint at all.
 
     Raises:
@@ -113,21 +166,51 @@ def load_latest(output: Path) -> tuple[Checkpoint, Path, list[str]] | None:
     problems: list[str] = []
     for folder in _folders(output):
         try:
-            return _load(folder), folder, problems
+            restore(_load(folder))
         except (OSError, ValueError) as error:
             problems.append(f"{folder}: {error}")
+        else:
+            return folder, problems
     if problems:
         raise ValueError(f"no checkpoint is whole: {'; '.join(problems)}")
     return None
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{_STATE} is no JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{_STATE} is damaged: it holds a {type(state).__name__}, not an object")
+    version = state.get("version")
+    if version not in (VERSION, _FIRST_VERSION) or isinstance(version, bool):
+        raise ValueError(f"it is of version {version!r}: expected {_FIRST_VERSION} or {VERSION}")
+    if version == VERSION and state.get("sha256") != _state_sha256(state):
+        raise ValueError(f"{_STATE} is damaged or was changed: its checksum is another")
+    return state
+
+
+def _name(state: Mapping[str, Any]) -> str | None:
+    """What a checkpoint of this state is called, or None where it does not say."""
+    if state["version"] == VERSION:
+        return state["name"] if state.get("format") == FORMAT else None
+    progress = state.get("progress")
+    if not isinstance(progress, dict):
+        return None
+    epoch, batch = progress.get("epoch"), progress.get("batch")
+    if not (isinstance(epoch, int) and isinstance(batch, int)):
+        return None
+    return f"epoch-{epoch:04d}-batch-{batch:06d}"
 
 
 def _load(folder: Path) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    if state.get("version") != VERSION:
-        raise ValueError(f"it is of version {state.get('version')!r}: expected {VERSION}")
+    state = _read_state(folder)
+    if _name(state) != folder.name:
+        raise ValueError(f"{_STATE} is that of {_name(state)}")
     if sha256(folder / _TENSORS) != state.get("tensors_sha256"):
         raise ValueError(f"{_TENSORS} is damaged: its checksum is not that of {_STATE}")
     try:
@@ -160,7 +243,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
-        if int(number) >= len(parameters):
+        if not number.isdecimal() or int(number) >= len(parameters):
             raise ValueError("the optimiser's state has more parameters than the network")
         parameter = parameters[int(number)]
         if name != "step":
@@ -180,7 +263,18 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: It belongs to another network.
     """
-    try:
-        module.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint does not fit the network: {error}") from error
+    own = module.state_dict()
+    wrong = [
+        name for name in own.keys() | tensors.keys() if _shape(own, name) != _shape(tensors, name)
+    ]
+    if wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"the checkpoint does not fit the network: {len(wrong)} tensors differ, {name} is "
+            f"{_shape(tensors, name) or 'missing'}, expected {_shape(own, name) or 'none'}"
+        )
+    module.load_state_dict(tensors, strict=True)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else ""

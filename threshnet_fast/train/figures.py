@@ -49,7 +49,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> None:
-    """Draws a confusion matrix, each row as shares of its class.
+    """Draws a confusion matrix, each row as shares of its class; blank where it has no images.
 
     Args:
         path: The PNG file.
@@ -57,11 +57,11 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> Non
         classes: Their names.
     """
     count = len(classes)
-    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    shares = (confusion / confusion.sum(1, keepdim=True)).numpy()
     side = min(16.0, 3 + 0.5 * count)
     figure, axes = _axes(side + 1, side)
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true class")
     if count <= _NAMED:
         axes.set_xticks(range(count), classes, rotation=90)

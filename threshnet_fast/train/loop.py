@@ -8,7 +8,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,19 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.select import use_backend
 from ..data.images import generator
+from ..files import write_text
 from . import checkpoint
 from .distributed import Processes, synchronise_batchnorm
 from .ema import MovingAverage
-from .files import write_text
 from .recipes import learning_rate, make_optimizer
 from .settings import Settings
-from .weights import DEFAULT_NAME, ModelInfo, save_model
+from .weights import BEST_NAME, DEFAULT_NAME, ModelInfo, read_info, save_model
 
 __all__ = ["Evaluation", "Options", "Stopped", "Trainer", "TrainingDiverged", "evaluate"]
 
 # The domain of the random numbers of a step, dropout's; data/images.py has those of the images.
 _STEP = 3
 _EMA_EVERY = 4
+# Of the most probable classes, how many are looked at beside the first.
+_BEST = 5
 # Steps between two looks at whether the loss is a number, each of which waits for the device.
 _CHECK_EVERY = 50
 # Steps between two agreements of several processes on a GPU, likewise.
@@ -82,19 +84,21 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """What a run does beside training; none of it changes the weights.
+    """What a run does beside training; none of it changes the weights of an epoch.
 
     Attributes:
         backend: As :func:`threshnet_fast.use_backend` takes it.
         checkpoint_seconds: Time between two checkpoints within an epoch.
         evaluate_every: Epochs between two evaluations; the last epoch is always evaluated.
         half: Whether the trained weights are written in half precision.
+        patience: Epochs without a better test accuracy after which the run ends; None for any.
     """
 
     backend: str = "auto"
     checkpoint_seconds: float = 300.0
     evaluate_every: int = 1
     half: bool = False
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,12 @@ class Evaluation:
     Attributes:
         loss: Mean cross entropy.
         confusion: ``confusion[i, j]`` images of class i were taken for class j.
+        among_best: Images whose class is among the five most probable.
     """
 
     loss: float
     confusion: Tensor
+    among_best: int = 0
 
     @property
     def count(self) -> int:
@@ -118,6 +124,27 @@ class Evaluation:
     def accuracy(self) -> float:
         """Share of right answers."""
         return int(self.confusion.diagonal().sum()) / self.count
+
+    @property
+    def top5_accuracy(self) -> float:
+        """Share of images whose class is among the five most probable."""
+        return self.among_best / self.count
+
+    @property
+    def class_accuracy(self) -> list[float | None]:
+        """Share of right answers among the images of each class; None where there are none."""
+        counts = self.confusion.sum(1).tolist()
+        right = self.confusion.diagonal().tolist()
+        return [
+            number / count if count else None for number, count in zip(right, counts, strict=True)
+        ]
+
+    def describe(self, classes: Sequence[str]) -> dict[str, Any]:
+        """What the description of a model says of it beside the accuracy."""
+        return {
+            "test_images": self.count,
+            "class_accuracy": dict(zip(classes, self.class_accuracy, strict=True)),
+        }
 
 
 @dataclass
@@ -132,6 +159,9 @@ class Progress:
         seconds: Time that training has taken so far.
         epoch_seconds: Of that, in this epoch.
         rows: One for each epoch that is done.
+        class_rows: The epoch, and after it the accuracy of each class or None, for each evaluation.
+        best: ``epoch`` and ``accuracy`` of the epoch that did best on the test images, the earliest
+            of several; None before the first evaluation.
     """
 
     epoch: int = 0
@@ -141,6 +171,74 @@ class Progress:
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
+    class_rows: list[list[float | None]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, content: Any) -> Progress:
+        """What a checkpoint holds of it.
+
+        Raises:
+            ValueError: A value is missing, unknown, of another type or out of range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or not content.keys() <= fields.keys():
+            raise ValueError("the progress of the run is malformed")
+        missing = [name for name in (*_COUNTERS, *_SECONDS, "sums", "rows") if name not in content]
+        if missing:
+            raise ValueError(f"the progress of the run has no {', '.join(missing)}")
+        rows, sums, best = content["rows"], content["sums"], content.get("best")
+        class_rows = content.get("class_rows", [])
+        sound = {
+            **{name: _is_count(content[name]) for name in _COUNTERS},
+            **{name: _is_amount(content[name]) for name in _SECONDS},
+            "sums": isinstance(sums, list) and len(sums) == 3 and all(map(_is_amount, sums)),
+            "rows": isinstance(rows, list)
+            and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows),
+            "class_rows": isinstance(class_rows, list)
+            and all(isinstance(row, list) for row in class_rows)
+            and all(cell is None or _is_amount(cell) for row in class_rows for cell in row),
+            "best": best is None
+            or (
+                isinstance(best, dict)
+                and best.keys() == {"epoch", "accuracy"}
+                and _is_count(best["epoch"])
+                and _is_amount(best["accuracy"])
+            ),
+        }
+        for name, good in sound.items():
+            if not good:
+                raise ValueError(f"{name} of the run is {content[name]!r:.80}: expected another")
+        return cls(**content)
+
+    def check(self, steps_per_epoch: int, accumulate: int) -> None:
+        """Raises ValueError where the counters do not belong to one another."""
+        steps, rest = divmod(self.batch, accumulate)
+        if (
+            rest
+            or steps > steps_per_epoch
+            or self.step != self.epoch * steps_per_epoch + steps
+            or len(self.rows) != self.epoch
+            or (self.best is not None and not 1 <= self.best["epoch"] <= self.epoch)
+        ):
+            raise ValueError(
+                f"epoch {self.epoch}, batch {self.batch}, step {self.step} and {len(self.rows)} "
+                f"rows of the log contradict each other at {steps_per_epoch} steps an epoch"
+            )
+
+
+# Of a run's progress, by what they must be.
+_COUNTERS = ("epoch", "batch", "step")
+_SECONDS = ("seconds", "epoch_seconds")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_amount(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -168,17 +266,25 @@ def evaluate(
     device = processes.device
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     loss = torch.zeros(1, dtype=torch.float64, device=device)
+    among_best = torch.zeros(1, dtype=torch.int64, device=device)
     for images, labels in batches.all():
         logits = _wide(model(images))
+        best = logits.topk(min(_BEST, num_classes), 1).indices
+        among_best += (best == labels[:, None]).any(1).sum()
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         pairs = labels * num_classes + logits.argmax(1)
         confusion += torch.bincount(pairs, minlength=num_classes * num_classes)
     processes.sum(confusion)
     processes.sum(loss)
+    processes.sum(among_best)
     count = int(confusion.sum())
     if not count:
         raise ValueError("there are no test images")
-    return Evaluation(loss.item() / count, confusion.view(num_classes, num_classes).cpu())
+    return Evaluation(
+        loss.item() / count,
+        confusion.view(num_classes, num_classes).cpu(),
+        int(among_best),
+    )
 
 
 class Trainer:
@@ -194,6 +300,7 @@ class Trainer:
         options: The rest.
         reporter: Shows how far the run is.
         processes: This process among those of the run.
+        class_weights: ``(num_classes,)``, of each class in the loss; None weighs all alike.
 
     Attributes:
         progress: How far the run is.
@@ -211,6 +318,7 @@ class Trainer:
         options: Options,
         reporter: Reporter,
         processes: Processes,
+        class_weights: Tensor | None = None,
     ) -> None:
         self.settings = settings
         self.progress = Progress()
@@ -237,6 +345,9 @@ class Trainer:
         self._steps_per_epoch = len(train) // settings.accumulate
         self._sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self._stop_requested = False
+        self._class_weights: Tensor | None = None
+        if class_weights is not None:
+            self._class_weights = class_weights.to(processes.device, torch.get_default_dtype())
 
     @property
     def trained(self) -> nn.Module:
@@ -251,34 +362,55 @@ class Trainer:
         """Goes back to the run's last checkpoint; returns whether there is one.
 
         Raises:
-            ValueError: No checkpoint is whole, or they belong to another network.
+            ValueError: No checkpoint is whole, they belong to another network, or more epochs are
+                done than are wanted.
         """
-        found = checkpoint.load_latest(self._output)
+        found = checkpoint.load_latest(self._output, self._restore)
         if found is None:
             return False
-        saved, folder, problems = found
+        folder, problems = found
         for problem in problems:
             self._reporter.note(f"passed over {problem}")
+        done = self.progress.epoch + (self.progress.batch > 0)
+        if done > self._recipe.epochs:
+            raise ValueError(
+                f"{done} epochs of the run are done or begun: {self._recipe.epochs} is fewer"
+            )
+        self._reporter.note(f"resumed from {folder}")
+        return True
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Takes over a checkpoint, or raises ValueError; the next one then replaces all of it."""
+        progress = Progress.from_json(saved.state.get("progress"))
+        progress.check(self._steps_per_epoch, self.settings.accumulate)
+        updates = saved.state.get("average_updates", 0)
+        scaler = saved.state.get("scaler")
+        if not isinstance(updates, int) or updates < 0 or not isinstance(scaler, dict):
+            raise ValueError("the state of the moving average or of the scaler is malformed")
+        if any(len(row) != 1 + self.settings.num_classes for row in progress.class_rows):
+            raise ValueError("its accuracies are those of other classes")
         checkpoint.load_module(self._model, saved.part("model"))
         checkpoint.restore_optimizer(self._optimizer, saved.part("optimizer"))
         if self._average is not None:
             checkpoint.load_module(self._average.module, saved.part("average"))
-            self._average.updates = saved.state["average_updates"]
-        self._scaler.load_state_dict(saved.state["scaler"])
-        self.progress = Progress(**saved.state["progress"])
+            self._average.updates = updates
+        try:
+            self._scaler.load_state_dict(scaler)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"the state of the scaler is malformed: {error}") from error
+        self.progress = progress
         if self._processes.first:
             # A checkpoint has those of all processes together.
-            self._sums.copy_(torch.tensor(self.progress.sums, dtype=torch.float64))
-        self._reporter.note(f"resumed from {folder}")
-        return True
+            self._sums.copy_(torch.tensor(progress.sums, dtype=torch.float64))
 
     def save(self) -> None:
         """Writes a checkpoint.
 
         Raises:
-            TrainingDiverged: The loss is no number.
+            TrainingDiverged: The loss or a weight is no number.
         """
         self._read_sums()
+        self._check_weights()
         if not self._processes.first:
             return
         tensors = {f"model.{name}": value for name, value in self._model.state_dict().items()}
@@ -304,15 +436,63 @@ class Trainer:
 
         Raises:
             Stopped: :meth:`request_stop` was called.
-            TrainingDiverged: The loss is no number.
+            TrainingDiverged: The loss or a weight is no number.
         """
         with use_backend(self._options.backend):
-            while self.progress.epoch < self._recipe.epochs:
+            self._recover_best()
+            while self.progress.epoch < self._recipe.epochs and not self._out_of_patience():
                 self._epoch()
                 self._finish_epoch()
                 self.save()
+                # After the checkpoint: a process that is killed in between makes it up.
+                self._keep_best()
             if self.evaluation is None:
                 self.evaluation = self._evaluate()
+
+    def _out_of_patience(self) -> bool:
+        progress, patience = self.progress, self._options.patience
+        if patience is None or progress.best is None or progress.batch:
+            return False
+        waited = progress.epoch - progress.best["epoch"]
+        if waited < patience or progress.rows[-1]["test_accuracy"] is None:
+            return False
+        self._reporter.note(
+            f"stopped after epoch {progress.epoch}: the test accuracy has not risen for {waited} "
+            f"epochs; the best was {progress.best['accuracy']:.2%} after epoch "
+            f"{progress.best['epoch']}"
+        )
+        return True
+
+    def _keep_best(self) -> None:
+        """Writes the weights of the epoch that has just ended, where it is the best one."""
+        best = self.progress.best
+        if self._processes.first and best is not None and best["epoch"] == self.progress.epoch:
+            self._export(BEST_NAME, **best)
+
+    def _recover_best(self) -> None:
+        """Sees to it that the best epoch's files are those of the epoch that the checkpoint names.
+
+        They may be missing where the process was killed before they were written, and be those of
+        a later epoch where that one's checkpoint was damaged.
+        """
+        best = self.progress.best
+        missing = False
+        if self._processes.first and best is not None:
+            try:
+                kept = read_info(self._output / BEST_NAME)
+                missing = (kept.epochs, kept.accuracy) != (best["epoch"], best["accuracy"])
+            except (OSError, ValueError):
+                missing = True
+        if best is None or not self._processes.any(missing)[0]:
+            return
+        if best["epoch"] == self.progress.epoch and not self.progress.batch:
+            self.evaluation = self._evaluate()
+            self._keep_best()
+        else:
+            self._reporter.note(
+                f"the weights of the best epoch so far are not in {BEST_NAME}: it starts anew"
+            )
+            self.progress.best = None
 
     def _epoch(self) -> None:
         progress, accumulate = self.progress, self.settings.accumulate
@@ -371,7 +551,9 @@ class Trainer:
                 with self._autocast():
                     logits = self._replica(images)
                 logits = _wide(logits)
-                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                loss = F.cross_entropy(
+                    logits, labels, self._class_weights, label_smoothing=recipe.label_smoothing
+                )
                 self._scaler.scale(loss / settings.accumulate).backward()
             with torch.no_grad():
                 right = (logits.argmax(1) == labels).sum()
@@ -403,10 +585,24 @@ class Trainer:
     def _read_sums(self) -> None:
         self.progress.sums = self._processes.sum(self._sums.clone()).tolist()
         if not math.isfinite(self.progress.sums[0]):
-            raise TrainingDiverged(
-                f"the loss is no number any more at step {self.progress.step}: lower the learning "
-                "rate, or clip the gradient"
-            )
+            raise self._diverged("the loss")
+
+    def _check_weights(self) -> None:
+        modules = [self._model] if self._average is None else [self._model, self._average.module]
+        finite = [
+            tensor.isfinite().all()
+            for module in modules
+            for tensor in module.state_dict().values()
+            if tensor.is_floating_point()
+        ]
+        if not bool(torch.stack(finite).all()):
+            raise self._diverged("a weight")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{what} is no number any more at step {self.progress.step}: lower the learning rate, "
+            "or clip the gradient"
+        )
 
     def _finish_epoch(self) -> None:
         progress = self.progress
@@ -426,30 +622,45 @@ class Trainer:
         }
         if epoch % self._options.evaluate_every == 0 or epoch == self._recipe.epochs:
             self.evaluation = self._evaluate()
-            row["test_loss"] = self.evaluation.loss
-            row["test_accuracy"] = self.evaluation.accuracy
+            accuracy = self.evaluation.accuracy
+            row["test_loss"], row["test_accuracy"] = self.evaluation.loss, accuracy
+            progress.class_rows.append([epoch, *self.evaluation.class_accuracy])
+            if progress.best is None or accuracy > progress.best["accuracy"]:
+                progress.best = {"epoch": epoch, "accuracy": accuracy}
         progress.rows.append(row)
         progress.epoch, progress.batch, progress.epoch_seconds = epoch, 0, 0.0
         self._sums.zero_()
         if self._processes.first:
             self._write_log()
-            if self.evaluation is not None and row["test_loss"] is not None:
-                self._export(epoch, self.evaluation.accuracy)
+            if row["test_accuracy"] is not None:
+                self._export(DEFAULT_NAME, epoch, row["test_accuracy"])
         self._reporter.row(row)
 
     def _evaluate(self) -> Evaluation:
         # Without synchronisation, each process has BatchNorm statistics of its own.
         self._processes.copy_from_first(self.trained)
-        return evaluate(self.trained, self._test, self.settings.num_classes, self._processes)
+        classes = self.settings.num_classes
+        result = evaluate(self.trained, self._test, classes, self._processes)
+        if not math.isfinite(result.loss):
+            raise self._diverged("the loss on the test images")
+        return result
 
     def _write_log(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.progress.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.progress.rows)
-        write_text(self._output / "log.csv", text.getvalue())
+        rows = self.progress.rows
+        self._write_csv("log.csv", list(rows[0]), [list(row.values()) for row in rows])
+        classes = ["epoch", *self._info.classes]
+        self._write_csv("class_accuracy.csv", classes, self.progress.class_rows)
 
-    def _export(self, epoch: int, accuracy: float) -> None:
-        info = dataclasses.replace(self._info, epochs=epoch, accuracy=accuracy)
+    def _write_csv(self, name: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([head, *rows])
+        write_text(self._output / name, text.getvalue())
+
+    def _export(self, name: str, epoch: int, accuracy: float) -> None:
+        extra = dict(self._info.extra)
+        if self.evaluation is not None:
+            extra |= self.evaluation.describe(self._info.classes)
+        info = dataclasses.replace(self._info, epochs=epoch, accuracy=accuracy, extra=extra)
         dtype = torch.float16 if self._options.half else torch.float32
-        save_model(self._output / DEFAULT_NAME, self.trained, info, dtype)
+        save_model(self._output / name, self.trained, info, dtype)

@@ -6,12 +6,24 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["OPTIMIZERS", "RECIPES", "SCHEDULES", "Recipe", "learning_rate", "make_optimizer"]
+__all__ = [
+    "CLASS_WEIGHTS",
+    "OPTIMIZERS",
+    "RECIPES",
+    "SAMPLINGS",
+    "SCHEDULES",
+    "Recipe",
+    "balanced_weights",
+    "learning_rate",
+    "make_optimizer",
+]
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("one-cycle", "steps")
+CLASS_WEIGHTS = ("none", "balanced")
+SAMPLINGS = ("uniform", "balanced")
 
 # One-cycle starts at the peak over the first of these and ends at the peak over the second.
 _START, _END = 25.0, 1e4
@@ -44,6 +56,10 @@ class Recipe:
             kept; 0 for none.
         clip_norm: Largest norm of the gradient, or 0 for any.
         drop_rate: Of the dropout before the classifier.
+        class_weights: ``"balanced"`` weighs each image's loss by :func:`balanced_weights`,
+            ``"none"`` all alike.
+        sampling: ``"uniform"``: an epoch shows every image once. ``"balanced"``: as many images,
+            of all classes alike.
     """
 
     name: str
@@ -63,6 +79,8 @@ class Recipe:
     ema_decay: float = 0.0
     clip_norm: float = 0.0
     drop_rate: float = 0.0
+    class_weights: str = "none"
+    sampling: str = "uniform"
 
     def check(self) -> None:
         """Raises ValueError where a value is out of range."""
@@ -82,6 +100,8 @@ class Recipe:
             "drop_rate": 0 <= self.drop_rate < 1,
             "optimizer": self.optimizer in OPTIMIZERS,
             "schedule": self.schedule in SCHEDULES,
+            "class_weights": self.class_weights in CLASS_WEIGHTS,
+            "sampling": self.sampling in SAMPLINGS,
         }
         for name, sound in ranges.items():
             if not sound:
@@ -113,6 +133,27 @@ RECIPES = {
     ),
 }
 """The recipes by name."""
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Weights of the classes in the loss that make up for their numbers of images.
+
+    ``images / (num_classes * images of the class)``, which scikit-learn calls balanced.
+
+    Args:
+        labels: ``(N,)``, int64, of the training images.
+        num_classes: How many classes there are.
+
+    Returns:
+        ``(num_classes,)``, float64.
+
+    Raises:
+        ValueError: A class has no images.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    if not bool(counts.all()):
+        raise ValueError(f"class {int(counts.argmin())} has no training images to be weighed by")
+    return torch.full_like(counts, len(labels), dtype=torch.float64) / (num_classes * counts)
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import write_json
+from ..files import write_json
 from .recipes import Recipe
 
 __all__ = ["Settings", "differences", "read_settings", "write_settings"]
 
 _FILE = "config.json"
 _FORMAT = "threshnet_fast training run"
+_MAY_CHANGE = {"epochs", "batch_size", "weights"}
+# What runs did before there was a setting for it.
+_BEFORE = {"class_weights": "none", "sampling": "uniform", "in_chans": 3}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class Settings:
         accumulate: Batches whose gradients are added up before a step.
         amp: ``""``, ``"bfloat16"`` or ``"float16"``.
         sync_batchnorm: Whether BatchNorm takes the statistics of all processes.
+        classes: Names of the classes, in the order of the outputs.
+        in_chans: Channels of the network's input: 3 for colours, 1 for grey.
+        mean: Of each channel, subtracted from pixels between 0 and 1; empty: the data set's.
+        std: What each channel is divided by after that, likewise.
+        weights: The weights that the run started from, by their SHA-256; empty: random ones.
     """
 
     model: str
@@ -49,6 +57,11 @@ class Settings:
     accumulate: int = 1
     amp: str = ""
     sync_batchnorm: bool = False
+    classes: tuple[str, ...] = ()
+    in_chans: int = 3
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    weights: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold, as JSON gives it back."""
@@ -82,19 +95,22 @@ def read_settings(output: Path) -> dict[str, Any] | None:
 def differences(recorded: Mapping[str, Any], wanted: Settings) -> list[str]:
     """Names what differs between a recorded run and the settings that are wanted now.
 
-    A setting that the record does not know is one that a newer version added: it is not compared.
+    What may change is left out: the number of epochs, how a step's images are divided among
+    processes, and the weights that the run started from, which only matter at the start. A setting
+    that the record does not know is one that a newer version added: it is not compared, unless it
+    is known what all runs did before.
     """
     found = []
 
     def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> None:
+        old = {**_BEFORE, **old}
         for name in new:
-            # How a step's images are divided among processes is not what a run is.
-            if name not in old or name == "batch_size":
+            if name not in old or name in _MAY_CHANGE:
                 continue
             if isinstance(old[name], dict) and isinstance(new[name], dict):
                 compare(old[name], new[name], f"{prefix}{name}.")
             elif old[name] != new[name]:
-                found.append(f"{prefix}{name} was {old[name]!r}, not {new[name]!r}")
+                found.append(f"{prefix}{name} was {old[name]!r:.80}, not {new[name]!r:.80}")
 
     compare(recorded, wanted.to_json(), "")
     return found

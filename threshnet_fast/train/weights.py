@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import sha256, write_json, write_tensors
+from ..files import sha256, write_json, write_tensors
 
-__all__ = ["ModelInfo", "load_model", "load_state", "read_info", "save_model"]
+__all__ = [
+    "ModelInfo",
+    "check_finite",
+    "is_pair",
+    "load_model",
+    "load_state",
+    "read_info",
+    "save_model",
+]
 
 FORMAT = "threshnet_fast model"
 VERSION = 1
 DEFAULT_NAME = "model.safetensors"
+BEST_NAME = "best.safetensors"
 INTERPOLATIONS = ("bilinear", "bicubic")
+LARGEST_IMAGE = 1 << 26
+LARGEST_DESCRIPTION = 64 << 20
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -89,28 +102,32 @@ class ModelInfo:
             raise ValueError(f"{source} does not describe a model: expected format {FORMAT!r}")
         if content.get("version") != VERSION:
             raise ValueError(
-                f"{source} is of version {content.get('version')!r}: this threshnet_fast reads "
-                f"version {VERSION}"
+                f"{source} is of version {_short(content.get('version'))}: this threshnet_fast "
+                f"reads version {VERSION}"
             )
-        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
-        values = {name: content[name] for name in known if name in content}
-        extra = {
+        values: dict[str, Any] = {}
+        for name, (is_valid, expected) in _EXPECTED.items():
+            if name in content:
+                value = content[name]
+                if not is_valid(value):
+                    raise ValueError(
+                        f"{source} does not describe a model: {name} is {_short(value)}, expected "
+                        f"{expected}"
+                    )
+                values[name] = tuple(value) if isinstance(value, list) else value
+            elif name in _REQUIRED:
+                raise ValueError(f"{source} does not describe a model: {name} is missing")
+        for name in ("mean", "std"):
+            values[name] = tuple(map(float, values[name]))
+        values["extra"] = {
             name: value
             for name, value in content.items()
-            if name not in known and name not in ("format", "version")
+            if name not in values and name not in ("format", "version")
         }
-        try:
-            for name, kind in (("classes", str), ("mean", float), ("std", float)):
-                values[name] = tuple(kind(value) for value in values[name])
-            for name in ("image_size", "source_size"):
-                if values.get(name) is not None:
-                    height, width = map(int, values[name])
-                    values[name] = (height, width)
-            info = cls(**values, extra=extra)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{source} does not describe a model: {type(error).__name__}: {error}"
-            ) from error
+        if not _is_text(values["extra"].get("sha256", "")):
+            digest = _short(values["extra"]["sha256"])
+            raise ValueError(f"{source} does not describe a model: sha256 is {digest}")
+        info = cls(**values)
         info.check(source)
         return info
 
@@ -120,19 +137,85 @@ class ModelInfo:
         channels = self.arguments.get("in_chans", 3)
         problem = None
         if outputs != len(self.classes):
-            problem = f"num_classes is {outputs}, but {len(self.classes)} classes are named"
+            problem = f"num_classes is {_short(outputs)}, but {len(self.classes)} classes are named"
         elif not len(self.mean) == len(self.std) == channels:
             problem = f"mean and std have {len(self.mean)} and {len(self.std)} of {channels} values"
-        elif not all(value > 0 for value in self.std):
-            problem = f"std is {self.std}: expected numbers above 0"
+        elif not all(map(math.isfinite, self.mean)):
+            problem = f"mean is {_short(self.mean)}: expected finite numbers"
+        elif not all(0 < value < math.inf for value in self.std):
+            problem = f"std is {_short(self.std)}: expected finite numbers above 0"
         elif self.interpolation not in INTERPOLATIONS:
-            problem = f"interpolation is {self.interpolation!r}: expected one of {INTERPOLATIONS}"
+            problem = (
+                f"interpolation is {_short(self.interpolation)}: expected one of {INTERPOLATIONS}"
+            )
         elif not 0 < self.crop_fraction <= 1:
             problem = f"crop_fraction is {self.crop_fraction}: expected more than 0, at most 1"
-        elif min(*self.image_size, *(self.source_size or (1, 1))) < 1:
-            problem = f"image_size is {self.image_size}, source_size {self.source_size}"
+        elif not all(
+            min(size) > 0 and math.prod(size) <= LARGEST_IMAGE
+            for size in (self.image_size, self.source_size or (1, 1))
+        ):
+            problem = (
+                f"image_size is {_short(self.image_size)}, source_size {_short(self.source_size)}: "
+                f"expected 1 to {LARGEST_IMAGE} pixels"
+            )
         if problem is not None:
             raise ValueError(f"{source}: {problem}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a float holds, and finite."""
+    try:
+        return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_list_of(kind: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, (list, tuple))
+        and all(map(kind, value))
+        and length in (None, len(value))
+        and len(value) > 0
+    )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string, and no half of a character of two that JSON can hold."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_keywords(value: Any) -> bool:
+    return isinstance(value, Mapping) and not {"name", "pretrained"} & value.keys()
+
+
+_is_size = _is_list_of(_is_integer, 2)
+_REQUIRED = ("model", "classes", "mean", "std", "image_size")
+# Of each key, what its value must be.
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (_is_text, "a name"),
+    "classes": (_is_list_of(_is_text), "a list of names"),
+    "mean": (_is_list_of(_is_number), "a list of finite numbers"),
+    "std": (_is_list_of(_is_number), "a list of finite numbers"),
+    "image_size": (_is_size, "a list of two integers"),
+    "source_size": (lambda value: value is None or _is_size(value), "a list of two integers"),
+    "arguments": (_is_keywords, "an object of keywords for the model"),
+    "interpolation": (_is_text, f"one of {INTERPOLATIONS}"),
+    "crop_fraction": (_is_number, "a finite number"),
+    "dataset": (_is_text, "a name"),
+    "recipe": (lambda value: isinstance(value, Mapping), "an object"),
+    "epochs": (lambda value: _is_integer(value) and value >= 0, "a number of epochs"),
+    "accuracy": (lambda value: value is None or _is_number(value), "a number or null"),
+    "dtype": (lambda value: value in _DTYPES.values(), f"one of {', '.join(_DTYPES.values())}"),
+}
+
+
+def _short(value: Any) -> str:
+    text = reprlib.repr(value)
+    return text if text.isprintable() else ascii(text)
 
 
 def save_model(
@@ -199,6 +282,20 @@ def _weights_path(path: str | Path) -> Path:
     return path
 
 
+def is_pair(path: str | Path) -> bool:
+    """Whether a path is, or should be, of a file of weights with its description beside it.
+
+    Args:
+        path: Any path; of a folder, of NAME.json and of NAME.safetensors with a NAME.json it is.
+    """
+    path = Path(path)
+    return (
+        path.is_dir()
+        or path.suffix == ".json"
+        or (path.suffix == ".safetensors" and path.with_suffix(".json").is_file())
+    )
+
+
 def read_info(path: str | Path) -> ModelInfo:
     """Reads a model's description.
 
@@ -210,11 +307,21 @@ def read_info(path: str | Path) -> ModelInfo:
         ValueError: The path names no such file, or its content is not understood.
     """
     file = _weights_path(path).with_suffix(".json")
+    if file.stat().st_size > LARGEST_DESCRIPTION:
+        raise ValueError(f"{file} is larger than {LARGEST_DESCRIPTION} bytes: expected less")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     return ModelInfo.from_json(content, file)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, unless a key is repeated in it, of which readers take one or the other."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("it repeats a key")
+    return content
 
 
 def load_state(
@@ -272,13 +379,32 @@ def load_model(
         ValueError: The files do not belong together, there is no such model, or it has other
             parameters.
     """
-    from ..models import create_model
+    from ..models import create_model, load_checkpoint
 
     info = read_info(path)
     state = load_state(path, dtype, check=check)
-    model = create_model(info.model, **{"num_classes": len(info.classes), **info.arguments})
+    file = _weights_path(path)
+    arguments = {"num_classes": len(info.classes), **info.arguments}
     try:
-        model.to(dtype).load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{_weights_path(path)} does not fit {info.model}: {error}") from error
+        model = create_model(info.model, **arguments).to(dtype)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file.with_suffix('.json')}: {error}") from error
+    try:
+        load_checkpoint(state, model)
+    except ValueError as error:
+        reason = str(error).partition(": ")[2]
+        raise ValueError(f"{file} does not fit {info.model}: {reason}") from error
     return model.eval(), info
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises ValueError where a model's weights would make every answer NaN.
+
+    Args:
+        model: The model; its floating-point parameters and buffers are looked at.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity: expected finite weights")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise ValueError(f"{name} holds a negative variance")
