@@ -256,14 +256,19 @@ def _longest_chain(
     """The longest chain from a stage on, and where the stages begin that are not part of it."""
     best: Chain | None = None
     end = begin
-    for last in range(begin + 1, len(stages) + 1):
+    # Most networks are one chain, which is quickly found where it is looked for first.
+    for last in (len(stages), *range(begin + 1, len(stages))):
         try:
             chain = Chain(stages[begin:last], None)
         except UnsupportedModule:
+            if last == len(stages):
+                continue
             # A stage that cannot end a chain may be part of one: a BatchNorm before its ReLU can
             # do both, so none that fails is passed over.
             break
         useful = any(isinstance(node, Convolution) for node in chain.plan.nodes)
         if useful and (chain.differentiable_input or not differentiable):
             best, end = chain, last
+            if last == len(stages):
+                break
     return best, end

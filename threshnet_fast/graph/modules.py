@@ -232,7 +232,9 @@ class _Builder:
 
     def linear(self, name: str, module: nn.Module, value: int) -> int:
         linear = cast(nn.Linear, module)
-        return self.graph.add(Linear(name, (value,), self.graph.value(linear.weight.shape[0]), linear))
+        return self.graph.add(
+            Linear(name, (value,), self.graph.value(linear.weight.shape[0]), linear)
+        )
 
     def _like(self, value: int) -> int:
         """A new value with as many channels as another."""
