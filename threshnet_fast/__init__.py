@@ -11,6 +11,7 @@ expect_interruption()
 from . import nn, ops, plan
 from .backends.select import use_backend
 from .config import show_config
+from .fused import FusedForward
 from .models import (
     CheckpointReport,
     DenseNet,
@@ -33,6 +34,7 @@ from .models import (
 )
 from .optimize import optimize
 from .plan import explain, save_plan
+from .version import __version__
 
 __all__ = [
     "CheckpointReport",
@@ -64,4 +66,4 @@ __all__ = [
     "use_backend",
 ]
 
-__version__ = "0.1.0"
+nn.dispatch.fill(FusedForward)

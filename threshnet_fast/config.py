@@ -52,7 +52,7 @@ def _ask(question: Callable[[], str]) -> str:
 
 
 def _version() -> str:
-    from . import __version__
+    from .version import __version__
 
     return __version__
 

@@ -36,7 +36,7 @@ from .plan.lower import UnsupportedModule
 if TYPE_CHECKING:
     from .models.network import Network
 
-__all__ = ["FusedForward", "Objection"]
+__all__ = ["FusedForward", "Objection", "fused_forward"]
 
 # Modules that run the same in training mode. Anything else, a parametrisation say, may not.
 _MODELESS = {
@@ -235,6 +235,17 @@ class FusedForward:
                 if snapshot is None or not snapshot.matches(model):
                     snapshot = self._snapshot = _Snapshot(model, self._captured)
         return snapshot
+
+
+def fused_forward(model: Network) -> FusedForward:
+    """Returns what runs a model fused.
+
+    Args:
+        model: A model of this package.
+    """
+    run = model._fused
+    assert isinstance(run, FusedForward)
+    return run
 
 
 class Objection(Exception):

@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the whole command line."""
-    from .. import __version__
+    from ..version import __version__
     from . import bench, convert, doctor, evaluate, export, info, predict, train
 
     parser = _Parser(

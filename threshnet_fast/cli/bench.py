@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..backends import cpu
 from ..models import create_model
 from ..plan import explain, lower
+from ..version import __version__
 from . import machine, memory, pictures, profile, results
 from .arguments import (
     check_device,

@@ -185,8 +185,8 @@ def _no_triton() -> str | None:
 
 
 def _own_version() -> str:
-    from .. import __version__
     from ..backends import triton
+    from ..version import __version__
 
     if triton.unavailable_reason() is not None:
         return _cuda_version()
@@ -197,8 +197,8 @@ def _own_version() -> str:
 
 
 def _cuda_version() -> str:
-    from .. import __version__
     from ..backends import cuda
+    from ..version import __version__
 
     if cuda.unavailable_reason() is not None:
         return __version__

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, extension
+from .. import extension
 from ..backends import cpu, cuda, triton
 from ..models import ThreshNet
+from ..version import __version__
 from . import machine
 from .errors import CommandError
 from .precision import PRECISIONS, Precision

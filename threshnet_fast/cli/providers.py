@@ -612,8 +612,8 @@ def _no_compiler() -> str | None:
 
 
 def _own_version(dtype: torch.dtype = torch.float32) -> str:
-    from .. import __version__
     from ..backends import cpu
+    from ..version import __version__
 
     if cpu.unavailable_reason() is not None:
         return __version__

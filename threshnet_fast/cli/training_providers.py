@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backends import select
+from ..fused import fused_forward
 from ..models.network import Network
 from .providers import (
     PROVIDERS,
@@ -239,7 +240,7 @@ def _provider(
             return results_of(model, compute, x, classes)
 
     def kept() -> int:
-        return model._fused._training.kept_bytes if isinstance(model, Network) else 0
+        return fused_forward(model)._training.kept_bytes if isinstance(model, Network) else 0
 
     return TrainingProvider(step, results=results, kept=kept)
 

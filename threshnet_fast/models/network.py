@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 from ..nn import ConvBNReLU
+from ..nn.dispatch import fused_run
 from .arguments import integer, probability
 from .layouts import rename_keys
 from .validate import check_input
@@ -83,10 +84,7 @@ class Network(nn.Module):
         self.checkpoint: str | None = None
         self.feature_info: list[dict[str, Any]] = []
         self.default_cfg: dict[str, Any] = {}
-        # Imported here because plans know the models.
-        from ..fused import FusedForward
-
-        self._fused = FusedForward()
+        self._fused = fused_run()
 
     def forward(self, x: Tensor) -> Tensor:
         """Classifies a batch of images.

@@ -1,5 +1,6 @@
 """Building blocks of ThreshNet, HarDNet and DenseNet as plain PyTorch modules."""
 
+from . import dispatch
 from .conv import ConvBNReLU
 from .dense import DenseBlock, DenseLayer, PlainDenseLayer
 from .depthwise import DepthwiseConvBN, PointwiseDepthwise
@@ -15,6 +16,7 @@ __all__ = [
     "HarmonicBlock",
     "PlainDenseLayer",
     "PointwiseDepthwise",
+    "dispatch",
     "harmonic_channels",
     "harmonic_links",
 ]

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .ir import FusedConv, Plan, Step
+from .ir import FusedConv, Plan, Step, table
 from .lower import UnsupportedModule, lower
 
-__all__ = ["Explanation", "explain", "table"]
-
-_MEGA = 1e6
+__all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             that cannot run this.
     """
     from ..backends import select
-    from ..fused import Objection, WantsGradients
+    from ..fused import Objection, WantsGradients, fused_forward
     from ..models.network import Network
 
     if not isinstance(model, Network):
@@ -79,9 +77,9 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     if requested == "reference":
         return Explanation("reference", "asked for by use_backend", nothing, plan)
     try:
-        prepared, _ = model._fused.prepare(model, x, head=True)
+        prepared, _ = fused_forward(model).prepare(model, x, head=True)
     except WantsGradients as wanted:
-        reason = model._fused.training_objection(model, x)
+        reason = fused_forward(model).training_objection(model, x)
         if reason is None:
             how = f"{wanted}: chains of fused steps, forward and back"
             return Explanation("cpu", how, nothing, plan)
@@ -111,39 +109,3 @@ def _cpu_algorithm(step: Step, name: str) -> str:
         return "direct, input packed" + (" with its prologue" if prologue else "")
     skipped = 1 - step.valid_macs / step.macs
     return f"direct, {skipped:.0%} of the taps skipped" if skipped >= 0.005 else "direct"
-
-
-def table(plan: Plan, algorithms: tuple[str | None, ...] = ()) -> str:
-    """A plan as text: a row for each step.
-
-    Args:
-        plan: The plan.
-        algorithms: One text a step, or nothing.
-    """
-    header = ("step", "module", "operation", "in", "out", "map", "MMAC", "algorithm")
-    rows = [header]
-    for index, step in enumerate(plan.steps):
-        buffer = plan.buffers[step.output.buffer]
-        rows.append(
-            (
-                str(index),
-                step.name,
-                step.describe(),
-                "+".join(str(segment.channels) for segment in step.inputs),
-                str(step.output.channels),
-                f"{buffer.height}x{buffer.width}",
-                f"{step.macs / _MEGA:.2f}",
-                (algorithms[index] if algorithms else None) or "-",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    shape = " x ".join(map(str, plan.input_shape))
-    total = (
-        f"{len(plan.steps)} steps for input {shape}: {plan.macs / _MEGA:.1f} MMAC, "
-        f"{plan.valid_macs / _MEGA:.1f} of them needed"
-    )
-    return "\n".join([*lines, total])

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Buffer", "FusedConv", "Head", "Plan", "Pool", "Prologue", "Segment", "Step"]
+__all__ = ["Buffer", "FusedConv", "Head", "Plan", "Pool", "Prologue", "Segment", "Step", "table"]
 
 FLOAT_BYTES = 4
+_MEGA = 1e6
 
 
 @dataclass(frozen=True)
@@ -354,6 +355,40 @@ class Plan:
 
     def __str__(self) -> str:
         """A table of the steps."""
-        from .explanation import table
-
         return table(self)
+
+
+def table(plan: Plan, algorithms: tuple[str | None, ...] = ()) -> str:
+    """A plan as text: a row for each step.
+
+    Args:
+        plan: The plan.
+        algorithms: One text a step, or nothing.
+    """
+    header = ("step", "module", "operation", "in", "out", "map", "MMAC", "algorithm")
+    rows = [header]
+    for index, step in enumerate(plan.steps):
+        buffer = plan.buffers[step.output.buffer]
+        rows.append(
+            (
+                str(index),
+                step.name,
+                step.describe(),
+                "+".join(str(segment.channels) for segment in step.inputs),
+                str(step.output.channels),
+                f"{buffer.height}x{buffer.width}",
+                f"{step.macs / _MEGA:.2f}",
+                (algorithms[index] if algorithms else None) or "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    shape = " x ".join(map(str, plan.input_shape))
+    total = (
+        f"{len(plan.steps)} steps for input {shape}: {plan.macs / _MEGA:.1f} MMAC, "
+        f"{plan.valid_macs / _MEGA:.1f} of them needed"
+    )
+    return "\n".join([*lines, total])
