@@ -8,8 +8,8 @@ Two ways that know nothing of each other:
   allocation and release. Weights are in place before the call and do not count, packed ones
   neither; the fused engine's buffers are allocated in the call and do.
 - resident memory, from the kernel's high-water mark in a process of its own (see
-  threshnet_fast/cli/memory.py): all that a provider adds to the model at the peak of a call, packed
-  weights, caches of libraries and memory that the allocator keeps included.
+  threshnet_fast/bench/peak_memory.py): all that a provider adds to the model at the peak of a call,
+  packed weights, caches of libraries and memory that the allocator keeps included.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 import threshnet_fast as tf
-from threshnet_fast.cli import machine
-from threshnet_fast.cli.memory import live_bytes, measure
-from threshnet_fast.cli.providers import PROVIDERS, Job, build, random_model
-from threshnet_fast.cli.report import format_table
-from threshnet_fast.cli.results import append_rows
+from threshnet_fast.bench import machine
+from threshnet_fast.bench.cpu_engines import PROVIDERS, Job, build, random_model
+from threshnet_fast.bench.peak_memory import live_bytes, measure
+from threshnet_fast.bench.report import format_table
+from threshnet_fast.bench.results import append_rows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.csv"
 COLUMNS = (

@@ -20,10 +20,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from threshnet_fast.bench.cpu_engines import dtypes
+from threshnet_fast.bench.precision import PRECISIONS
 from threshnet_fast.cli.arguments import check_device, device
-from threshnet_fast.cli.errors import CommandError
-from threshnet_fast.cli.precision import PRECISIONS
-from threshnet_fast.cli.providers import dtypes
+from threshnet_fast.errors import CommandError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "models.csv"
 MODELS = ("threshnet95", "threshnet79")

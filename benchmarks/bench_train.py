@@ -23,19 +23,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from threshnet_fast.cli import memory
-from threshnet_fast.cli.arguments import check_model
-from threshnet_fast.cli.comparison import common_columns, time_in_turns
-from threshnet_fast.cli.errors import CommandError
-from threshnet_fast.cli.providers import Job, Unavailable, random_model, reset_compiler
-from threshnet_fast.cli.report import text_table
-from threshnet_fast.cli.results import TRAINING_COLUMNS, append_rows, check_writable
-from threshnet_fast.cli.training_providers import (
+from threshnet_fast.bench import peak_memory as memory
+from threshnet_fast.bench.comparison import common_columns, time_in_turns
+from threshnet_fast.bench.cpu_engines import Job, Unavailable, random_model, reset_compiler
+from threshnet_fast.bench.report import text_table
+from threshnet_fast.bench.results import TRAINING_COLUMNS, append_rows, check_writable
+from threshnet_fast.bench.training_steps import (
     OPTIMIZER,
     TRAINING_PROVIDERS,
     checked_step,
     reference_results,
 )
+from threshnet_fast.cli.arguments import check_model
+from threshnet_fast.errors import CommandError
 from threshnet_fast.plan import FusedConv, lower
 
 RESULTS = Path(__file__).resolve().parent / "results" / "train.csv"

@@ -17,15 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import threshnet_fast as tf
-from threshnet_fast.cli import machine
+from threshnet_fast.bench import machine
+from threshnet_fast.bench.cpu_engines import random_model, worst_error
+from threshnet_fast.bench.gpu_engines import graphed
+from threshnet_fast.bench.precision import PRECISIONS
+from threshnet_fast.bench.report import format_table
+from threshnet_fast.bench.results import append_rows, check_writable
+from threshnet_fast.bench.timing import CudaTimer, host_timer, interleave
 from threshnet_fast.cli.arguments import check_device, device
-from threshnet_fast.cli.cuda_providers import graphed
-from threshnet_fast.cli.errors import CommandError
-from threshnet_fast.cli.precision import PRECISIONS
-from threshnet_fast.cli.providers import random_model, worst_error
-from threshnet_fast.cli.report import format_table
-from threshnet_fast.cli.results import append_rows, check_writable
-from threshnet_fast.cli.timing import CudaTimer, host_timer, interleave
+from threshnet_fast.errors import CommandError
 from threshnet_fast.nn import DenseLayer
 from threshnet_fast.plan import FusedConv
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from bench_growth import ODD
 
-from threshnet_fast.cli.errors import CommandError
-from threshnet_fast.cli.providers import dtypes, registry
-from threshnet_fast.cli.report import on_gpu, plot
-from threshnet_fast.cli.results import TRAINING_COLUMNS, latest_rows, read_rows
+from threshnet_fast.bench.cpu_engines import dtypes, registry
+from threshnet_fast.bench.report import on_gpu, plot
+from threshnet_fast.bench.results import TRAINING_COLUMNS, latest_rows, read_rows
+from threshnet_fast.errors import CommandError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "models.csv"

@@ -19,10 +19,10 @@ from pathlib import Path
 import paper
 from bench_growth import ODD
 
-from threshnet_fast.cli.errors import CommandError
-from threshnet_fast.cli.providers import PROVIDERS, dtypes, registry
-from threshnet_fast.cli.report import cells, conditions, markdown_table, on_gpu
-from threshnet_fast.cli.results import COLUMNS, TRAINING_COLUMNS, latest_rows, read_rows
+from threshnet_fast.bench.cpu_engines import PROVIDERS, dtypes, registry
+from threshnet_fast.bench.report import cells, conditions, markdown_table, on_gpu
+from threshnet_fast.bench.results import COLUMNS, TRAINING_COLUMNS, latest_rows, read_rows
+from threshnet_fast.errors import CommandError
 from threshnet_fast.models import create_model
 from threshnet_fast.models.pretrained import list_pretrained
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 
 BACKENDS = (
     "reference",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import threshnet_fast as tf
-from threshnet_fast.models.adoption import NotAdopted, adopt
+from threshnet_fast.runtime.adoption import NotAdopted, adopt
 
 
 class OtherLayer(nn.Module):

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 import threshnet_fast as tf
 from threshnet_fast.autograd import Chain
 from threshnet_fast.autograd import chain as chain_module
-from threshnet_fast.autograd import memory as memory_module
-from threshnet_fast.autograd.kernels import CppKernels
-from threshnet_fast.backends import cpu
+from threshnet_fast.autograd import map_pool as memory_module
+from threshnet_fast.engines import cpu
+from threshnet_fast.engines.training import CppKernels
 from threshnet_fast.graph import UnsupportedModule, split_stages
 from threshnet_fast.nn import (
     ConvBNReLU,

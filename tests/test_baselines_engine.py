@@ -21,8 +21,9 @@ from test_engine import (
 )
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu, cuda_plan, gpu_plan
+from threshnet_fast.bench.prediction import predict
 from threshnet_fast.cli import main
+from threshnet_fast.engines import cpu, cuda_plan, gpu_plan
 from threshnet_fast.plan import (
     Buffer,
     FusedConv,
@@ -38,7 +39,6 @@ from threshnet_fast.plan import (
     save_plan,
     serialize,
 )
-from threshnet_fast.plan.prediction import predict
 
 needs_engine = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from threshnet_fast.backends import cpu
-from threshnet_fast.cli import memory, providers, results
-from threshnet_fast.cli.precision import PRECISIONS
+from threshnet_fast.bench import cpu_engines as providers
+from threshnet_fast.bench import peak_memory as memory
+from threshnet_fast.bench import results
+from threshnet_fast.bench.precision import PRECISIONS
+from threshnet_fast.engines import cpu
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -520,7 +522,7 @@ def test_memory_of_a_training_step():
 
 
 def test_training_step_changes_weights_as_the_optimizer_says():
-    from threshnet_fast.cli import training_providers
+    from threshnet_fast.bench import training_steps as training_providers
 
     model = providers.tiny_model()
     x = torch.randn(4, 3, 32, 32)
@@ -546,7 +548,7 @@ def test_training_step_changes_weights_as_the_optimizer_says():
 
 @pytest.mark.parametrize("wrong", ["output", "gradient", "missing", "statistic", "raises"])
 def test_wrong_training_is_not_timed(monkeypatch, tmp_path, tiny_networks, wrong):
-    from threshnet_fast.cli import training_providers
+    from threshnet_fast.bench import training_steps as training_providers
 
     spec = training_providers.TRAINING_PROVIDERS["channels-last"]
 

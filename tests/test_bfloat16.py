@@ -18,7 +18,7 @@ from tolerance import accumulated_bound
 from torch.nn import functional as F
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 from threshnet_fast.plan import FusedConv, Pool, lower
 from threshnet_fast.plan.reference import activate
 

@@ -19,28 +19,15 @@ import torch
 
 import threshnet_fast as tf
 from threshnet_fast import cli
-from threshnet_fast.backends import cpu, cuda, triton
-from threshnet_fast.cli import (
-    CommandError,
-    arguments,
-    build_parser,
-    comparison,
-    cuda_providers,
-    doctor,
-    info,
-    machine,
-    main,
-    pictures,
-    providers,
-    report,
-    results,
-    timing,
-)
+from threshnet_fast.bench import comparison, machine, prediction, report, results, timing
+from threshnet_fast.bench import cpu_engines as providers
+from threshnet_fast.bench import gpu_engines as cuda_providers
+from threshnet_fast.bench.peak_memory import measure
+from threshnet_fast.bench.precision import PRECISIONS
+from threshnet_fast.cli import CommandError, arguments, build_parser, doctor, info, main, pictures
 from threshnet_fast.cli import bench as command
-from threshnet_fast.cli.memory import measure
-from threshnet_fast.cli.precision import PRECISIONS
+from threshnet_fast.engines import cpu, cuda, triton
 from threshnet_fast.models import registry
-from threshnet_fast.plan import prediction
 from threshnet_fast.plan.lower import lower
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -299,7 +286,7 @@ class TestBench:
             assert model.base[0].conv.weight.dtype is x.dtype is dtype
             return SimpleNamespace(backend="reference", reason="dtype is torch.bfloat16: not here")
 
-        module = sys.modules["threshnet_fast.optimize"]
+        module = sys.modules["threshnet_fast.runtime.frozen"]
         real = module.optimize
         monkeypatch.setattr(
             module,

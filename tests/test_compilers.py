@@ -12,7 +12,7 @@ from test_hooks import BUILD
 from torch import nn
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -16,7 +16,7 @@ from threshnet_fast.kernels import configurations
 from threshnet_fast.kernels.configurations import ARCHITECTURES, Problem, choose
 
 import threshnet_fast as tf
-from threshnet_fast.backends.triton_plan import Target, _group
+from threshnet_fast.engines.triton_plan import Target, _group
 from threshnet_fast.plan.ir import Plan
 from threshnet_fast.plan.lower import lower
 

@@ -14,7 +14,7 @@ from tolerance import assert_within, dot_bound
 from torch.nn import functional as F
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 from threshnet_fast.plan import (
     Arena,
     FusedConv,

@@ -15,8 +15,8 @@ from PIL import Image
 
 from threshnet_fast.cli import main
 from threshnet_fast.data import folder as folders
+from threshnet_fast.data.preprocessing import preprocess
 from threshnet_fast.models import registry
-from threshnet_fast.models.preprocessing import preprocess
 from threshnet_fast.train import ModelInfo, load_model, read_info, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from alone import run_alone
 from torch import Tensor
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 from threshnet_fast.plan import lower, plan_memory, serialize
 
 pytestmark = pytest.mark.skipif(

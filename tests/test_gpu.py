@@ -27,7 +27,7 @@ from test_plan import small
 from torch import Tensor, nn
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cuda, cuda_graphs, select, triton
+from threshnet_fast.engines import cuda, cuda_graphs, select, triton
 
 GPU = torch.device("cuda")
 
@@ -530,7 +530,7 @@ def test_both_backends_agree(randomised, precision) -> None:
 @functools.cache
 def threshnet95() -> tuple[tf.ThreshNet, dict[tuple[object, ...], Tensor]]:
     """The network with statistics that are not trivial, on the CPU, and its outputs so far."""
-    from threshnet_fast.cli.providers import random_model
+    from threshnet_fast.bench.cpu_engines import random_model
 
     return random_model("threshnet95", 10, 0), {}
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import threshnet_fast as tf
 from threshnet_fast.autograd import Chain
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 
 BUILD = {
     "densenet": lambda: tf.DenseNet(

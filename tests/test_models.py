@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 from threshnet_fast.models import check_input
 from threshnet_fast.nn import (
     ConvBNReLU,

@@ -12,7 +12,7 @@ from torch import Tensor
 from training import build
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 from threshnet_fast.ops import registration, validate
 
 pytestmark = pytest.mark.skipif(

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import threshnet_fast as tf
-from threshnet_fast.plan import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, lower
-from threshnet_fast.plan.prediction import (
+from threshnet_fast.bench.prediction import (
     DEVICES,
     PRECISIONS,
     Device,
@@ -24,6 +23,7 @@ from threshnet_fast.plan.prediction import (
     find_precision,
     predict,
 )
+from threshnet_fast.plan import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, lower
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "prediction.md"
 NAMES = [device.name for device in DEVICES]

@@ -12,9 +12,10 @@ import torch
 from test_plan import small
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
-from threshnet_fast.cli import CommandError, main, results, roofline
+from threshnet_fast.bench import results, roofline
+from threshnet_fast.cli import CommandError, main
 from threshnet_fast.cli import profile as command
+from threshnet_fast.engines import cpu
 from threshnet_fast.models import registry
 from threshnet_fast.plan import FusedConv, lower, plan_memory, serialize
 

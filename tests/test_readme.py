@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from threshnet_fast.bench.results import COLUMNS, latest_rows, read_rows
 from threshnet_fast.cli import build_parser
-from threshnet_fast.cli.results import COLUMNS, latest_rows, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from threshnet_fast import config, extension, ops, show_config, use_backend
-from threshnet_fast.backends import cpu, cuda, select, triton
-from threshnet_fast.backends.select import Choice, choose, requested_backend
+from threshnet_fast import extension, ops, show_config, use_backend
+from threshnet_fast import installation as config
+from threshnet_fast.engines import cpu, cuda, select, triton
+from threshnet_fast.engines.select import Choice, choose, requested_backend
 
 needs_cpu_backend = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import threshnet_fast as tf
 from threshnet_fast.autograd.chain import Chain
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 from threshnet_fast.graph import split_stages
 from threshnet_fast.graph.settings import SETTINGS, TENSORS, override, settings_of
 from threshnet_fast.plan import UnsupportedModule, lower

@@ -32,7 +32,7 @@ from test_plan import small
 from torch.utils.data import DataLoader, Dataset
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 from threshnet_fast.plan import lower, plan_memory, serialize
 
 pytestmark = pytest.mark.skipif(

@@ -25,7 +25,7 @@ from training_cases import (
     to_nchw,
 )
 
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())

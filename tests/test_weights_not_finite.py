@@ -7,7 +7,7 @@ import torch
 from test_plan import small
 
 import threshnet_fast as tf
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())

@@ -17,7 +17,7 @@ from tolerance import assert_within, dot_bound
 from torch import Tensor
 from torch.nn import functional as F
 
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 from threshnet_fast.plan.raw import ACTIVATIONS
 
 operators = torch.ops.threshnet_fast_cpu

@@ -9,9 +9,8 @@ expect_interruption()
 
 # isort: split
 from . import nn, ops, plan
-from .backends.select import use_backend
-from .config import show_config
-from .fused import FusedForward
+from .engines.select import use_backend
+from .installation import show_config
 from .models import (
     CheckpointReport,
     DenseNet,
@@ -32,8 +31,10 @@ from .models import (
     list_models,
     load_checkpoint,
 )
-from .optimize import optimize
-from .plan import explain, save_plan
+from .plan import save_plan
+from .runtime.dropin import FusedForward
+from .runtime.explain import explain
+from .runtime.frozen import optimize
 from .version import __version__
 
 __all__ = [

@@ -134,7 +134,7 @@ class Driver:
             weights: In the order in which the description numbers them.
             isa: Name of an instruction set.
             threads: How many threads.
-            winograd: As :func:`threshnet_fast.backends.cpu.winograd_by_default` returns it.
+            winograd: As :func:`threshnet_fast.engines.cpu.winograd_by_default` returns it.
             x: The network's input, ``[N, C, H, W]``, dense in any order of dimensions.
             externals: Inputs of a plan of one step, flat.
 

@@ -19,7 +19,7 @@ import torch
 
 from emulation import cuda_library
 from threshnet_fast import extension
-from threshnet_fast.backends import cuda
+from threshnet_fast.engines import cuda
 
 __all__ = ["DEVICES", "emulated_cuda", "skip_reason"]
 

@@ -29,7 +29,7 @@ from emulation.cuda_operators import emulated_cuda, skip_reason
 from emulation.interpreter import interpreted
 from emulation.networks import exact_step, first_blocks_of_threshnet79, odd
 from emulation.operators import SMALL
-from threshnet_fast.backends import cuda, cuda_plan, triton, triton_plan
+from threshnet_fast.engines import cuda, cuda_plan, triton, triton_plan
 from threshnet_fast.ops import cat_bn_relu_conv, cat_conv_bn_relu
 from threshnet_fast.plan import FusedConv, Head, lower
 

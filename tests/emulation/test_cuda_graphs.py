@@ -21,8 +21,8 @@ from torch import Tensor
 
 import threshnet_fast as tf
 from emulation import cuda_operators
-from threshnet_fast.backends import cuda, cuda_graphs, cuda_plan, gpu_plan, triton
-from threshnet_fast.backends.gpu_plan import GpuPlan, Workspace
+from threshnet_fast.engines import cuda, cuda_graphs, cuda_plan, gpu_plan, triton
+from threshnet_fast.engines.gpu_plan import GpuPlan, Workspace
 from threshnet_fast.plan import Plan, lower
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,7 +192,7 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
         return
     pytest.importorskip("triton")
     from emulation.interpreter import interpreted
-    from threshnet_fast.backends import triton_plan
+    from threshnet_fast.engines import triton_plan
 
     with interpreted():
         yield Executor(
@@ -215,7 +215,7 @@ def device(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> Device:
     else:
         from threshnet_fast.kernels import launch
 
-        from threshnet_fast.backends import triton_plan
+        from threshnet_fast.engines import triton_plan
 
         modules.append(triton_plan)
         run = launch.Launch.__call__

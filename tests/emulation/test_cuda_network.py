@@ -19,8 +19,8 @@ from torch import Tensor
 import threshnet_fast as tf
 from emulation.cuda_operators import emulated_cuda, skip_reason
 from emulation.networks import check_steps, first_blocks_of_threshnet79, odd
-from threshnet_fast.backends import cuda, cuda_graphs, gpu_plan, samples, select, triton
-from threshnet_fast.backends.cuda_plan import CudaPlan, Target, pack_network
+from threshnet_fast.engines import cuda, cuda_graphs, gpu_plan, samples, select, triton
+from threshnet_fast.engines.cuda_plan import CudaPlan, Target, pack_network
 from threshnet_fast.plan import UnsupportedModule, lower
 from threshnet_fast.plan.ir import Segment
 
@@ -359,7 +359,7 @@ def test_takes_over_where_triton_cannot_compile(model, monkeypatch) -> None:
     """On a GPU; here both backends have their tensors on the CPU."""
     pytest.importorskip("triton")
     from emulation.interpreter import interpreted
-    from threshnet_fast.backends.triton_plan import TritonWorkspace
+    from threshnet_fast.engines.triton_plan import TritonWorkspace
 
     calls: list[str] = []
 

@@ -20,7 +20,7 @@ import threshnet_fast as tf
 from emulation import operators
 from emulation.cuda_operators import DEVICES, emulated_cuda, skip_reason
 from emulation.operators import check_cat_bn_relu_conv, check_cat_conv_bn_relu
-from threshnet_fast.backends import cuda
+from threshnet_fast.engines import cuda
 from threshnet_fast.ops import cat_bn_relu_conv, cat_conv_bn_relu, registration
 
 pytestmark = [

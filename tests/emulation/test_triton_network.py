@@ -18,8 +18,8 @@ import threshnet_fast as tf
 from emulation.driver import emulated
 from emulation.interpreter import interpreted
 from emulation.networks import check_steps, first_blocks_of_threshnet79, odd
-from threshnet_fast.backends import triton, triton_plan
-from threshnet_fast.backends.triton_plan import TritonPlan, pack_network
+from threshnet_fast.engines import triton, triton_plan
+from threshnet_fast.engines.triton_plan import TritonPlan, pack_network
 from threshnet_fast.plan import execute_reference, lower
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from emulation.driver import compiled_for
 from emulation.interpreter import interpreted
 from emulation.mutation import mutated
 from emulation.operators import check_cat_bn_relu_conv, check_cat_conv_bn_relu
-from threshnet_fast.backends import triton
+from threshnet_fast.engines import triton
 from threshnet_fast.ops import registration
 
 pytestmark = pytest.mark.usefixtures("one_thread")

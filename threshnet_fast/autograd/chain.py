@@ -24,10 +24,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..backends import cpu
-from ..graph.modules import graph_of_stages
-from ..plan.raw import Convolution, Depthwise, Node, RawPlan, Read, raw
-from .kernels import (
+from ..engines import cpu
+from ..engines.training import (
     CppKernels,
     Gradients,
     Kernels,
@@ -36,7 +34,9 @@ from .kernels import (
     Shape,
     Step,
 )
-from .memory import Pool
+from ..graph.modules import graph_of_stages
+from ..plan.raw import Convolution, Depthwise, Node, RawPlan, Read, raw
+from .map_pool import Pool
 from .recomputation import recompute
 
 __all__ = ["CHECKPOINTS", "Chain"]

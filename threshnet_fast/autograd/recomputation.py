@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..engines.training import Normalization
 from ..plan.raw import AveragePool, MaxPool, Node, RawPlan, Read
-from .kernels import Normalization
 
 __all__ = ["recompute"]
 

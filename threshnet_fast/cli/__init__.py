@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..errors import CommandError, print_error
 from ..text import printable
-from .errors import CommandError, print_error
 
 __all__ = ["CommandError", "build_parser", "main"]
 

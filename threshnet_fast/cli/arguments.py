@@ -9,8 +9,8 @@ import re
 
 import torch
 
-from .errors import CommandError
-from .machine import usable_processors
+from ..bench.machine import usable_processors
+from ..errors import CommandError
 
 __all__ = [
     "check_device",

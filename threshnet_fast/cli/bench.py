@@ -13,31 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..backends import cpu
-from ..models import create_model
-from ..plan import explain, lower
-from ..version import __version__
-from . import machine, memory, pictures, profile, results
-from .arguments import (
-    check_device,
-    check_model,
-    device,
-    image_size,
-    positive_float,
-    positive_integer,
-    threads,
-)
-from .comparison import (
-    checked,
-    classifier_of,
-    common_columns,
-    output_scale,
-    time_in_turns,
-)
-from .errors import CommandError
-from .pictures import Picture
-from .precision import PRECISIONS, Precision
-from .providers import (
+from ..bench import machine, results
+from ..bench import peak_memory as memory
+from ..bench.comparison import checked, classifier_of, common_columns, output_scale, time_in_turns
+from ..bench.cpu_engines import (
     Job,
     Spec,
     dtypes,
@@ -47,8 +26,26 @@ from .providers import (
     reset_compiler,
     worst_error,
 )
-from .report import check_plot, format_table, plot, text_table
-from .timing import CudaTimer, host_timer
+from ..bench.precision import PRECISIONS, Precision
+from ..bench.report import check_plot, format_table, plot, text_table
+from ..bench.timing import CudaTimer, host_timer
+from ..engines import cpu
+from ..errors import CommandError
+from ..models import create_model
+from ..plan import lower
+from ..runtime.explain import explain
+from ..version import __version__
+from . import pictures, profile
+from .arguments import (
+    check_device,
+    check_model,
+    device,
+    image_size,
+    positive_float,
+    positive_integer,
+    threads,
+)
+from .pictures import Picture
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import CommandError
 from .arguments import image_size, positive_float
-from .errors import CommandError
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ..train.weights import is_pair, save_model
+    from ..models.weights_file import is_pair, save_model
     from .foreign import load_foreign
 
     source, output = arguments.source, arguments.output

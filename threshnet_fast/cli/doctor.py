@@ -13,13 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import extension
-from ..backends import cpu, cuda, triton
-from ..models import ThreshNet
-from ..version import __version__
-from . import machine
-from .errors import CommandError
-from .precision import PRECISIONS, Precision
-from .providers import (
+from ..bench import machine
+from ..bench.cpu_engines import (
     Job,
     Unavailable,
     build,
@@ -29,6 +24,11 @@ from .providers import (
     registry,
     worst_error,
 )
+from ..bench.precision import PRECISIONS, Precision
+from ..engines import cpu, cuda, triton
+from ..errors import CommandError
+from ..models import ThreshNet
+from ..version import __version__
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CommandError
 from .arguments import check_device, check_model, device, natural_number, positive_integer, threads
-from .errors import CommandError
 from .pictures import load_picture
 from .unreadable import add_check_arguments, find_unreadable
 
 if TYPE_CHECKING:
     from ..data.folder import FolderSet
     from ..data.images import ImageSet
+    from ..models.weights_file import ModelInfo
     from ..train.loop import Evaluation, TestBatches
-    from ..train.weights import ModelInfo
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ..backends.select import check_name, use_backend
+    from ..engines.select import check_name, use_backend
     from ..train.loop import evaluate
 
     try:
@@ -137,7 +137,7 @@ def _on(place: torch.device) -> Any:
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo]:
     from ..models import create_model
     from ..models.pretrained import find_pretrained
-    from ..train.weights import check_finite
+    from ..models.weights_file import check_finite
     from .foreign import load_any
 
     path = Path(arguments.model)
@@ -200,7 +200,7 @@ class _Photographs:
 
     def all(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields every image once, in order."""
-        from ..models.preprocessing import preprocess
+        from ..data.preprocessing import preprocess
 
         channels = self._images.channels
         for start in range(0, len(self._images), self._size):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import CommandError
+from ..errors import CommandError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..train.weights import ModelInfo
+    from ..models.weights_file import ModelInfo
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ..train.weights import load_state, save_model
+    from ..models.weights_file import load_state, save_model
 
     output: Path = arguments.output
     if output.suffix != ".safetensors":

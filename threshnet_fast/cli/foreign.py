@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import CommandError
 from .arguments import check_model
-from .errors import CommandError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..models.checkpoints import CheckpointReport
-    from ..train.weights import ModelInfo
+    from ..models.weights_file import ModelInfo
 
 __all__ = ["load_any", "load_foreign"]
 
@@ -55,7 +55,7 @@ def load_foreign(
         ValueError: It does not hold the weights of the model.
     """
     from ..models.checkpoints import create_from_checkpoint
-    from ..train.weights import ModelInfo
+    from ..models.weights_file import ModelInfo
 
     if name is not None:
         check_model(name)
@@ -116,7 +116,7 @@ def load_any(path: str | Path, name: str | None) -> tuple[nn.Module, ModelInfo, 
         OSError: The file cannot be read.
         ValueError: It does not hold the weights of the model.
     """
-    from ..train.weights import is_pair, load_model
+    from ..models.weights_file import is_pair, load_model
 
     # A name that train would have written, but is not there, is a missing file of its kind.
     described = is_pair(path) or (Path(path).suffix == ".safetensors" and not Path(path).exists())

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..plan import Plan, lower
-from ..plan.ir import Step
-from ..plan.prediction import (
+from ..bench.cpu_engines import random_model
+from ..bench.prediction import (
     DEVICES,
     Device,
     Prediction,
@@ -19,11 +18,12 @@ from ..plan.prediction import (
     find_precision,
     predict,
 )
+from ..bench.report import check_plot, format_table
+from ..bench.roofline import draw_roofline
+from ..errors import CommandError
+from ..plan import Plan, lower
+from ..plan.ir import Step
 from .arguments import check_model, image_size, positive_integer
-from .errors import CommandError
-from .providers import random_model
-from .report import check_plot, format_table
-from .roofline import draw_roofline
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 

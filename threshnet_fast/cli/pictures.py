@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import CommandError
+from ..errors import CommandError
 
 __all__ = ["Picture", "as_batch", "find_pictures", "load_picture"]
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CommandError, print_error
 from ..text import printable
 from .arguments import check_device, check_model, device, positive_integer, threads
-from .errors import CommandError, print_error
 from .pictures import load_picture
 
 if TYPE_CHECKING:
-    from ..train.weights import ModelInfo
+    from ..models.weights_file import ModelInfo
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ..backends.select import check_name, use_backend
+    from ..engines.select import check_name, use_backend
 
     try:
         check_name(arguments.backend, "--backend")
@@ -158,7 +158,7 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo, dict[str
 
 
 def _load_checkpoint(arguments: argparse.Namespace) -> tuple[nn.Module, ModelInfo]:
-    from ..train.weights import check_finite
+    from ..models.weights_file import check_finite
     from .foreign import load_any
 
     path = arguments.checkpoint
@@ -180,7 +180,7 @@ def _classify(
     """Yields an answer for each picture, in order."""
     from tqdm import tqdm
 
-    from ..models.preprocessing import preprocess
+    from ..data.preprocessing import preprocess
 
     channels = 1 if len(info.mean) == 1 else 3
     # The bar would stand between the answers, and is of no use for a few pictures.

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..backends import cpu
+from ..bench import machine, results
+from ..bench.report import disturbance, format_table
+from ..bench.roofline import MeasuredPoint, MeasuredRoofline, draw_measured_rooflines
+from ..bench.timing import percentile
+from ..engines import cpu
+from ..errors import CommandError
 from ..models.network import Network
 from ..plan import FusedConv, Head, Plan, Pool, lower
-from . import machine, results
-from .errors import CommandError
-from .report import disturbance, format_table
-from .roofline import MeasuredPoint, MeasuredRoofline, draw_measured_rooflines
-from .timing import percentile
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -139,7 +139,7 @@ class StepProfile:
         name: The module that it comes from.
         operation: What it computes.
         kind: ``"stem"``, ``"pool"``, ``"head"``, or the window of a convolution.
-        algorithm: As :attr:`threshnet_fast.backends.cpu.CompiledPlan.algorithms` has it.
+        algorithm: As :attr:`threshnet_fast.engines.cpu.CompiledPlan.algorithms` has it.
         macs: Multiply-adds of direct convolution, those on padding included.
         executed_macs: Multiplications that the algorithm does.
         bytes: Features and weights read and written, once each.
@@ -226,7 +226,7 @@ def measure_machine(isa: int, threads: int) -> Machine:
     """Measures what the processor can do now; takes about half a second.
 
     Args:
-        isa: As :func:`threshnet_fast.backends.cpu.isa_code` returns it.
+        isa: As :func:`threshnet_fast.engines.cpu.isa_code` returns it.
         threads: Threads to use, at most torch's.
 
     Raises:
@@ -255,8 +255,8 @@ def profile(
     Args:
         module: The network, in evaluation mode.
         x: float32 images.
-        isa: As :func:`threshnet_fast.backends.cpu.isa_code` returns it.
-        winograd: As :func:`threshnet_fast.backends.cpu.winograd_by_default` returns it.
+        isa: As :func:`threshnet_fast.engines.cpu.isa_code` returns it.
+        winograd: As :func:`threshnet_fast.engines.cpu.winograd_by_default` returns it.
         seconds: Goes on until this time is over, three calls at least.
         calls: Number of profiled calls; exactly one of the two is given.
         progress: Called after every turn with the part of the work that is done, 0 to 1.

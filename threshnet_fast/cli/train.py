@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backends.select import use_backend
 from ..data.errors import DataError
+from ..engines.select import use_backend
+from ..errors import CommandError
 from .arguments import (
     check_device,
     check_model,
@@ -29,19 +30,18 @@ from .arguments import (
     positive_integer,
     threads,
 )
-from .errors import CommandError
 from .unreadable import add_check_arguments, find_unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data.dataset import DataSet
+    from ..models.weights_file import ModelInfo
     from ..train.distributed import Processes
     from ..train.loop import Trainer
     from ..train.progress import SilentReporter
     from ..train.recipes import Recipe
     from ..train.settings import Settings
-    from ..train.weights import ModelInfo
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -255,7 +255,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ..backends.select import check_name
+    from ..engines.select import check_name
     from ..train.distributed import Processes, join
 
     check_model(arguments.model)
@@ -444,8 +444,8 @@ class _Start:
 def _start(arguments: argparse.Namespace, recorded: dict[str, Any] | None) -> _Start:
     from ..files import sha256
     from ..models.pretrained import find_pretrained
+    from ..models.weights_file import DEFAULT_NAME, is_pair, read_info
     from ..train import checkpoint
-    from ..train.weights import DEFAULT_NAME, is_pair, read_info
 
     before = "" if recorded is None else str(recorded.get("weights", ""))
     if recorded is not None and checkpoint.exists(arguments.output):
@@ -617,8 +617,8 @@ def _trainer(
     from ..data.folder import CROP_FRACTION
     from ..data.images import Shard
     from ..data.sources import make_batches
+    from ..models.weights_file import ModelInfo
     from ..train.loop import Options, Trainer
-    from ..train.weights import ModelInfo
 
     recipe, device = settings.recipe, processes.device
     preparation = Preparation(

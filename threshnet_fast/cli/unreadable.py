@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import CommandError
 from ..text import printable
-from .errors import CommandError
 
 if TYPE_CHECKING:
     from ..train.distributed import Processes

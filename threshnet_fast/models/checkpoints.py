@@ -265,7 +265,7 @@ def _read(source: Any) -> tuple[str, Mapping[Any, Any]]:
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source is a {type(source).__name__}: expected a path or a dict")
     path = Path(source)
-    from ..train.weights import is_pair, load_state
+    from .weights_file import is_pair, load_state
 
     if is_pair(path):
         return str(path), load_state(path, None)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from ..train.weights import ModelInfo
+    from .weights_file import ModelInfo
 
 __all__ = ["Pretrained", "create_pretrained", "find_pretrained", "list_pretrained"]
 
@@ -58,7 +58,7 @@ def list_pretrained(model: str | None = None) -> list[Pretrained]:
     """
     if model is not None and not isinstance(model, str):
         raise TypeError(f"model is a {type(model).__name__}: expected a str or None")
-    from ..train.weights import read_info
+    from .weights_file import read_info
 
     found = []
     for path in sorted(_FOLDER.glob("*.safetensors")):
@@ -129,8 +129,8 @@ def create_pretrained(
     Raises:
         ValueError: ``in_chans`` is not that of the weights, or a file is damaged.
     """
-    from ..train.weights import load_state
     from .checkpoints import load_checkpoint
+    from .weights_file import load_state
 
     info = weights.info
     classes, channels = len(info.classes), len(info.mean)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import cpu
+from ..engines import cpu
 from . import registration, validate
 
 _LOWERED = (0, 1)

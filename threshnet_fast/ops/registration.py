@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import cpu, select, triton
+from ..engines import cpu, select, triton
 from . import validate
 
 LIBRARY = torch.library.Library("threshnet_fast", "FRAGMENT")

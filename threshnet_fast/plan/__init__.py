@@ -4,7 +4,6 @@ Every backend executes the same list of steps, so that one float64 reference,
 :func:`execute_reference`, checks all of them, step by step.
 """
 
-from .explanation import Explanation, explain
 from .file import save_plan
 from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
 from .lower import UnsupportedModule, lower
@@ -15,7 +14,6 @@ from .serialize import serialize
 __all__ = [
     "Arena",
     "Buffer",
-    "Explanation",
     "FusedConv",
     "Head",
     "Plan",
@@ -25,7 +23,6 @@ __all__ = [
     "Step",
     "UnsupportedModule",
     "execute_reference",
-    "explain",
     "lower",
     "plan_memory",
     "save_plan",

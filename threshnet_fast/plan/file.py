@@ -44,7 +44,7 @@ def save_plan(module: Network, input_shape: Sequence[int], path: str | os.PathLi
         OSError: The file cannot be written.
     """
     # Imported here because backends know the plans.
-    from ..backends.gpu_plan import check
+    from ..engines.gpu_plan import check
 
     plan = lower(module, input_shape)
     check(plan)

@@ -1,5 +1,5 @@
 """Training: recipes, the loop, its checkpoints, and the files a trained model is kept in."""
 
-from .weights import ModelInfo, load_model, load_state, read_info, save_model
+from ..models.weights_file import ModelInfo, load_model, load_state, read_info, save_model
 
 __all__ = ["ModelInfo", "load_model", "load_state", "read_info", "save_model"]

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ..backends.select import use_backend
 from ..data.images import generator
+from ..engines.select import use_backend
 from ..files import write_text
+from ..models.weights_file import BEST_NAME, DEFAULT_NAME, ModelInfo, read_info, save_model
 from . import checkpoint
 from .distributed import Processes, synchronise_batchnorm
 from .ema import MovingAverage
 from .recipes import learning_rate, make_optimizer
 from .settings import Settings
-from .weights import BEST_NAME, DEFAULT_NAME, ModelInfo, read_info, save_model
 
 __all__ = ["Evaluation", "Options", "Stopped", "Trainer", "TrainingDiverged", "evaluate"]
 

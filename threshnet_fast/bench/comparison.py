@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import machine
-from .providers import Job, Provider, build, registry, worst_error
+from .cpu_engines import Job, Provider, build, registry, worst_error
 from .timing import Sample, host_timer, interleave
 
 if TYPE_CHECKING:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from .autograd.training import CannotTrain, FusedTraining
-from .backends import cpu, cuda_graphs, samples, select, triton
-from .backends.gpu_plan import CapturedWeights
-from .graph.settings import ModuleSettings
-from .models.validate import check_memory, has_memory
-from .nn import (
+from ..engines import cpu, cuda_graphs, samples, select, triton
+from ..engines.gpu_plan import CapturedWeights
+from ..graph.settings import ModuleSettings
+from ..models.validate import check_memory, has_memory
+from ..nn import (
     ConvBNReLU,
     DenseBlock,
     DenseLayer,
@@ -31,10 +30,11 @@ from .nn import (
     PlainDenseLayer,
     PointwiseDepthwise,
 )
-from .plan.lower import UnsupportedModule
+from ..plan.lower import UnsupportedModule
+from .training import CannotTrain, FusedTraining
 
 if TYPE_CHECKING:
-    from .models.network import Network
+    from ..models.network import Network
 
 __all__ = ["FusedForward", "Objection", "fused_forward"]
 
@@ -431,7 +431,7 @@ def _reader_on_a_gpu(tensors: list[Tensor], device: torch.device) -> Callable[[]
         views = samples.sample(tensors)
         return lambda: samples.read(views)
     # Imports triton.
-    from .kernels import checksum
+    from ..kernels import checksum
 
     addresses = checksum.sample_addresses(tensors)
 

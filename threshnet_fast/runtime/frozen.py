@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .backends import cpu, select, triton
-from .models.adoption import NotAdopted, adopt
-from .models.network import Network
-from .models.validate import check_input, check_memory
-from .plan.lower import UnsupportedModule, lower
+from ..engines import cpu, select, triton
+from ..models.network import Network
+from ..models.validate import check_input, check_memory
+from ..plan.lower import UnsupportedModule, lower
+from .adoption import NotAdopted, adopt
 
 __all__ = ["FrozenNetwork", "optimize"]
 

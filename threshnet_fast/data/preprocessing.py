@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from ..train.weights import ModelInfo
+    from ..models.weights_file import ModelInfo
 
 __all__ = ["preprocess"]
 
@@ -42,9 +42,9 @@ def preprocess(pixels: Tensor, info: ModelInfo) -> Tensor:
         raise ValueError(f"info is of a network that takes {channels} channels: expected 1, 3")
     if pixels.ndim != 3 or pixels.shape[0] not in (3, channels) or not pixels.numel():
         raise ValueError(f"pixels has shape {tuple(pixels.shape)}: expected (3, H, W)")
-    from ..data.augment import Preparation
-    from ..data.folder import cut_out, middle
-    from ..data.images import to_grey
+    from .augment import Preparation
+    from .folder import cut_out, middle
+    from .images import to_grey
 
     pixels = pixels.permute(1, 2, 0)
     if channels < pixels.shape[2]:

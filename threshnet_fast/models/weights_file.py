@@ -379,7 +379,7 @@ def load_model(
         ValueError: The files do not belong together, there is no such model, or it has other
             parameters.
     """
-    from ..models import create_model, load_checkpoint
+    from . import create_model, load_checkpoint
 
     info = read_info(path)
     state = load_state(path, dtype, check=check)

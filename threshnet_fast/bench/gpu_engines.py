@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .providers import Job, Provider, Spec, Unavailable, plain_module
+from .cpu_engines import Job, Provider, Spec, Unavailable, plain_module
 
 __all__ = ["CUDA_PROVIDERS", "graphed"]
 
@@ -130,7 +130,7 @@ def _compile_in_graph(job: Job) -> Provider:
 
 
 def _fused(job: Job) -> Provider:
-    from ..optimize import optimize
+    from ..runtime.frozen import optimize
 
     call = optimize(job.model, job.x)
     if call.backend not in _FUSED_BACKENDS:
@@ -139,14 +139,14 @@ def _fused(job: Job) -> Provider:
 
 
 def _fused_cuda(job: Job) -> Provider:
-    from ..backends.select import use_backend
+    from ..engines.select import use_backend
 
     with use_backend("cuda"):
         return _fused(job)
 
 
 def _drop_in(job: Job) -> Provider:
-    from ..plan import explain
+    from ..runtime.explain import explain
 
     model, x = job.model, job.x
     with torch.no_grad():
@@ -166,14 +166,14 @@ def _always() -> None:
 
 
 def _no_kernels() -> str | None:
-    from ..backends import cuda, triton
+    from ..engines import cuda, triton
 
     reason = triton.unavailable_reason()
     return reason if cuda.unavailable_reason() is not None else None
 
 
 def _no_cuda_kernels() -> str | None:
-    from ..backends import cuda
+    from ..engines import cuda
 
     return cuda.unavailable_reason()
 
@@ -185,7 +185,7 @@ def _no_triton() -> str | None:
 
 
 def _own_version() -> str:
-    from ..backends import triton
+    from ..engines import triton
     from ..version import __version__
 
     if triton.unavailable_reason() is not None:
@@ -197,7 +197,7 @@ def _own_version() -> str:
 
 
 def _cuda_version() -> str:
-    from ..backends import cuda
+    from ..engines import cuda
     from ..version import __version__
 
     if cuda.unavailable_reason() is not None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import CommandError
 from ..plan import FusedConv
-from ..plan.prediction import PRECISIONS, Device, Execution, Prediction, StepPrediction
-from .errors import CommandError
+from .prediction import PRECISIONS, Device, Execution, Prediction, StepPrediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -180,8 +180,8 @@ class CppKernels:
     """The kernels of csrc/cpu/training*.cpp, in float32.
 
     Args:
-        isa: As :func:`threshnet_fast.backends.cpu.isa_code` returns it.
-        winograd: As :func:`threshnet_fast.backends.cpu.winograd_by_default` returns it.
+        isa: As :func:`threshnet_fast.engines.cpu.isa_code` returns it.
+        winograd: As :func:`threshnet_fast.engines.cpu.winograd_by_default` returns it.
         workspace: What :meth:`create_workspace` returned for the same.
     """
 

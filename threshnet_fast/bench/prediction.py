@@ -36,7 +36,7 @@ from typing import TypeVar
 
 import torch
 
-from .ir import FusedConv, Head, Plan, Pool, Step
+from ..plan.ir import FusedConv, Head, Plan, Pool, Step
 
 __all__ = [
     "DEVICES",

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .errors import CommandError
+from ..errors import CommandError
 
 __all__ = [
     "COLUMNS",

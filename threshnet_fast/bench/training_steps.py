@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backends import select
-from ..fused import fused_forward
+from ..engines import select
 from ..models.network import Network
-from .providers import (
+from ..runtime.dropin import fused_forward
+from .cpu_engines import (
     PROVIDERS,
     Job,
     Provider,

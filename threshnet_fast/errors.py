@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..text import printable
+from .text import printable
 
 __all__ = ["CommandError", "print_error"]
 

@@ -84,7 +84,7 @@ def _extension() -> str:
 
 
 def _cpu_isa() -> str:
-    from .backends import cpu
+    from .engines import cpu
 
     reason = cpu.unavailable_reason()
     if reason:
@@ -95,12 +95,12 @@ def _cpu_isa() -> str:
 
 
 def _backend() -> str:
-    from .backends import select
+    from .engines import select
 
     requested = select.requested_backend()
     if requested != "auto":
         return f"{requested} (asked for by use_backend)"
-    from .backends import cpu, cuda, triton
+    from .engines import cpu, cuda, triton
 
     places = []
     if triton.unavailable_reason() is None and not triton.interpreting():
@@ -116,7 +116,7 @@ def _backend() -> str:
 
 
 def _triton() -> str:
-    from .backends import triton
+    from .engines import triton
 
     reason = triton.unavailable_reason()
     version = triton.version()
@@ -142,7 +142,7 @@ def _cuda() -> str:
 def _cuda_kernels() -> str:
     import torch
 
-    from .backends import cuda
+    from .engines import cuda
 
     reason = cuda.unavailable_reason()
     if reason is not None:

@@ -501,7 +501,7 @@ def _executorch(job: Job) -> Provider:
 
 
 def _fused(job: Job) -> Provider:
-    from ..optimize import optimize
+    from ..runtime.frozen import optimize
 
     call = optimize(job.model, job.x, dtype=job.x.dtype)
     if call.backend != "cpu":
@@ -510,7 +510,7 @@ def _fused(job: Job) -> Provider:
 
 
 def _drop_in(job: Job) -> Provider:
-    from ..plan import explain
+    from ..runtime.explain import explain
 
     model = job.model
     with torch.no_grad():
@@ -596,7 +596,7 @@ def _always() -> None:
 
 
 def _no_engine() -> str | None:
-    from ..backends import cpu
+    from ..engines import cpu
 
     return cpu.unavailable_reason()
 
@@ -612,7 +612,7 @@ def _no_compiler() -> str | None:
 
 
 def _own_version(dtype: torch.dtype = torch.float32) -> str:
-    from ..backends import cpu
+    from ..engines import cpu
     from ..version import __version__
 
     if cpu.unavailable_reason() is not None:
@@ -643,12 +643,12 @@ def registry(device_type: str, dtype: str = "float32", task: str = "inference") 
         task: ``"inference"``, or ``"training"``, which is measured in float32 on the CPU.
     """
     if task == "training":
-        from .training_providers import TRAINING_PROVIDERS
+        from .training_steps import TRAINING_PROVIDERS
 
         return TRAINING_PROVIDERS if (device_type, dtype) == ("cpu", "float32") else {}
     if device_type == "cpu":
         return CPU_PROVIDERS.get(dtype, {})
-    from .cuda_providers import CUDA_PROVIDERS
+    from .gpu_engines import CUDA_PROVIDERS
 
     return CUDA_PROVIDERS
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..backends import cpu
+from ..autograd.chain import CHECKPOINTS, Chain
+from ..engines import cpu
 from ..graph.ir import UnsupportedModule
 from ..graph.modules import split_stages
 from ..graph.settings import ModuleSettings
 from ..models.validate import check_memory, has_memory
 from ..plan.raw import Convolution
-from .chain import CHECKPOINTS, Chain
 
 if TYPE_CHECKING:
     from ..models.network import Network

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .errors import CommandError
-from .providers import Spec, registry
+from ..errors import CommandError
+from .cpu_engines import Spec, registry
 from .results import CELL
 
 __all__ = [

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .providers import Job
+    from .cpu_engines import Job
 
 __all__ = ["Memory", "live_bytes", "measure"]
 
@@ -146,8 +146,8 @@ def live_bytes(call: Callable[[], object]) -> int:
 def _tiny_job(threads: int, dtype: str, onnx: str | None = None) -> Job:
     import torch
 
+    from .cpu_engines import Job, tiny_model
     from .precision import PRECISIONS
-    from .providers import Job, tiny_model
 
     precision = PRECISIONS[dtype]
     path = None if onnx is None else Path(onnx)
@@ -172,8 +172,8 @@ def _settle() -> None:
 def _answer(question: _Question) -> Memory:
     import torch
 
+    from .cpu_engines import Job, build, random_model
     from .precision import PRECISIONS
-    from .providers import Job, build, random_model
 
     if question.device != "cpu":
         return _answer_on_gpu(question)
@@ -197,8 +197,8 @@ def _answer(question: _Question) -> Memory:
 def _answer_on_gpu(question: _Question) -> Memory:
     import torch
 
+    from .cpu_engines import Job, build, random_model
     from .precision import PRECISIONS
-    from .providers import Job, build, random_model
 
     place, precision = torch.device(question.device), PRECISIONS[question.dtype]
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .densenet import DenseNet
-from .network import Network
-from .registry import create_model, list_models
+from ..models.densenet import DenseNet
+from ..models.network import Network
+from ..models.registry import create_model, list_models
 
 __all__ = ["Adopted", "NotAdopted", "adopt"]
 
@@ -207,7 +207,7 @@ def _difference(module: nn.Module, adopted: Adopted, example: Tensor) -> str | N
     # An example may be all zeros.
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(max(1, len(example)), *example.shape[1:], generator=generator)
-    from ..backends.select import use_backend
+    from ..engines.select import use_backend
 
     network.float()
     module = copy.deepcopy(module).float().eval()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .ir import FusedConv, Plan, Step, table
-from .lower import UnsupportedModule, lower
+from ..plan.ir import FusedConv, Plan, Step, table
+from ..plan.lower import UnsupportedModule, lower
 
 __all__ = ["Explanation", "explain"]
 
@@ -56,9 +56,9 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         RuntimeError: ``x`` is on another device than the model, or a backend was asked for by name
             that cannot run this.
     """
-    from ..backends import select
-    from ..fused import Objection, WantsGradients, fused_forward
+    from ..engines import select
     from ..models.network import Network
+    from .dropin import Objection, WantsGradients, fused_forward
 
     if not isinstance(model, Network):
         raise TypeError(f"model is a {type(model).__name__}: expected a model of threshnet_fast")

@@ -1,1 +1,0 @@
-"""Where the operators and the fused networks can run, and how one of the places is chosen."""

@@ -1,0 +1,1 @@
+"""Measuring: engines to compare with, timing, results, reports, rooflines, predictions."""

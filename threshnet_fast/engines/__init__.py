@@ -1,0 +1,1 @@
+"""What can run plans and training, which one is chosen, and why."""

@@ -1,0 +1,1 @@
+"""What runs models: in place of their own forward pass, frozen, in training; and says how."""
