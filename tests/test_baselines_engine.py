@@ -23,7 +23,7 @@ from test_engine import (
 import threshnet_fast as tf
 from threshnet_fast.bench.prediction import predict
 from threshnet_fast.cli import main
-from threshnet_fast.engines import cpu, cuda_plan, gpu_plan
+from threshnet_fast.engines import cpu, cuda_plan
 from threshnet_fast.plan import (
     Buffer,
     FusedConv,
@@ -34,6 +34,7 @@ from threshnet_fast.plan import (
     Segment,
     UnsupportedModule,
     execute_reference,
+    limits,
     lower,
     plan_memory,
     save_plan,
@@ -456,7 +457,7 @@ def test_gpus_decline(tmp_path):
             activations = [dataclasses.replace(s, activation="relu") for s in plan.steps[:2]]
             plan = dataclasses.replace(plan, steps=(*activations, *plan.steps[2:]))
         with pytest.raises(UnsupportedModule, match=message):
-            gpu_plan.check(plan)
+            limits.check_gpu(plan)
         target = cuda_plan.Target(torch.device("cpu"), torch.float32, 80, 108, 96 * 1024)
         with pytest.raises(UnsupportedModule, match=message):
             cuda_plan.compile_plan(plan, plan_memory(plan), target)

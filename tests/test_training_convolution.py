@@ -528,7 +528,7 @@ def test_workspace_refuses(arguments):
 
 HUGE = """
 import torch
-from threshnet_fast.backends import cpu
+from threshnet_fast.engines import cpu
 
 isa = cpu.isa_code(torch.float32)
 operators = torch.ops.threshnet_fast_cpu

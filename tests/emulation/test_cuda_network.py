@@ -19,9 +19,9 @@ from torch import Tensor
 import threshnet_fast as tf
 from emulation.cuda_operators import emulated_cuda, skip_reason
 from emulation.networks import check_steps, first_blocks_of_threshnet79, odd
-from threshnet_fast.engines import cuda, cuda_graphs, gpu_plan, samples, select, triton
+from threshnet_fast.engines import base, cuda, cuda_graphs, samples, select, triton
 from threshnet_fast.engines.cuda_plan import CudaPlan, Target, pack_network
-from threshnet_fast.plan import UnsupportedModule, lower
+from threshnet_fast.plan import UnsupportedModule, limits, lower
 from threshnet_fast.plan.ir import Segment
 
 pytestmark = [
@@ -365,7 +365,7 @@ def test_takes_over_where_triton_cannot_compile(model, monkeypatch) -> None:
 
     def fail(self, x: Tensor) -> Tensor:
         calls.append("triton")
-        raise triton.CompilationFailed("Triton cannot compile this")
+        raise base.CompilationFailed("Triton cannot compile this")
 
     monkeypatch.setattr(select, "_fused_backends", lambda name, x: ("triton", "cuda"))
     monkeypatch.setattr(TritonWorkspace, "launch", fail)
@@ -383,7 +383,7 @@ def test_takes_over_where_triton_cannot_compile(model, monkeypatch) -> None:
 
 def test_plain_pytorch_where_neither_can(model, monkeypatch) -> None:
     monkeypatch.setattr(select, "_fused_backends", lambda name, x: ("triton", "cuda"))
-    monkeypatch.setattr(gpu_plan, "_MAX_PIXELS", 100)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 100)
     for module in (triton, cuda):
         monkeypatch.setattr(module, "objection", lambda x, dtype=None: None)
     monkeypatch.setattr(triton, "target", lambda *_: Target(CPU, torch.float32, 90, 132, 0))
@@ -426,7 +426,7 @@ import torch
 from emulation.cuda_operators import emulated_cuda
 from test_plan import small
 import threshnet_fast as tf
-from threshnet_fast.backends import triton
+from threshnet_fast.engines import triton
 assert triton.unavailable_reason() == "triton is not installed"
 model, x = small(), torch.randn(1, 3, 32, 32)
 with torch.no_grad(), emulated_cuda(), tf.use_backend("cuda"):

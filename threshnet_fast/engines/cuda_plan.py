@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..plan.ir import Head, Plan
+from ..plan.limits import check_gpu
 from ..plan.memory import Arena, plan_memory
 from ..plan.serialize import serialize
-from .gpu_plan import GpuPlan, Workspace, check
+from .gpu_plan import GpuPlan, Workspace
 
 __all__ = ["CudaPlan", "CudaWorkspace", "Target", "compile_plan", "pack_network"]
 
@@ -53,7 +54,7 @@ def compile_plan(plan: Plan, arena: Arena, target: Target) -> Tensor:
     Raises:
         UnsupportedModule: The kernels cannot execute the plan.
     """
-    check(plan)
+    check_gpu(plan)
     program: Tensor = torch.ops.threshnet_fast_cuda.compile_plan(
         serialize(plan, arena),
         _DTYPE_CODES[target.dtype],

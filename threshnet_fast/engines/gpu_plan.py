@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..models.network import Network
-from ..plan.ir import FusedConv, Plan, Step
-from ..plan.lower import UnsupportedModule, lower
+from ..plan.ir import Plan
+from ..plan.limits import check_gpu
+from ..plan.lower import lower
 from ..plan.memory import Arena, plan_memory
 from . import cuda_graphs
 
@@ -28,12 +29,8 @@ __all__ = [
     "GpuPlanCache",
     "GpuTarget",
     "Workspace",
-    "check",
-    "reads_input",
 ]
 
-# Channels come in groups of as many, see kernels/layout.py and csrc/cuda/operands.h.
-_GROUP = 16
 
 # Workspaces kept for a plan, one for each stream that it was called on.
 _MAX_WORKSPACES = 4
@@ -42,10 +39,6 @@ _MAX_WORKSPACES = 4
 # features may take together.
 _MAX_PLANS = 16
 _MAX_BYTES = 4 << 30
-
-# Indices of pixels are 32-bit in the kernels, those behind the last pixel in the last tile too;
-# offsets are 64-bit.
-_MAX_PIXELS = 2**31 - 1024
 
 
 class GpuTarget(Protocol):
@@ -60,53 +53,6 @@ class GpuTarget(Protocol):
         """Of features and weights."""
 
     def __hash__(self) -> int: ...
-
-
-def check(plan: Plan) -> None:
-    """Raises an error for what no kernel executes.
-
-    Args:
-        plan: The plan, with or without the values of its weights.
-
-    Raises:
-        UnsupportedModule: A map is too large, a segment begins within a group of channels, the
-            input is read by anything but a plain convolution at the beginning, or a step is of a
-            kind that only the CPU's engine has.
-    """
-    for step in plan.steps:
-        if isinstance(step, FusedConv):
-            if step.groups > 1:
-                raise UnsupportedModule(f"{step.name} is depthwise, for which no GPU has a kernel")
-            if step.activation not in (None, "relu"):
-                raise UnsupportedModule(
-                    f"{step.name} has activation {step.activation!r}, which no GPU kernel has"
-                )
-        elif step.prologue is not None:
-            raise UnsupportedModule(
-                f"{step.name} normalises what it pools, for which no GPU has a kernel"
-            )
-    pixels = plan.input_shape[0] * max(buffer.pixels for buffer in plan.buffers)
-    if pixels > _MAX_PIXELS:
-        raise UnsupportedModule(f"a feature map has {pixels} pixels, more than {_MAX_PIXELS}")
-    first, *others = plan.steps
-    if not (
-        isinstance(first, FusedConv)
-        and reads_input(first)
-        and len(first.inputs) == 1
-        and first.prologue is None
-    ):
-        raise UnsupportedModule("the network does not begin with a plain convolution")
-    if any(map(reads_input, others)):
-        raise UnsupportedModule("the network reads its input more than once")
-    for step in others:
-        for segment in step.inputs:
-            if segment.channel % _GROUP:
-                raise UnsupportedModule(f"{step.name} reads from channel {segment.channel}")
-
-
-def reads_input(step: Step) -> bool:
-    """Returns whether a step reads the network's input."""
-    return any(segment.buffer == 0 for segment in step.inputs)
 
 
 class GpuPlan(ABC):
@@ -134,7 +80,7 @@ class GpuPlan(ABC):
     backend: str
 
     def __init__(self, plan: Plan, target: GpuTarget, *, graphs: bool, arena: Arena | None) -> None:
-        check(plan)
+        check_gpu(plan)
         self.plan = plan
         self.flat_output = plan.flat_output
         self.arena = plan_memory(plan) if arena is None else arena

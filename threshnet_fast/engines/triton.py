@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
-    "CompilationFailed",
     "PlanCache",
     "architecture",
     "float32_precision",
@@ -36,10 +35,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes that the kernels compute in."""
 
 _LEAST_VERSION = (3, 7)
-
-
-class CompilationFailed(RuntimeError):
-    """Triton cannot compile a kernel for this device, or the device cannot hold it."""
 
 
 def unavailable_reason() -> str | None:

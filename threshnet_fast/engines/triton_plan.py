@@ -21,9 +21,10 @@ from ..kernels import (
 )
 from ..kernels.launch import Launch
 from ..plan.ir import FusedConv, Head, Plan, Segment, Step
+from ..plan.limits import reads_input
 from ..plan.memory import Arena
-from .gpu_plan import GpuPlan, Workspace, reads_input
-from .triton import CompilationFailed
+from .base import CompilationFailed
+from .gpu_plan import GpuPlan, Workspace
 
 __all__ = ["PackedNetwork", "Target", "TritonPlan", "pack_network"]
 

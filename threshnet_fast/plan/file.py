@@ -16,6 +16,7 @@ import torch
 
 from ..files import replacing
 from ..models.network import Network
+from .limits import check_gpu
 from .lower import lower
 from .memory import plan_memory
 from .serialize import serialize
@@ -43,11 +44,8 @@ def save_plan(module: Network, input_shape: Sequence[int], path: str | os.PathLi
         RuntimeError: ``module`` is in training mode, which a file has no use for.
         OSError: The file cannot be written.
     """
-    # Imported here because backends know the plans.
-    from ..engines.gpu_plan import check
-
     plan = lower(module, input_shape)
-    check(plan)
+    check_gpu(plan)
     if module.training:
         raise RuntimeError("module is in training mode: expected it after module.eval()")
     weights = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..engines import cpu, cuda_graphs, samples, select, triton
+from ..engines.base import CompilationFailed, Objection, PreparedPlan, WantsGradients
 from ..engines.gpu_plan import CapturedWeights
 from ..graph.settings import ModuleSettings
 from ..models.validate import check_memory, has_memory
@@ -36,7 +37,7 @@ from .training import CannotTrain, FusedTraining
 if TYPE_CHECKING:
     from ..models.network import Network
 
-__all__ = ["FusedForward", "Objection", "fused_forward"]
+__all__ = ["FusedForward", "fused_forward"]
 
 # Modules that run the same in training mode. Anything else, a parametrisation say, may not.
 _MODELESS = {
@@ -68,22 +69,6 @@ _GRADIENTS = "gradients are wanted: use torch.no_grad() or torch.inference_mode(
 
 _version = operator.attrgetter("_version")
 _data_ptr = Tensor.data_ptr
-
-
-class PreparedPlan(Protocol):
-    """A plan that a backend has prepared; call it with images and the weights packed for it."""
-
-    backend: str
-
-    def describe(self) -> str:
-        """One line: what runs it."""
-
-    @property
-    def algorithms(self) -> list[str]:
-        """How each step is computed."""
-
-    def __call__(self, x: Tensor, packed: Any) -> Tensor:
-        """Runs the plan."""
 
 
 class FusedForward:
@@ -134,7 +119,7 @@ class FusedForward:
                             f"backend {requested!r} cannot run this call: {objection}; {error}"
                         ) from None
                     return None
-            except (Objection, triton.CompilationFailed) as objection:
+            except (Objection, CompilationFailed) as objection:
                 if requested != "auto":
                     raise RuntimeError(
                         f"backend {requested!r} cannot run this call: {objection}"
@@ -246,14 +231,6 @@ def fused_forward(model: Network) -> FusedForward:
     run = model._fused
     assert isinstance(run, FusedForward)
     return run
-
-
-class Objection(Exception):
-    """Why a call cannot run fused, in one line."""
-
-
-class WantsGradients(Objection):
-    """Why a call cannot run as a plan: it is one of a training."""
 
 
 def _objection(backend: str, x: Tensor, dtype: torch.dtype, autocast: bool) -> str | None:

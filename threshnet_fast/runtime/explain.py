@@ -57,8 +57,9 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             that cannot run this.
     """
     from ..engines import select
+    from ..engines.base import Objection, WantsGradients
     from ..models.network import Network
-    from .dropin import Objection, WantsGradients, fused_forward
+    from .dropin import fused_forward
 
     if not isinstance(model, Network):
         raise TypeError(f"model is a {type(model).__name__}: expected a model of threshnet_fast")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..engines import cpu, select, triton
+from ..engines.base import CompilationFailed
 from ..models.network import Network
 from ..models.validate import check_input, check_memory
 from ..plan.lower import UnsupportedModule, lower
@@ -247,7 +248,7 @@ def optimize(
             try:
                 frozen(example_input)
                 return frozen
-            except (UnsupportedModule, triton.CompilationFailed) as error:
+            except (UnsupportedModule, CompilationFailed) as error:
                 if backend == "cpu":
                     raise
                 objection = str(error)
