@@ -15,7 +15,8 @@ from trained import save_random, write_picture
 import threshnet_fast as tf
 from threshnet_fast.cli import main
 from threshnet_fast.models.checkpoints import create_from_checkpoint
-from threshnet_fast.models.weights_file import load_model, read_info
+from threshnet_fast.models.create import load_model
+from threshnet_fast.models.weights_file import read_info
 
 
 @pytest.fixture(autouse=True)

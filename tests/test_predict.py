@@ -16,7 +16,8 @@ from PIL import Image
 from torch.nn import functional as F
 from trained import CLASSES, INFO, picture, save_random, write_picture
 
-from threshnet_fast.bench.cpu_engines import plain_module, random_model
+from threshnet_fast.bench.job import plain_module
+from threshnet_fast.bench.networks import random_model
 from threshnet_fast.cli import main
 from threshnet_fast.cli.pictures import load_picture
 from threshnet_fast.data.augment import Preparation
@@ -24,7 +25,8 @@ from threshnet_fast.data.folder import CROP_FRACTION, FolderBatches, load_folder
 from threshnet_fast.data.preprocessing import preprocess
 from threshnet_fast.errors import CommandError
 from threshnet_fast.models import pretrained
-from threshnet_fast.models.weights_file import load_model, save_model
+from threshnet_fast.models.create import load_model
+from threshnet_fast.models.weights_file import save_model
 
 
 @pytest.fixture(autouse=True)

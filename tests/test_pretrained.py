@@ -17,8 +17,9 @@ import threshnet_fast as tf
 from threshnet_fast.cli import main
 from threshnet_fast.data.preprocessing import preprocess
 from threshnet_fast.models import pretrained
+from threshnet_fast.models.create import load_model
 from threshnet_fast.models.pretrained import find_pretrained, list_pretrained
-from threshnet_fast.models.weights_file import load_model, load_state, read_info
+from threshnet_fast.models.weights_file import load_state, read_info
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("THRESHNET_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -11,7 +11,8 @@ import torch
 from trained import CLASSES, INFO, save_random, write_picture
 
 from threshnet_fast.cli import main
-from threshnet_fast.models.weights_file import ModelInfo, load_model, read_info, save_model
+from threshnet_fast.models.create import load_model
+from threshnet_fast.models.weights_file import ModelInfo, read_info, save_model
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -116,7 +116,8 @@ def load_any(path: str | Path, name: str | None) -> tuple[nn.Module, ModelInfo, 
         OSError: The file cannot be read.
         ValueError: It does not hold the weights of the model.
     """
-    from ..models.weights_file import is_pair, load_model
+    from ..models.create import load_model
+    from ..models.weights_file import is_pair
 
     # A name that train would have written, but is not there, is a missing file of its kind.
     described = is_pair(path) or (Path(path).suffix == ".safetensors" and not Path(path).exists())

@@ -1,6 +1,7 @@
 """Networks, and the registry that builds them by name."""
 
 from .checkpoints import CheckpointReport, load_checkpoint
+from .create import create_model
 from .densenet import (
     DenseNet,
     DenseNet121,
@@ -12,7 +13,7 @@ from .densenet import (
 from .features import FeatureExtractor, FeatureInfo
 from .hardnet import HarDNet, HarDNet39DS, HarDNet68, HarDNet68DS, HarDNet85
 from .network import Network
-from .registry import create_model, list_models, register_model
+from .registry import list_models, register_model
 from .threshnet import ThreshNet, ThreshNet79, ThreshNet95
 from .validate import check_input
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checkpoint_files import read_checkpoint
 from .layouts import COUNTER, Match, canonical, is_dotted, match
-from .registry import create_model, list_models
+from .registry import find_builder, list_models
 
 __all__ = ["CheckpointReport", "create_from_checkpoint", "load_checkpoint"]
 
@@ -178,7 +178,7 @@ def create_from_checkpoint(
             )
         name = fitting[0]
     with torch.device("meta"):
-        empty = create_model(name)
+        empty = find_builder(name)()
     checkpoint = _open(label, content, empty)
     if checkpoint.classifier is None:
         raise ValueError(
@@ -189,8 +189,8 @@ def create_from_checkpoint(
     if own.shape[1:2] != found.shape[1:2] and found.ndim == own.ndim:
         options["in_chans"] = found.shape[1]
     with torch.device("meta"):
-        _check(checkpoint, create_model(name, **options), False)
-    model = create_model(name, **options)
+        _check(checkpoint, find_builder(name)(**options), False)
+    model = find_builder(name)(**options)
     return name, model.eval(), _load(checkpoint, model, False)
 
 
@@ -198,7 +198,7 @@ def _without_values(name: str) -> nn.Module | None:
     """A registered model on the meta device, or None where it cannot be built there as it is."""
     try:
         with torch.device("meta"):
-            return create_model(name)
+            return find_builder(name)()
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
 

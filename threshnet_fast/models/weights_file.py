@@ -24,10 +24,10 @@ __all__ = [
     "ModelInfo",
     "check_finite",
     "is_pair",
-    "load_model",
     "load_state",
     "read_info",
     "save_model",
+    "weights_path",
 ]
 
 FORMAT = "threshnet_fast model"
@@ -263,7 +263,16 @@ def save_model(
     return path
 
 
-def _weights_path(path: str | Path) -> Path:
+def weights_path(path: str | Path) -> Path:
+    """Finds the file of weights of a pair.
+
+    Args:
+        path: As in :func:`read_info`.
+
+    Raises:
+        FileNotFoundError: One of the two files is missing.
+        ValueError: The path names no such file.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / DEFAULT_NAME
@@ -306,7 +315,7 @@ def read_info(path: str | Path) -> ModelInfo:
         FileNotFoundError: One of the two files is missing.
         ValueError: The path names no such file, or its content is not understood.
     """
-    file = _weights_path(path).with_suffix(".json")
+    file = weights_path(path).with_suffix(".json")
     if file.stat().st_size > LARGEST_DESCRIPTION:
         raise ValueError(f"{file} is larger than {LARGEST_DESCRIPTION} bytes: expected less")
     try:
@@ -342,7 +351,7 @@ def load_state(
     from safetensors.torch import load_file
 
     info = read_info(path)
-    file = _weights_path(path)
+    file = weights_path(path)
     expected = info.extra.get("sha256")
     if check and expected is not None and sha256(file) != expected:
         raise ValueError(
@@ -359,42 +368,6 @@ def load_state(
             for name, tensor in state.items()
         }
     return state
-
-
-def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, *, check: bool = True
-) -> tuple[nn.Module, ModelInfo]:
-    """Builds the model that a pair of files holds, in evaluation mode.
-
-    Args:
-        path: As in :func:`read_info`.
-        dtype: Of the model's parameters.
-        check: As in :func:`load_state`.
-
-    Returns:
-        The model and its description.
-
-    Raises:
-        FileNotFoundError: One of the two files is missing.
-        ValueError: The files do not belong together, there is no such model, or it has other
-            parameters.
-    """
-    from . import create_model, load_checkpoint
-
-    info = read_info(path)
-    state = load_state(path, dtype, check=check)
-    file = _weights_path(path)
-    arguments = {"num_classes": len(info.classes), **info.arguments}
-    try:
-        model = create_model(info.model, **arguments).to(dtype)
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file.with_suffix('.json')}: {error}") from error
-    try:
-        load_checkpoint(state, model)
-    except ValueError as error:
-        reason = str(error).partition(": ")[2]
-        raise ValueError(f"{file} does not fit {info.model}: {reason}") from error
-    return model.eval(), info
 
 
 def check_finite(model: nn.Module) -> None:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..models.create import create_model
 from ..models.densenet import DenseNet
 from ..models.network import Network
-from ..models.registry import create_model, list_models
+from ..models.registry import list_models
 
 __all__ = ["Adopted", "NotAdopted", "adopt"]
 
