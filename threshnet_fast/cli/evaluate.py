@@ -20,7 +20,7 @@ from .pictures import load_picture
 from .unreadable import add_check_arguments, find_unreadable
 
 if TYPE_CHECKING:
-    from ..data.folder import FolderSet
+    from ..data.dataset import FolderSet
     from ..data.images import ImageSet
     from ..models.weights_file import ModelInfo
     from ..train.loop import Evaluation, TestBatches
@@ -219,7 +219,8 @@ def _batches(
     place: torch.device,
 ) -> TestBatches:
     from ..data.augment import Preparation
-    from ..data.folder import FolderBatches, FolderSet
+    from ..data.dataset import FolderSet
+    from ..data.folder import FolderBatches
     from ..data.images import ImageBatches
 
     preparation = Preparation(info.mean, info.std, info.image_size, info.interpolation)

@@ -412,7 +412,8 @@ def _load_data(arguments: argparse.Namespace) -> DataSet:
 
 def _checked(arguments: argparse.Namespace, data: DataSet, processes: Processes) -> DataSet:
     """The data set without pictures that cannot be read, where those are to be left out."""
-    from ..data.folder import FolderSet, leave_out_unreadable
+    from ..data.dataset import FolderSet
+    from ..data.folder import leave_out_unreadable
 
     if not isinstance(data.train, FolderSet) or not isinstance(data.test, FolderSet):
         return data

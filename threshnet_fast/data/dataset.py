@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+from torch import Tensor
 
 from .images import ImageSet
 
-if TYPE_CHECKING:
-    from .folder import FolderSet
+__all__ = ["DataSet", "FolderSet"]
 
-__all__ = ["DataSet"]
+
+@dataclass(frozen=True)
+class FolderSet:
+    """Labelled image files.
+
+    Attributes:
+        paths: The files.
+        labels: ``(N,)``, int64.
+        channels: 3 if they are read as RGB, 1 if as grey.
+    """
+
+    paths: tuple[Path, ...]
+    labels: Tensor
+    channels: int = 3
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def without(self, paths: Collection[Path]) -> FolderSet:
+        """The others."""
+        kept = [number for number, path in enumerate(self.paths) if path not in paths]
+        return FolderSet(
+            tuple(self.paths[number] for number in kept), self.labels[kept], self.channels
+        )
 
 
 @dataclass(frozen=True)

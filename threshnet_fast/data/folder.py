@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ..text import printable
 from .augment import Augmentation, Preparation
-from .dataset import DataSet
+from .dataset import DataSet, FolderSet
 from .errors import DataError, PictureError
 from .images import Shard, augmentation_generator, epoch_order, generator, visits
 from .pictures import check_pictures, list_folders, list_pictures, quiet_decoder, read_picture
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CROP_FRACTION",
     "FolderBatches",
-    "FolderSet",
     "leave_out_unreadable",
     "load_folder",
     "load_test_folder",
@@ -49,31 +48,6 @@ _ATTEMPTS = 10
 
 CROP_FRACTION = 0.875
 """Share of a picture's shorter side that an evaluation looks at."""
-
-
-@dataclass(frozen=True)
-class FolderSet:
-    """Labelled image files.
-
-    Attributes:
-        paths: The files.
-        labels: ``(N,)``, int64.
-        channels: 3 if they are read as RGB, 1 if as grey.
-    """
-
-    paths: tuple[Path, ...]
-    labels: Tensor
-    channels: int = 3
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def without(self, paths: Collection[Path]) -> FolderSet:
-        """The others."""
-        kept = [number for number, path in enumerate(self.paths) if path not in paths]
-        return FolderSet(
-            tuple(self.paths[number] for number in kept), self.labels[kept], self.channels
-        )
 
 
 def load_folder(root: Path, name: str = "folder", channels: int = 3) -> DataSet:

@@ -10,8 +10,8 @@ import torch
 
 from .augment import Augmentation, Preparation
 from .cifar import CIFAR10, CIFAR100
-from .dataset import DataSet
-from .folder import FolderBatches, FolderSet, load_folder
+from .dataset import DataSet, FolderSet
+from .folder import FolderBatches, load_folder
 from .images import ImageBatches, ImageSet, Shard, to_grey
 from .svhn import SVHN, SVHN_EXTRA
 
