@@ -19,8 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from threshnet_fast.bench.cpu_engines import dtypes
 from threshnet_fast.bench.machine import usable_processors
+from threshnet_fast.bench.registry import dtypes
 
 RESULTS = Path(__file__).resolve().parent / "results" / "growth.csv"
 PROVIDERS = ("fused", "channels-last", "onnxruntime", "openvino")

@@ -22,8 +22,11 @@ import torch
 
 import threshnet_fast as tf
 from threshnet_fast.bench import machine
-from threshnet_fast.bench.cpu_engines import PROVIDERS, Job, build, random_model
+from threshnet_fast.bench.cpu_engines import PROVIDERS
+from threshnet_fast.bench.job import Job
+from threshnet_fast.bench.networks import random_model
 from threshnet_fast.bench.peak_memory import live_bytes, measure
+from threshnet_fast.bench.registry import build
 from threshnet_fast.bench.report import format_table
 from threshnet_fast.bench.results import append_rows
 

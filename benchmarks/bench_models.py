@@ -20,8 +20,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from threshnet_fast.bench.cpu_engines import dtypes
 from threshnet_fast.bench.precision import PRECISIONS
+from threshnet_fast.bench.registry import dtypes
 from threshnet_fast.cli.arguments import check_device, device
 from threshnet_fast.errors import CommandError
 

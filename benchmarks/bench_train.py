@@ -23,17 +23,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from threshnet_fast.bench import peak_memory as memory
-from threshnet_fast.bench.comparison import common_columns, time_in_turns
-from threshnet_fast.bench.cpu_engines import Job, Unavailable, random_model, reset_compiler
+from threshnet_fast.bench import peak_memory
+from threshnet_fast.bench.comparison import (
+    checked_step,
+    common_columns,
+    reference_results,
+    time_in_turns,
+)
+from threshnet_fast.bench.cpu_engines import reset_compiler
+from threshnet_fast.bench.job import Job, Unavailable
+from threshnet_fast.bench.networks import random_model
 from threshnet_fast.bench.report import text_table
 from threshnet_fast.bench.results import TRAINING_COLUMNS, append_rows, check_writable
-from threshnet_fast.bench.training_steps import (
-    OPTIMIZER,
-    TRAINING_PROVIDERS,
-    checked_step,
-    reference_results,
-)
+from threshnet_fast.bench.training_steps import OPTIMIZER, TRAINING_PROVIDERS
 from threshnet_fast.cli.arguments import check_model
 from threshnet_fast.errors import CommandError
 from threshnet_fast.plan import FusedConv, lower
@@ -188,14 +190,14 @@ def measure(
         row["steps_per_second"] = f"{1e3 / float(str(row['p50_ms'])):.4g}"
         if not arguments.no_memory:
             before = kept[provider]()
-            row["live_bytes"] = before + memory.live_bytes(call)
+            row["live_bytes"] = before + peak_memory.live_bytes(call)
     names = list(calls)
     # The processes that measure need the memory that the copies of the weights hold.
     calls.clear()
     kept.clear()
     if not arguments.no_memory:
         for provider in tqdm(names, desc=f"{title} memory", unit="engine", disable=None):
-            used = memory.measure(provider, job, name, CLASSES, SEED, task="training")
+            used = peak_memory.measure(provider, job, name, CLASSES, SEED, task="training")
             if used is not None:
                 rows[provider]["peak_bytes"] = used.peak
     return [{key: row.get(key, "") for key in TRAINING_COLUMNS} for row in rows.values()]

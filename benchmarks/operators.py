@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import threshnet_fast as tf
 from threshnet_fast.bench import machine
-from threshnet_fast.bench.cpu_engines import random_model, worst_error
 from threshnet_fast.bench.gpu_engines import graphed
+from threshnet_fast.bench.networks import random_model, worst_error
 from threshnet_fast.bench.precision import PRECISIONS
 from threshnet_fast.bench.report import format_table
 from threshnet_fast.bench.results import append_rows, check_writable

@@ -26,17 +26,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from threshnet_fast.bench.comparison import checked, common_columns, output_scale, time_in_turns
-from threshnet_fast.bench.cpu_engines import (
-    ERROR_LIMIT,
-    PROVIDERS,
-    Job,
-    random_model,
-    reference_output,
+from threshnet_fast.bench.comparison import (
+    checked,
+    checked_step,
+    common_columns,
+    output_scale,
+    reference_results,
+    time_in_turns,
 )
+from threshnet_fast.bench.cpu_engines import ERROR_LIMIT, PROVIDERS
+from threshnet_fast.bench.job import Job
+from threshnet_fast.bench.networks import random_model, reference_output
 from threshnet_fast.bench.report import disturbance, milliseconds
 from threshnet_fast.bench.results import append_rows, check_writable, read_rows
-from threshnet_fast.bench.training_steps import checked_step, reference_results
 from threshnet_fast.cli.arguments import positive_float, positive_integer
 from threshnet_fast.errors import CommandError
 from threshnet_fast.models import create_model

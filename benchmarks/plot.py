@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench_growth import ODD
 
-from threshnet_fast.bench.cpu_engines import dtypes, registry
+from threshnet_fast.bench.registry import dtypes, registry
 from threshnet_fast.bench.report import on_gpu, plot
 from threshnet_fast.bench.results import TRAINING_COLUMNS, latest_rows, read_rows
 from threshnet_fast.errors import CommandError

@@ -19,7 +19,8 @@ from pathlib import Path
 import paper
 from bench_growth import ODD
 
-from threshnet_fast.bench.cpu_engines import PROVIDERS, dtypes, registry
+from threshnet_fast.bench.cpu_engines import PROVIDERS
+from threshnet_fast.bench.registry import dtypes, registry
 from threshnet_fast.bench.report import cells, conditions, markdown_table, on_gpu
 from threshnet_fast.bench.results import COLUMNS, TRAINING_COLUMNS, latest_rows, read_rows
 from threshnet_fast.errors import CommandError

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from threshnet_fast.bench import cpu_engines as providers
-from threshnet_fast.bench import peak_memory as memory
-from threshnet_fast.bench import results
+from threshnet_fast.bench import networks, peak_memory, results, training_steps
+from threshnet_fast.bench.job import Job
 from threshnet_fast.bench.precision import PRECISIONS
+from threshnet_fast.bench.registry import build
 from threshnet_fast.engines import cpu
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -396,15 +396,15 @@ def test_memory_script(monkeypatch, tmp_path, capsys):
 def test_live_tensors_counts_what_a_call_allocates():
     memory = importlib.import_module("bench_memory")
     model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
-    job = providers.Job(model, torch.randn(1, 3, 100, 100), 1)
+    job = Job(model, torch.randn(1, 3, 100, 100), 1)
     one_map = 4 * 3 * 100 * 100
     assert memory.live_tensors(job, "eager") == pytest.approx(2 * one_map, rel=0.01)
 
 
 def test_fused_inference_takes_less_than_half_of_the_memory():
     memory = importlib.import_module("bench_memory")
-    model = providers.random_model("threshnet95", 10, 0)
-    job = providers.Job(model, torch.randn(16, 3, 224, 224), torch.get_num_threads())
+    model = networks.random_model("threshnet95", 10, 0)
+    job = Job(model, torch.randn(16, 3, 224, 224), torch.get_num_threads())
     assert memory.live_tensors(job, "fused") < 0.5 * memory.live_tensors(job, "eager")
 
 
@@ -469,8 +469,8 @@ def test_model_script_on_a_gpu(monkeypatch, tmp_path):
 def tiny_networks(monkeypatch):
     """A small network under any name, so that steps take no time."""
     script = importlib.import_module("bench_train")
-    for module in (script, providers):
-        monkeypatch.setattr(module, "random_model", lambda *_: providers.tiny_model())
+    for module in (script, networks):
+        monkeypatch.setattr(module, "random_model", lambda *_: networks.tiny_model())
     return script
 
 
@@ -483,8 +483,8 @@ def train(monkeypatch, path: Path, *arguments: str) -> tuple[int, list[dict[str,
 
 def test_training_steps(monkeypatch, tmp_path, capsys, tiny_networks):
     seen = []
-    used = memory.Memory(1, 123)
-    monkeypatch.setattr(memory, "measure", lambda *a, task: seen.append((a[0], task)) or used)
+    used = peak_memory.Memory(1, 123)
+    monkeypatch.setattr(peak_memory, "measure", lambda *a, task: seen.append((a[0], task)) or used)
     status, rows = train(monkeypatch, tmp_path / "train.csv", "--no-compile")
     assert status == 0
     names = [row["provider"] for row in rows]
@@ -511,9 +511,9 @@ def test_training_steps(monkeypatch, tmp_path, capsys, tiny_networks):
 
 
 def test_memory_of_a_training_step():
-    model = providers.random_model("threshnet79", 10, 0)
-    job = providers.Job(model, torch.randn(2, 3, 32, 32), 1)
-    used = memory.measure("eager", job, "threshnet79", 10, 0, task="training")
+    model = networks.random_model("threshnet79", 10, 0)
+    job = Job(model, torch.randn(2, 3, 32, 32), 1)
+    used = peak_memory.measure("eager", job, "threshnet79", 10, 0, task="training")
     if used is None:
         pytest.skip("this system cannot tell the peak of resident memory")
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
@@ -522,15 +522,13 @@ def test_memory_of_a_training_step():
 
 
 def test_training_step_changes_weights_as_the_optimizer_says():
-    from threshnet_fast.bench import training_steps as training_providers
-
-    model = providers.tiny_model()
+    model = networks.tiny_model()
     x = torch.randn(4, 3, 32, 32)
     copies = []
     with pytest.MonkeyPatch.context() as patch:
-        plain = training_providers.plain_module
-        patch.setattr(training_providers, "plain_module", lambda m: copies.append(m) or plain(m))
-        provider = providers.build("channels-last", providers.Job(model, x, 1), "training")
+        plain = training_steps.plain_module
+        patch.setattr(training_steps, "plain_module", lambda m: copies.append(m) or plain(m))
+        provider = build("channels-last", Job(model, x, 1), "training")
     expected = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(expected.parameters(), lr=1e-3, momentum=0.9)
     for _ in range(3):
@@ -548,9 +546,7 @@ def test_training_step_changes_weights_as_the_optimizer_says():
 
 @pytest.mark.parametrize("wrong", ["output", "gradient", "missing", "statistic", "raises"])
 def test_wrong_training_is_not_timed(monkeypatch, tmp_path, tiny_networks, wrong):
-    from threshnet_fast.bench import training_steps as training_providers
-
-    spec = training_providers.TRAINING_PROVIDERS["channels-last"]
+    spec = training_steps.TRAINING_PROVIDERS["channels-last"]
 
     def build(job):
         provider = spec.build(job)
@@ -566,10 +562,10 @@ def test_wrong_training_is_not_timed(monkeypatch, tmp_path, tiny_networks, wrong
                 found[name or "base.0.norm.running_mean"].mul_(1.2)
             return found
 
-        return training_providers.TrainingProvider(provider.run, results=results)
+        return training_steps.TrainingProvider(provider.run, results=results)
 
     changed = dataclasses.replace(spec, build=build)
-    monkeypatch.setitem(training_providers.TRAINING_PROVIDERS, "channels-last", changed)
+    monkeypatch.setitem(training_steps.TRAINING_PROVIDERS, "channels-last", changed)
     arguments = ["--no-memory", "--providers", "eager", "channels-last"]
     status, rows = train(monkeypatch, tmp_path / "train.csv", *arguments)
     assert status == 1
@@ -603,7 +599,7 @@ def test_multiply_adds_of_a_step():
     script = importlib.import_module("bench_train")
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = providers.tiny_model().train()
+    model = networks.tiny_model().train()
     x = torch.randn(2, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
         model(x).sum().backward()
@@ -686,7 +682,7 @@ def test_model_card(monkeypatch, tmp_path):
 def paper(monkeypatch):
     """The script of the paper's table, with a small network under any name."""
     script = importlib.import_module("paper")
-    monkeypatch.setattr(script, "random_model", lambda *_: providers.tiny_model())
+    monkeypatch.setattr(script, "random_model", lambda *_: networks.tiny_model())
     return script
 
 

@@ -19,15 +19,24 @@ import torch
 
 import threshnet_fast as tf
 from threshnet_fast import cli
-from threshnet_fast.bench import comparison, machine, prediction, report, results, timing
-from threshnet_fast.bench import cpu_engines as providers
-from threshnet_fast.bench import gpu_engines as cuda_providers
+from threshnet_fast.bench import (
+    comparison,
+    cpu_engines,
+    gpu_engines,
+    machine,
+    networks,
+    prediction,
+    report,
+    results,
+    timing,
+)
+from threshnet_fast.bench.job import Job, Provider, Unavailable, float32_parts, plain_module
 from threshnet_fast.bench.peak_memory import measure
 from threshnet_fast.bench.precision import PRECISIONS
+from threshnet_fast.bench.registry import build, dtypes, registry
 from threshnet_fast.cli import CommandError, arguments, build_parser, doctor, info, main, pictures
 from threshnet_fast.cli import bench as command
 from threshnet_fast.engines import cpu, cuda, triton
-from threshnet_fast.models import registry
 from threshnet_fast.plan.lower import lower
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -50,7 +59,7 @@ def tiny(monkeypatch, tmp_path) -> str:
             num_classes=num_classes,
         )
 
-    monkeypatch.setitem(registry._REGISTRY, "tiny", build)
+    monkeypatch.setitem(tf.models.registry._REGISTRY, "tiny", build)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("THRESHNET_FAST_DEBUG", raising=False)
     return "tiny"
@@ -62,9 +71,9 @@ def needs_engine() -> None:
         pytest.skip(str(cpu.unavailable_reason()))
 
 
-def bfloat16_job(batch: int, height: int, width: int) -> providers.Job:
-    model = providers.random_model("tiny", 10, 0).bfloat16()
-    return providers.Job(model, torch.randn(batch, 3, height, width).bfloat16(), 1)
+def bfloat16_job(batch: int, height: int, width: int) -> Job:
+    model = networks.random_model("tiny", 10, 0).bfloat16()
+    return Job(model, torch.randn(batch, 3, height, width).bfloat16(), 1)
 
 
 def bench(*arguments: str) -> int:
@@ -167,11 +176,11 @@ class TestBench:
 
     def test_wrong_result_is_reported_and_not_timed(self, monkeypatch, capsys):
         def build_wrong(job):
-            right = providers._eager(job)
-            return providers.Provider(lambda: right.run() * 1.001)
+            right = cpu_engines._eager(job)
+            return Provider(lambda: right.run() * 1.001)
 
-        wrong = replace(providers.PROVIDERS["channels-last"], build=build_wrong)
-        monkeypatch.setitem(providers.PROVIDERS, "channels-last", wrong)
+        wrong = replace(cpu_engines.PROVIDERS["channels-last"], build=build_wrong)
+        monkeypatch.setitem(cpu_engines.PROVIDERS, "channels-last", wrong)
         status = bench("--cell", "32:1", "--providers", "fused,channels-last", "--csv", "all.csv")
         fused, peer = results.read_rows(Path("all.csv"))
         assert fused["status"] == "ok"
@@ -184,11 +193,11 @@ class TestBench:
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_result_that_is_not_finite_is_wrong(self, monkeypatch, value):
         def build_wrong(job):
-            right = providers._eager(job)
-            return providers.Provider(lambda: torch.full_like(right.run(), value))
+            right = cpu_engines._eager(job)
+            return Provider(lambda: torch.full_like(right.run(), value))
 
-        wrong = replace(providers.PROVIDERS["eager"], build=build_wrong)
-        monkeypatch.setitem(providers.PROVIDERS, "eager", wrong)
+        wrong = replace(cpu_engines.PROVIDERS["eager"], build=build_wrong)
+        monkeypatch.setitem(cpu_engines.PROVIDERS, "eager", wrong)
         assert bench("--cell", "32:1", "--providers", "eager", "--csv", "all.csv") == 1
         (row,) = results.read_rows(Path("all.csv"))
         assert row["status"].startswith("wrong result")
@@ -197,8 +206,8 @@ class TestBench:
         def build_broken(job):
             raise RuntimeError("no such\nkernel")
 
-        broken = replace(providers.PROVIDERS["channels-last"], build=build_broken)
-        monkeypatch.setitem(providers.PROVIDERS, "channels-last", broken)
+        broken = replace(cpu_engines.PROVIDERS["channels-last"], build=build_broken)
+        monkeypatch.setitem(cpu_engines.PROVIDERS, "channels-last", broken)
         names = "eager,channels-last"
         assert bench("--cell", "32:1", "--providers", names, "--csv", "all.csv") == 1
         eager, peer = results.read_rows(Path("all.csv"))
@@ -207,8 +216,8 @@ class TestBench:
         assert "channels-last: no such kernel" in capsys.readouterr().out
 
     def test_engine_that_is_not_built_is_a_failure(self, monkeypatch, capsys):
-        broken = replace(providers.PROVIDERS["fused"], objection=lambda: "it was not built")
-        monkeypatch.setitem(providers.PROVIDERS, "fused", broken)
+        broken = replace(cpu_engines.PROVIDERS["fused"], objection=lambda: "it was not built")
+        monkeypatch.setitem(cpu_engines.PROVIDERS, "fused", broken)
         assert bench("--cell", "32:1", "--providers", "fused,eager", "--csv", "all.csv") == 1
         fused, eager = results.read_rows(Path("all.csv"))
         assert fused["status"] == "it was not built"
@@ -223,12 +232,12 @@ class TestBench:
         assert {"fused", "drop-in", "eager", "channels-last"} <= set(names["float32"])
         assert "compile" not in names["float32"]
         arguments = parser.parse_args(["bench", "--compile", "--dtype", "float32,bfloat16"])
-        if providers._no_compiler() is None:
+        if cpu_engines._no_compiler() is None:
             assert all("compile" in names for names in command._providers(arguments).values())
 
     def test_bfloat16_is_a_class_of_its_own(self, capsys):
         names = "eager,channels-last,onnxruntime"
-        if providers.PROVIDERS["onnxruntime"].objection() is not None:
+        if cpu_engines.PROVIDERS["onnxruntime"].objection() is not None:
             names = "eager,channels-last"
         arguments = ["--cell", "32:2", "--dtype", "float32,bfloat16", "--csv", "all.csv"]
         assert bench(*arguments, "--providers", names) == 0
@@ -255,7 +264,7 @@ class TestBench:
 
         def reference(model, x):
             seen.append((model.base[0].conv.weight.clone(), x))
-            return providers.reference_output(model, x)
+            return networks.reference_output(model, x)
 
         monkeypatch.setattr(command, "reference_output", reference)
         arguments = ["--cell", "32:1", "--dtype", "bfloat16,float32", "--no-files"]
@@ -266,11 +275,11 @@ class TestBench:
 
     def test_bias_that_cancels_the_output_makes_no_error_larger(self, monkeypatch):
         def balanced(name, classes, seed):
-            model = providers.random_model(name, classes, seed)
+            model = networks.random_model(name, classes, seed)
             x = command._input((32, 32, 1), SimpleNamespace(pictures=[], seed=0))
             classifier = model.get_classifier()
             with torch.no_grad():
-                classifier.bias.sub_(providers.reference_output(model, x)[0].float())
+                classifier.bias.sub_(networks.reference_output(model, x)[0].float())
             return model
 
         monkeypatch.setattr(command, "random_model", balanced)
@@ -304,11 +313,11 @@ class TestBench:
         ]
 
     def test_model_that_is_not_fused_is_not_timed_as_if_it_were(self):
-        with tf.use_backend("reference"), pytest.raises(providers.Unavailable, match="use_backend"):
-            providers.build("drop-in", bfloat16_job(1, 32, 32))
+        with tf.use_backend("reference"), pytest.raises(Unavailable, match="use_backend"):
+            build("drop-in", bfloat16_job(1, 32, 32))
 
     def test_peer_without_bfloat16_is_left_out_of_that_class(self, monkeypatch, capsys):
-        peers = providers.BFLOAT16_PROVIDERS
+        peers = cpu_engines.BFLOAT16_PROVIDERS
         absent = replace(peers["channels-last"], objection=lambda: "because")
         monkeypatch.setitem(peers, "channels-last", absent)
         arguments = ["--cell", "32:1", "--providers", "eager,channels-last"]
@@ -338,9 +347,9 @@ class TestBenchErrors:
 
     def test_peer_that_is_not_installed(self, monkeypatch, capsys):
         absent = replace(
-            providers.PROVIDERS["openvino"], objection=providers._needs("no_such_module")
+            cpu_engines.PROVIDERS["openvino"], objection=cpu_engines._needs("no_such_module")
         )
-        monkeypatch.setitem(providers.PROVIDERS, "openvino", absent)
+        monkeypatch.setitem(cpu_engines.PROVIDERS, "openvino", absent)
         status = main(["bench", "--providers", "openvino"])
         assert "not installed: no_such_module" in error_line(capsys, status, 2)
 
@@ -457,7 +466,7 @@ def fake_gpu(monkeypatch):
             assert torch.backends.cuda.matmul.allow_tf32 is precision.tf32
             assert torch.backends.cudnn.allow_tf32 is precision.tf32
         model, x = copy.deepcopy(model).to(precision.dtype), x.to(precision.dtype)
-        return providers.Job(model, x, setting.threads)
+        return Job(model, x, setting.threads)
 
     class Torch:
         """PyTorch, but for one function."""
@@ -488,12 +497,12 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(comparison, "build", lambda name, job: registry_of_gpu[name].build(job))
     monkeypatch.setattr(command, "_engine", lambda job: "fused by triton on cuda:0")
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: "not for this GPU")
-    registry_of_gpu = cuda_providers.CUDA_PROVIDERS
+    registry_of_gpu = gpu_engines.CUDA_PROVIDERS
     # Networks run on Triton without a GPU in tests/emulation/.
     for name in ("fused", "drop-in"):
         spec = replace(
             registry_of_gpu[name],
-            build=lambda job: cuda_providers._warm(lambda: job.model(job.x)),
+            build=lambda job: gpu_engines._warm(lambda: job.model(job.x)),
             objection=lambda: None,
             version=lambda: "9 sm_90",
         )
@@ -560,9 +569,9 @@ class TestBenchOnGPU:
         def build_rounded(job):
             assert job.model.base[0].conv.weight.dtype is torch.float16
             module, x = copy.deepcopy(job.model).bfloat16(), job.x.bfloat16()
-            return providers.Provider(lambda: module(x))
+            return Provider(lambda: module(x))
 
-        specs = cuda_providers.CUDA_PROVIDERS
+        specs = gpu_engines.CUDA_PROVIDERS
         monkeypatch.setitem(specs, "eager", replace(specs["eager"], build=build_rounded))
         arguments = ["--random-input", "--cell", "64:4", "--dtype", "float16", "--repeats", "1"]
         arguments += ["--providers", "eager", "--device", "cuda", "--csv", "a.csv"]
@@ -576,7 +585,7 @@ class TestBenchOnGPU:
         names = command._providers(arguments)["float32"]
         assert not any(name.startswith("compile") for name in names)
         arguments = parser.parse_args(["bench", "--device", "cuda", "--compile"])
-        everything = list(cuda_providers.CUDA_PROVIDERS)
+        everything = list(gpu_engines.CUDA_PROVIDERS)
         if cuda.unavailable_reason() is not None:
             everything.remove("fused-cuda")
         assert command._providers(arguments) == {"float32": everything}
@@ -592,29 +601,29 @@ class TestBenchOnGPU:
         assert text in error_line(capsys, main(["bench", "--model", "tiny", *options]), 2)
 
     def test_fused_engine_that_does_not_run_on_the_gpu_is_not_timed(self, monkeypatch):
-        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
-        for build in (cuda_providers._fused, cuda_providers._drop_in):
+        job = Job(networks.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
+        for prepare in (gpu_engines._fused, gpu_engines._drop_in):
             with (
-                pytest.raises(providers.Unavailable, match=r"CPU|use_backend"),
+                pytest.raises(Unavailable, match=r"CPU|use_backend"),
                 tf.use_backend("reference"),
             ):
-                build(job)
+                prepare(job)
 
     def test_version_says_what_the_kernels_are_for(self, monkeypatch):
         pytest.importorskip("triton")
         monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
         monkeypatch.setattr(triton, "architecture", lambda: "sm_90")
         monkeypatch.delenv("THRESHNET_FAST_AUTOTUNE", raising=False)
-        assert cuda_providers._own_version() == f"{tf.__version__} sm_90"
+        assert gpu_engines._own_version() == f"{tf.__version__} sm_90"
         monkeypatch.setenv("THRESHNET_FAST_AUTOTUNE", "1")
-        assert cuda_providers._own_version() == f"{tf.__version__} sm_90 measured tiles"
+        assert gpu_engines._own_version() == f"{tf.__version__} sm_90 measured tiles"
 
     @pytest.mark.parametrize("name", ["eager", "channels-last", "eager-graph"])
     def test_providers_run_the_weights_of_the_job(self, fake_gpu, name):
-        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 40, 48), 1)
-        provider = cuda_providers.CUDA_PROVIDERS[name].build(job)
-        reference = providers.reference_output(job.model, job.x)
-        assert providers.worst_error(provider.run(), reference) <= 1e-4 * reference.abs().max()
+        job = Job(networks.random_model("tiny", 10, 0), torch.randn(2, 3, 40, 48), 1)
+        provider = gpu_engines.CUDA_PROVIDERS[name].build(job)
+        reference = networks.reference_output(job.model, job.x)
+        assert networks.worst_error(provider.run(), reference) <= 1e-4 * reference.abs().max()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -685,38 +694,38 @@ class TestMachine:
 
 class TestProviders:
     @pytest.mark.parametrize(
-        "name", [n for n in providers.PROVIDERS if not n.startswith("compile")]
+        "name", [n for n in cpu_engines.PROVIDERS if not n.startswith("compile")]
     )
     @pytest.mark.filterwarnings("ignore")
     def test_agrees_with_float64(self, name):
-        if (reason := providers.PROVIDERS[name].objection()) is not None:
+        if (reason := cpu_engines.PROVIDERS[name].objection()) is not None:
             pytest.skip(reason)
-        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 40, 48), 1)
-        reference = providers.reference_output(job.model, job.x)
-        provider = providers.build(name, job)
+        job = Job(networks.random_model("tiny", 10, 0), torch.randn(2, 3, 40, 48), 1)
+        reference = networks.reference_output(job.model, job.x)
+        provider = build(name, job)
         for _ in range(2):
-            error = providers.worst_error(provider.as_tensor(provider.run()), reference)
-            assert error <= providers.ERROR_LIMIT * float(reference.abs().max())
-        assert providers.PROVIDERS[name].version()
+            error = networks.worst_error(provider.as_tensor(provider.run()), reference)
+            assert error <= cpu_engines.ERROR_LIMIT * float(reference.abs().max())
+        assert cpu_engines.PROVIDERS[name].version()
 
     @pytest.mark.parametrize(
-        "name", [n for n in providers.BFLOAT16_PROVIDERS if not n.startswith("compile")]
+        "name", [n for n in cpu_engines.BFLOAT16_PROVIDERS if not n.startswith("compile")]
     )
     @pytest.mark.filterwarnings("ignore")
     def test_calculates_in_bfloat16(self, name):
-        spec = providers.BFLOAT16_PROVIDERS[name]
+        spec = cpu_engines.BFLOAT16_PROVIDERS[name]
         if (reason := spec.objection()) is not None:
             pytest.skip(reason)
         job = bfloat16_job(2, 40, 48)
-        reference = providers.reference_output(job.model, job.x)
+        reference = networks.reference_output(job.model, job.x)
         try:
-            provider = providers.build(name, job)
-        except providers.Unavailable as reason:
+            provider = build(name, job)
+        except Unavailable as reason:
             pytest.skip(str(reason))
         for _ in range(2):
             output = provider.as_tensor(provider.run())
-            error = providers.worst_error(output, reference) / float(reference.abs().max())
-            assert providers.ERROR_LIMIT < error <= PRECISIONS["bfloat16"].error_limit
+            error = networks.worst_error(output, reference) / float(reference.abs().max())
+            assert cpu_engines.ERROR_LIMIT < error <= PRECISIONS["bfloat16"].error_limit
         if spec.ours:
             assert spec.version() == f"{tf.__version__} {cpu.isa(torch.bfloat16)}"
         rounded = name not in ("openvino", "ncnn")
@@ -730,62 +739,62 @@ class TestProviders:
                 return super().compile_model(model, device, config | {hint: "f32"})
 
         hint = "INFERENCE_PRECISION_HINT"
-        if (reason := providers.PROVIDERS["openvino"].objection()) is not None:
+        if (reason := cpu_engines.PROVIDERS["openvino"].objection()) is not None:
             pytest.skip(reason)
         monkeypatch.setattr(openvino, "Core", Core)
-        with pytest.raises(providers.Unavailable, match="calculates in f32 on this processor"):
-            providers.build("openvino", bfloat16_job(1, 32, 32))
+        with pytest.raises(Unavailable, match="calculates in f32 on this processor"):
+            build("openvino", bfloat16_job(1, 32, 32))
 
     def test_precisions_of_a_device(self):
-        assert providers.dtypes("cpu") == ["float32", "bfloat16"]
-        assert providers.dtypes("cuda") == list(PRECISIONS)
-        assert providers.registry("cpu", "tf32") == {}
-        assert providers.registry("cpu") is providers.PROVIDERS
-        for name, spec in providers.BFLOAT16_PROVIDERS.items():
-            assert spec.ours == providers.PROVIDERS[name].ours
-            assert spec.title == providers.PROVIDERS[name].title
+        assert dtypes("cpu") == ["float32", "bfloat16"]
+        assert dtypes("cuda") == list(PRECISIONS)
+        assert registry("cpu", "tf32") == {}
+        assert registry("cpu") is cpu_engines.PROVIDERS
+        for name, spec in cpu_engines.BFLOAT16_PROVIDERS.items():
+            assert spec.ours == cpu_engines.PROVIDERS[name].ours
+            assert spec.title == cpu_engines.PROVIDERS[name].title
 
     def test_float32_parts_leave_the_job_alone(self):
         job = bfloat16_job(1, 32, 32)
-        module, x = providers.float32_parts(job)
+        module, x = float32_parts(job)
         assert {p.dtype for p in module.parameters()} == {x.dtype} == {torch.float32}
         assert {p.dtype for p in job.model.parameters()} == {torch.bfloat16}
         assert torch.equal(module[0].conv.weight, job.model.base[0].conv.weight.float())
-        exact = providers.Job(module, x, 1)
-        assert providers.float32_parts(exact)[0] is module
-        assert providers.float32_parts(exact)[1] is x
+        exact = Job(module, x, 1)
+        assert float32_parts(exact)[0] is module
+        assert float32_parts(exact)[1] is x
 
     @pytest.mark.parametrize("images", [1, 5])
     @pytest.mark.filterwarnings("ignore")
     def test_ncnn_keeps_the_order_of_images_that_threads_share(self, images):
-        if (reason := providers.PROVIDERS["ncnn"].objection()) is not None:
+        if (reason := cpu_engines.PROVIDERS["ncnn"].objection()) is not None:
             pytest.skip(reason)
         x = torch.randn(images, 3, 32, 32)
-        job = providers.Job(providers.random_model("tiny", 10, 0), x, 2)
-        reference = providers.reference_output(job.model, job.x)
+        job = Job(networks.random_model("tiny", 10, 0), x, 2)
+        reference = networks.reference_output(job.model, job.x)
         assert len(torch.unique(reference, dim=0)) == images
-        provider = providers.PROVIDERS["ncnn"].build(job)
-        error = providers.worst_error(provider.as_tensor(provider.run()), reference)
-        assert error <= providers.ERROR_LIMIT * float(reference.abs().max())
+        provider = cpu_engines.PROVIDERS["ncnn"].build(job)
+        error = networks.worst_error(provider.as_tensor(provider.run()), reference)
+        assert error <= cpu_engines.ERROR_LIMIT * float(reference.abs().max())
 
     @pytest.mark.filterwarnings("ignore")
     def test_mnn_leaves_the_environment_and_the_output_alone(self, capfd):
-        if (reason := providers.PROVIDERS["mnn"].objection()) is not None:
+        if (reason := cpu_engines.PROVIDERS["mnn"].objection()) is not None:
             pytest.skip(reason)
-        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
-        providers.PROVIDERS["mnn"].build(job).run()
+        job = Job(networks.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
+        cpu_engines.PROVIDERS["mnn"].build(job).run()
         assert capfd.readouterr().out == ""
         assert "MNN.tools.utils.log" not in sys.modules
 
     def test_missing_packages_are_named_with_what_installs_them(self, monkeypatch):
-        monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(cpu_engines.importlib.util, "find_spec", lambda name: None)
         for name in ("ncnn", "executorch", "mnn", "opencv"):
-            assert "pip install" in str(providers.PROVIDERS[name].objection())
-        assert "opencv-python-headless" in str(providers.PROVIDERS["opencv"].objection())
+            assert "pip install" in str(cpu_engines.PROVIDERS[name].objection())
+        assert "opencv-python-headless" in str(cpu_engines.PROVIDERS["opencv"].objection())
 
     def test_converter_that_fails_is_reported_with_its_last_words(self, tmp_path):
         def convert(script: str) -> None:
-            providers._convert([sys.executable, "-c", script], tmp_path / "model")
+            cpu_engines._convert([sys.executable, "-c", script], tmp_path / "model")
 
         with pytest.raises(RuntimeError, match=r"cannot be converted: no such layer$"):
             convert("import sys; sys.exit('no such layer')")
@@ -796,8 +805,8 @@ class TestProviders:
     def test_fastest_of_several_settings(self, monkeypatch):
         times = {"a": [9, 4], "b": [5, 5], "c": [8, 8]}
         taken = []
-        monkeypatch.setattr(providers, "host_timer", lambda call: times[call()].pop())
-        assert providers._fastest(list("abc"), lambda name: taken.append(name) or name, 2) == "a"
+        monkeypatch.setattr(cpu_engines, "host_timer", lambda call: times[call()].pop())
+        assert cpu_engines._fastest(list("abc"), lambda name: taken.append(name) or name, 2) == "a"
         assert taken == list("abcabc")
 
     @pytest.mark.slow
@@ -806,47 +815,47 @@ class TestProviders:
         "name", ["compile", pytest.param("compile-max", marks=pytest.mark.sweep)]
     )
     def test_compile(self, name, dtype):
-        if (reason := providers.PROVIDERS[name].objection()) is not None:
+        if (reason := cpu_engines.PROVIDERS[name].objection()) is not None:
             pytest.skip(reason)
-        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(2, 3, 32, 32), 1)
+        job = Job(networks.random_model("tiny", 10, 0), torch.randn(2, 3, 32, 32), 1)
         job = bfloat16_job(2, 32, 32) if dtype == "bfloat16" else job
-        reference = providers.reference_output(job.model, job.x)
-        output = providers.build(name, job).run()
-        error = providers.worst_error(output, reference)
+        reference = networks.reference_output(job.model, job.x)
+        output = build(name, job).run()
+        error = networks.worst_error(output, reference)
         assert error <= PRECISIONS[dtype].error_limit * float(reference.abs().max())
 
     @pytest.mark.slow
     def test_compiled_networks_are_not_compiled_again_after_another(self):
-        if (reason := providers.PROVIDERS["compile"].objection()) is not None:
+        if (reason := cpu_engines.PROVIDERS["compile"].objection()) is not None:
             pytest.skip(reason)
         from torch._dynamo.utils import counters
 
-        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
+        job = Job(networks.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
         before = counters["stats"]["unique_graphs"]
-        built = [providers.build(name, job) for name in ("compile", "compile-max")]
+        built = [build(name, job) for name in ("compile", "compile-max")]
         assert counters["stats"]["unique_graphs"] == before + 2
         for provider in built:
             provider.run()
         assert counters["stats"]["unique_graphs"] == before + 2
 
     def test_bfloat16_does_not_pass(self):
-        model = providers.random_model("tiny", 10, 0)
+        model = networks.random_model("tiny", 10, 0)
         x = torch.randn(2, 3, 32, 32)
-        reference = providers.reference_output(model, x)
+        reference = networks.reference_output(model, x)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            output = providers.plain_module(model)(x)
-        limit = providers.ERROR_LIMIT * float(reference.abs().max())
-        assert providers.worst_error(output, reference) > limit
+            output = plain_module(model)(x)
+        limit = cpu_engines.ERROR_LIMIT * float(reference.abs().max())
+        assert networks.worst_error(output, reference) > limit
 
     def test_unavailable(self, monkeypatch):
-        absent = replace(providers.PROVIDERS["eager"], objection=lambda: "because")
-        monkeypatch.setitem(providers.PROVIDERS, "eager", absent)
-        job = providers.Job(providers.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
-        with pytest.raises(providers.Unavailable, match="because"):
-            providers.build("eager", job)
+        absent = replace(cpu_engines.PROVIDERS["eager"], objection=lambda: "because")
+        monkeypatch.setitem(cpu_engines.PROVIDERS, "eager", absent)
+        job = Job(networks.random_model("tiny", 10, 0), torch.randn(1, 3, 32, 32), 1)
+        with pytest.raises(Unavailable, match="because"):
+            build("eager", job)
 
     def test_no_statistic_is_trivial(self):
-        model = providers.random_model("tiny", 10, 0)
+        model = networks.random_model("tiny", 10, 0)
         norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         assert len(norms) == 2 + 2 * 2 + 1 + 3 + 1
         for norm in norms:
@@ -858,18 +867,16 @@ class TestProviders:
     def test_equal_seeds_give_equal_models(self):
         torch.manual_seed(5)
         before = torch.get_rng_state()
-        first = providers.random_model("tiny", 10, 3).state_dict()
+        first = networks.random_model("tiny", 10, 3).state_dict()
         assert torch.equal(torch.get_rng_state(), before), "the caller's generator is left alone"
         torch.manual_seed(6)
-        second = providers.random_model("tiny", 10, 3).state_dict()
-        other = providers.random_model("tiny", 10, 4).state_dict()
+        second = networks.random_model("tiny", 10, 3).state_dict()
+        other = networks.random_model("tiny", 10, 4).state_dict()
         assert all(torch.equal(first[key], second[key]) for key in first)
         assert not torch.equal(first["base.0.conv.weight"], other["base.0.conv.weight"])
 
     def test_memory(self):
-        job = providers.Job(
-            providers.random_model("threshnet79", 10, 0), torch.randn(1, 3, 64, 64), 1
-        )
+        job = Job(networks.random_model("threshnet79", 10, 0), torch.randn(1, 3, 64, 64), 1)
         memory = measure("eager", job, "threshnet79", 10, 0)
         if memory is None:
             pytest.skip("this system cannot tell the peak of resident memory")
@@ -877,8 +884,8 @@ class TestProviders:
         assert memory.peak < 500_000_000
 
     def test_memory_in_bfloat16(self):
-        model = providers.random_model("threshnet79", 10, 0).bfloat16()
-        job = providers.Job(model, torch.randn(1, 3, 64, 64).bfloat16(), 1)
+        model = networks.random_model("threshnet79", 10, 0).bfloat16()
+        job = Job(model, torch.randn(1, 3, 64, 64).bfloat16(), 1)
         memory = measure("channels-last", job, "threshnet79", 10, 0, "bfloat16")
         if memory is None:
             pytest.skip("this system cannot tell the peak of resident memory")
@@ -1292,11 +1299,11 @@ class TestDoctor:
     @pytest.mark.usefixtures("needs_engine")
     def test_wrong_results_are_found(self, monkeypatch, capsys):
         def build_wrong(job):
-            right = providers._eager(job)
-            return providers.Provider(lambda: right.run() + 1e-4)
+            right = cpu_engines._eager(job)
+            return Provider(lambda: right.run() + 1e-4)
 
-        wrong = replace(providers.PROVIDERS["fused"], build=build_wrong)
-        monkeypatch.setitem(providers.PROVIDERS, "fused", wrong)
+        wrong = replace(cpu_engines.PROVIDERS["fused"], build=build_wrong)
+        monkeypatch.setitem(cpu_engines.PROVIDERS, "fused", wrong)
         status = main(["doctor"])
         captured = capsys.readouterr()
         assert status == 1

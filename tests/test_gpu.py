@@ -530,7 +530,7 @@ def test_both_backends_agree(randomised, precision) -> None:
 @functools.cache
 def threshnet95() -> tuple[tf.ThreshNet, dict[tuple[object, ...], Tensor]]:
     """The network with statistics that are not trivial, on the CPU, and its outputs so far."""
-    from threshnet_fast.bench.cpu_engines import random_model
+    from threshnet_fast.bench.networks import random_model
 
     return random_model("threshnet95", 10, 0), {}
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from threshnet_fast.bench.cpu_engines import random_model
+from threshnet_fast.bench.networks import random_model
 from threshnet_fast.models.weights_file import ModelInfo, save_model
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

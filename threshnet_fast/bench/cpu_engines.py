@@ -1,10 +1,10 @@
-"""The engines that ``bench`` compares on a CPU, one function each, and what all providers share.
+"""The engines that ``bench`` compares on a CPU, one function each.
 
 Every provider runs the same weights on the same input with the same number of threads, in the
 layout it likes best, and is otherwise set up as its documentation recommends for latency. In
 bfloat16, a class of its own, weights and input are rounded before: PyTorch and this package take
 and return bfloat16; the other engines take the rounded numbers in float32, round inside, and return
-float32. Those for a GPU are in ``cuda_providers``.
+float32. Those for a GPU are in ``gpu_engines``.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ import copy
 import ctypes
 import importlib
 import importlib.util
-import io
-import logging
 import os
 import subprocess
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,233 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .job import Job, Provider, Spec, Unavailable, float32_parts, plain_module, silence
 from .machine import distribution_version
 from .precision import PRECISIONS
 from .timing import host_timer
 
-__all__ = [
-    "BFLOAT16_PROVIDERS",
-    "CPU_PROVIDERS",
-    "ERROR_LIMIT",
-    "PROVIDERS",
-    "Job",
-    "Provider",
-    "Spec",
-    "Unavailable",
-    "build",
-    "dtypes",
-    "float32_parts",
-    "plain_module",
-    "random_model",
-    "randomise",
-    "reference_output",
-    "registry",
-    "reset_compiler",
-    "tiny_model",
-    "worst_error",
-]
+__all__ = ["BFLOAT16_PROVIDERS", "CPU_PROVIDERS", "ERROR_LIMIT", "PROVIDERS", "reset_compiler"]
 
 ERROR_LIMIT = PRECISIONS["float32"].error_limit
 """Largest error that passes for float32, as a part of the largest output without the classifier's
 bias. Reduced precision, such as bfloat16 or TF32, does not pass."""
-
-
-# Images that the reference takes at once on a GPU: float64 needs much memory.
-_REFERENCE_IMAGES = 8
-
-
-class Unavailable(RuntimeError):
-    """A provider that cannot be used here, with the reason."""
-
-
-@dataclass
-class Job:
-    """What the providers run.
-
-    Attributes:
-        model: The network, in evaluation mode, of the dtype of ``x`` and on its device.
-        x: The input, ``(N, C, H, W)``, contiguous; float32 or bfloat16 on the CPU.
-        threads: Threads to use.
-        onnx_path: The network as an ONNX file, in float32; exported when a provider first asks for
-            it.
-    """
-
-    model: nn.Module
-    x: Tensor
-    threads: int
-    onnx_path: Path | None = None
-    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
-
-    def onnx(self) -> Path:
-        """Path of the ONNX file, which lives as long as this object."""
-        if self.onnx_path is None:
-            path = self.folder() / "model.onnx"
-            module, x = float32_parts(self)
-            with _silence(), torch.no_grad():
-                torch.onnx.export(
-                    module,
-                    (x,),
-                    path,
-                    input_names=["input"],
-                    output_names=["output"],
-                    dynamo=True,
-                    external_data=False,
-                    verbose=False,
-                )
-            self.onnx_path = path
-        return self.onnx_path
-
-    def folder(self) -> Path:
-        """Folder for files of this job, which lives as long as this object."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="threshnet-fast-")
-        return Path(self._folder.name)
-
-
-@dataclass(frozen=True)
-class Provider:
-    """A provider, ready to run on one input.
-
-    Attributes:
-        run: Runs the network once; this call is what is timed.
-        as_tensor: Makes a tensor of what ``run`` returned.
-    """
-
-    run: Callable[[], Any]
-    as_tensor: Callable[[Any], Tensor] = lambda result: result
-
-
-@dataclass(frozen=True)
-class Spec:
-    """An entry of :func:`registry`.
-
-    Attributes:
-        title: Name in tables and plots.
-        ours: Whether it is this package rather than a peer.
-        by_default: Whether ``bench`` takes it unasked, where it is available; those that are not
-            need minutes to compile.
-        build: Prepares a :class:`Provider`.
-        objection: Says in one line why it cannot be used here; None where it can.
-        version: Version of the code that runs.
-        optional: Whether an installation may do without it, though it is this package's.
-    """
-
-    title: str
-    ours: bool
-    by_default: bool
-    build: Callable[[Job], Provider]
-    objection: Callable[[], str | None]
-    version: Callable[[], str]
-    optional: bool = False
-
-
-def build(name: str, job: Job, task: str = "inference") -> Provider:
-    """Prepares a provider for a job.
-
-    Args:
-        name: A key of :func:`registry` for the job's device, its dtype, and the task.
-        job: What it is to run.
-        task: ``"inference"``, or ``"training"`` for whole steps of a training.
-
-    Raises:
-        Unavailable: It cannot be used here.
-    """
-    spec = registry(job.x.device.type, str(job.x.dtype).removeprefix("torch."), task)[name]
-    reason = spec.objection()
-    if reason is not None:
-        raise Unavailable(reason)
-    torch.set_num_threads(job.threads)
-    return spec.build(job)
-
-
-def plain_module(model: nn.Module) -> nn.Module:
-    """The network as a stock PyTorch module without any dispatch of this package.
-
-    It shares the parameters with ``model``.
-    """
-    base, features = getattr(model, "base", None), getattr(model, "features", None)
-    if isinstance(base, nn.ModuleList):
-        return nn.Sequential(*base).train(model.training)
-    if isinstance(features, nn.Sequential):
-        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.get_submodule("classifier"))
-        return nn.Sequential(*features, *head).train(model.training)
-    return model
-
-
-def float32_parts(job: Job) -> tuple[nn.Module, Tensor]:
-    """The network as :func:`plain_module` makes it, and the input, both in float32.
-
-    For engines that round what they are given. In a job that is float32 already nothing is copied.
-    """
-    module = plain_module(job.model)
-    if job.x.dtype is torch.float32:
-        return module, job.x
-    return copy.deepcopy(module).float(), job.x.float()
-
-
-def tiny_model() -> nn.Module:
-    """A random network of two small blocks, which is built and run in no time."""
-    from ..models import ThreshNet
-
-    model = ThreshNet(
-        first_channels=(8, 16),
-        blocks=(2, 2),
-        transitions=(16, 16),
-        downsample=(True, False),
-        threshold=1,
-        growth_rates=(8, 16),
-        num_classes=2,
-    )
-    return randomise(model, 0)
-
-
-def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Gives every BatchNorm statistics that change something, and the classifier a bias, in place.
-
-    Means and shifts are away from 0, variances and scales away from 1, some scales are negative,
-    none is 0: an engine that skips or reorders any of them fails the check.
-
-    Returns:
-        The same model, in evaluation mode.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(tensor: Tensor, low: float, high: float) -> None:
-        tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                draw(module.running_mean, -0.4, 0.4)
-                draw(module.running_var, 0.5, 1.8)
-                draw(module.weight, 0.6, 1.4)
-                module.weight[::8] *= -1
-                draw(module.bias, -0.3, 0.5)
-            elif isinstance(module, nn.Linear):
-                draw(module.bias, -0.5, 0.5)
-    return model.eval()
-
-
-def random_model(name: str, classes: int, seed: int) -> nn.Module:
-    """A registered model with random weights and statistics; equal seeds give equal models."""
-    from ..models import create_model
-
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        model = create_model(name, num_classes=classes)
-    return randomise(model, seed)
-
-
-def reference_output(model: nn.Module, x: Tensor) -> Tensor:
-    """The output of the stock PyTorch module in float64, computed where ``x`` is; on the CPU."""
-    module = copy.deepcopy(plain_module(model)).double()
-    with torch.inference_mode():
-        if x.device.type == "cpu":
-            return module(x.double())
-        parts = x.split(_REFERENCE_IMAGES)
-        return torch.cat([module(part.double()).cpu() for part in parts])
 
 
 def reset_compiler() -> None:
@@ -269,14 +48,6 @@ def reset_compiler() -> None:
     import torch._dynamo
 
     torch._dynamo.reset()
-
-
-def worst_error(output: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference; infinite where the shapes differ or a value is not finite."""
-    if output.shape != reference.shape:
-        return float("inf")
-    difference = (output.detach().cpu().double() - reference.cpu().double()).abs()
-    return float(torch.nan_to_num(difference, nan=float("inf"), posinf=float("inf")).max())
 
 
 def _eager(job: Job) -> Provider:
@@ -372,7 +143,7 @@ def _ncnn(job: Job) -> Provider:
     bfloat16 = job.x.dtype is torch.bfloat16
     images, channels, height, width = x.shape
     stem = job.folder() / "ncnn"
-    with _silence(), torch.no_grad():
+    with silence(), torch.no_grad():
         torch.jit.trace(module, x[:1]).save(f"{stem}.pt")
     shape = f"inputshape=[1,{channels},{height},{width}]f32"
     _convert([pnnx.EXEC_PATH, f"{stem}.pt", shape, "fp16=0"], Path(f"{stem}.ncnn.bin"))
@@ -482,7 +253,7 @@ def _executorch(job: Job) -> Provider:
     xnnpack = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     library = importlib.import_module("executorch.extension.pybindings.portable_lib")
     runtime = importlib.import_module("executorch.runtime").Runtime.get()
-    with _silence(), torch.no_grad():
+    with silence(), torch.no_grad():
         exported = torch.export.export(_Named(plain_module(job.model)).eval(), (job.x,))
         edge = exir.to_edge_transform_and_lower(
             exported, partitioner=[xnnpack.XnnpackPartitioner()]
@@ -523,22 +294,6 @@ def _drop_in(job: Job) -> Provider:
             return model(job.x)
 
     return Provider(run)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps the exporter's progress and warnings, meant for who exports, off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -631,31 +386,6 @@ def _version_of(distribution: str) -> Callable[[], str]:
 def _opencv_version() -> str:
     names = ("opencv-python-headless", "opencv-python")
     return next(filter(None, map(distribution_version, names)), "")
-
-
-def registry(device_type: str, dtype: str = "float32", task: str = "inference") -> dict[str, Spec]:
-    """All providers by name, in the order of the tables.
-
-    Args:
-        device_type: ``"cpu"`` or ``"cuda"``.
-        dtype: A key of ``PRECISIONS``. On a GPU all providers calculate in any of them; on a CPU
-            there are none for some.
-        task: ``"inference"``, or ``"training"``, which is measured in float32 on the CPU.
-    """
-    if task == "training":
-        from .training_steps import TRAINING_PROVIDERS
-
-        return TRAINING_PROVIDERS if (device_type, dtype) == ("cpu", "float32") else {}
-    if device_type == "cpu":
-        return CPU_PROVIDERS.get(dtype, {})
-    from .gpu_engines import CUDA_PROVIDERS
-
-    return CUDA_PROVIDERS
-
-
-def dtypes(device_type: str) -> list[str]:
-    """The keys of ``PRECISIONS`` that there are providers for on ``"cpu"`` or ``"cuda"``."""
-    return [dtype for dtype in PRECISIONS if registry(device_type, dtype)]
 
 
 PROVIDERS: dict[str, Spec] = {

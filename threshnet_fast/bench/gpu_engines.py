@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cpu_engines import Job, Provider, Spec, Unavailable, plain_module
+from .job import Job, Provider, Spec, Unavailable, plain_module
 
 __all__ = ["CUDA_PROVIDERS", "graphed"]
 

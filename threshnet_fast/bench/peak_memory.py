@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .cpu_engines import Job
+    from .job import Job
 
 __all__ = ["Memory", "live_bytes", "measure"]
 
@@ -78,7 +78,7 @@ def measure(
     """Measures in a new process.
 
     Args:
-        provider: A key of ``providers.registry`` for the job's device, ``dtype`` and ``task``.
+        provider: A key of ``registry.registry`` for the job's device, ``dtype`` and ``task``.
         job: The model as ``random_model(model, classes, seed)`` makes it, in ``dtype``, and an
             input.
         model: Name of the model.
@@ -146,7 +146,8 @@ def live_bytes(call: Callable[[], object]) -> int:
 def _tiny_job(threads: int, dtype: str, onnx: str | None = None) -> Job:
     import torch
 
-    from .cpu_engines import Job, tiny_model
+    from .job import Job
+    from .networks import tiny_model
     from .precision import PRECISIONS
 
     precision = PRECISIONS[dtype]
@@ -172,8 +173,10 @@ def _settle() -> None:
 def _answer(question: _Question) -> Memory:
     import torch
 
-    from .cpu_engines import Job, build, random_model
+    from .job import Job
+    from .networks import random_model
     from .precision import PRECISIONS
+    from .registry import build
 
     if question.device != "cpu":
         return _answer_on_gpu(question)
@@ -197,8 +200,10 @@ def _answer(question: _Question) -> Memory:
 def _answer_on_gpu(question: _Question) -> Memory:
     import torch
 
-    from .cpu_engines import Job, build, random_model
+    from .job import Job
+    from .networks import random_model
     from .precision import PRECISIONS
+    from .registry import build
 
     place, precision = torch.device(question.device), PRECISIONS[question.dtype]
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import CommandError
-from .cpu_engines import Spec, registry
+from .job import Spec
+from .registry import registry
 from .results import CELL
 
 __all__ = [

@@ -21,35 +21,21 @@ from torch.nn import functional as F
 from ..engines import select
 from ..models.network import Network
 from ..runtime.dropin import fused_forward
-from .cpu_engines import (
-    PROVIDERS,
-    Job,
-    Provider,
-    Spec,
-    Unavailable,
-    build,
-    plain_module,
-    worst_error,
-)
+from .cpu_engines import PROVIDERS
+from .job import Job, Provider, Spec, Unavailable, plain_module
 
 __all__ = [
     "OPTIMIZER",
     "TRAINING_PROVIDERS",
     "TrainingProvider",
-    "checked_step",
-    "reference_results",
-    "relative_errors",
+    "for_training",
     "results_of",
+    "targets",
+    "with_loss",
 ]
 
 OPTIMIZER = "SGD, momentum 0.9, fused"
 _LEARNING_RATE = 1e-3
-
-# Rounding errors turn the sign of some inputs of ReLU over, which changes a gradient by much more
-# than rounding does: plain PyTorch in float32 is off by up to 0.04 in the norm of a gradient. In
-# bfloat16 it is off by 0.7 to 1.3, and by 0.1 of the largest output.
-_OUTPUT_LIMIT = 1e-3
-_GRADIENT_LIMIT = 0.1
 
 Compute = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -101,84 +87,11 @@ def results_of(model: nn.Module, compute: Compute, x: Tensor, classes: Tensor) -
     return results
 
 
-def reference_results(job: Job) -> dict[str, Tensor]:
-    """What :func:`results_of` returns for the stock PyTorch modules in float64."""
-    model = _for_training(job.model).double()
-    compute = _compute(plain_module(model))
-    with select.use_backend("reference"):
-        return results_of(model, compute, job.x.double(), targets(job))
-
-
-def relative_errors(results: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
-    """The relative error of every tensor of the reference, in the Euclidean norm.
-
-    Infinite where a tensor is missing, of another shape, or not finite.
-    """
-    errors = {}
-    for name, expected in reference.items():
-        found = results.get(name)
-        if found is None or found.shape != expected.shape or not found.isfinite().all():
-            errors[name] = float("inf")
-        else:
-            difference = float((found.double() - expected.double()).norm())
-            errors[name] = difference / max(float(expected.norm()), torch.finfo(torch.float64).tiny)
-    return errors
-
-
-def checked_step(
-    name: str, job: Job, reference: dict[str, Tensor]
-) -> tuple[TrainingProvider | None, dict[str, object]]:
-    """Builds a provider, compares what it computes, and makes two steps, as compilers want.
-
-    Args:
-        name: A key of :data:`TRAINING_PROVIDERS`.
-        job: The network and the images.
-        reference: What :func:`reference_results` returned for them.
-
-    Returns:
-        The provider, None where it must not be timed; the columns of a row that say how it
-        did.
-
-    Raises:
-        Unavailable: It cannot be used here.
-    """
-    limit = _OUTPUT_LIMIT * float(reference[""].abs().max())
-    columns: dict[str, object] = {
-        "status": "ok",
-        "error_limit": f"{limit:.4g}",
-        "gradient_limit": f"{_GRADIENT_LIMIT:.4g}",
-    }
-    try:
-        built = build(name, job, "training")
-        assert isinstance(built, TrainingProvider)
-        results = built.results()
-        for _ in range(2):
-            built.run()
-    except Unavailable:
-        raise
-    except Exception as problem:
-        # Whatever a provider raises is a result: it is reported, and the others are measured.
-        columns["status"] = (" ".join(str(problem).split()) or type(problem).__name__)[:300]
-        return None, columns
-    errors = relative_errors(results, reference)
-    errors.pop("")
-    worst = max(errors, key=lambda key: errors[key])
-    error = worst_error(results[""], reference[""])
-    columns |= {"error": f"{error:.4g}", "gradient_error": f"{errors[worst]:.4g}"}
-    if not error <= limit:
-        columns["status"] = "wrong result: the output"
-    elif not errors[worst] <= _GRADIENT_LIMIT:
-        columns["status"] = f"wrong result: {worst}"
-    else:
-        return built, columns
-    return None, columns
-
-
 def _classes(model: nn.Module) -> int:
     return int(getattr(model, "num_classes"))  # noqa: B009, it is no attribute of every Module
 
 
-def _for_training(model: nn.Module) -> nn.Module:
+def for_training(model: nn.Module) -> nn.Module:
     """A copy in training mode, without dropout."""
     model = copy.deepcopy(model).train()
     if hasattr(model, "drop_rate"):
@@ -189,7 +102,9 @@ def _for_training(model: nn.Module) -> nn.Module:
     return model
 
 
-def _compute(module: Callable[[Tensor], Tensor]) -> Compute:
+def with_loss(module: Callable[[Tensor], Tensor]) -> Compute:
+    """What returns the cross-entropy of a network, and its output, for images and classes."""
+
     def compute(x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         output = module(x)
         return F.cross_entropy(output, classes), output
@@ -215,7 +130,7 @@ def _provider(
         compiled: Options of torch.compile, for network and loss together; None leaves it out.
         checkpoint: What of the network's features is kept for the backward pass; None keeps all.
     """
-    model = _for_training(job.model)
+    model = for_training(job.model)
     x, classes = job.x, targets(job)
     if checkpoint is not None:
         _set_checkpoint(model, checkpoint)
@@ -223,7 +138,7 @@ def _provider(
         # torch annotates only the other forms of Module.to.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = x.contiguous(memory_format=torch.channels_last)
-    compute = _compute(plain_module(model) if backend == "reference" else model)
+    compute = with_loss(plain_module(model) if backend == "reference" else model)
     if compiled is not None:
         compute = torch.compile(compute, dynamic=False, options=compiled)
     optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9, fused=True)

@@ -13,20 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..bench import machine, results
-from ..bench import peak_memory as memory
+from ..bench import machine, peak_memory, results
 from ..bench.comparison import checked, classifier_of, common_columns, output_scale, time_in_turns
-from ..bench.cpu_engines import (
-    Job,
-    Spec,
-    dtypes,
-    random_model,
-    reference_output,
-    registry,
-    reset_compiler,
-    worst_error,
-)
+from ..bench.cpu_engines import reset_compiler
+from ..bench.job import Job, Spec
+from ..bench.networks import random_model, reference_output, worst_error
 from ..bench.precision import PRECISIONS, Precision
+from ..bench.registry import dtypes, registry
 from ..bench.report import check_plot, format_table, plot, text_table
 from ..bench.timing import CudaTimer, host_timer
 from ..engines import cpu
@@ -382,7 +375,7 @@ def _bench_cell(
             calls.clear()
             torch.cuda.empty_cache()
         for provider in tqdm(measured, desc=f"{title} memory", unit="engine", disable=None):
-            used = memory.measure(provider, job, name, setting.classes, setting.seed, dtype)
+            used = peak_memory.measure(provider, job, name, setting.classes, setting.seed, dtype)
             if used is not None:
                 rows[provider]["peak_bytes"] = used.peak
     return [{key: row.get(key, "") for key in results.COLUMNS} for row in rows.values()]

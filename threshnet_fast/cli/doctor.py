@@ -14,17 +14,10 @@ from torch import Tensor, nn
 
 from .. import extension
 from ..bench import machine
-from ..bench.cpu_engines import (
-    Job,
-    Unavailable,
-    build,
-    random_model,
-    randomise,
-    reference_output,
-    registry,
-    worst_error,
-)
+from ..bench.job import Job, Unavailable
+from ..bench.networks import random_model, randomise, reference_output, worst_error
 from ..bench.precision import PRECISIONS, Precision
+from ..bench.registry import build, registry
 from ..engines import cpu, cuda, triton
 from ..errors import CommandError
 from ..models import ThreshNet

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bench.cpu_engines import random_model
+from ..bench.networks import random_model
 from ..bench.prediction import (
     DEVICES,
     Device,
