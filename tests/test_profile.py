@@ -12,9 +12,8 @@ import torch
 from test_plan import small
 
 import threshnet_fast as tf
-from threshnet_fast.bench import results, roofline
+from threshnet_fast.bench import profile, results, roofline
 from threshnet_fast.cli import CommandError, main
-from threshnet_fast.cli import profile as command
 from threshnet_fast.engines import cpu
 from threshnet_fast.models import registry
 from threshnet_fast.plan import FusedConv, lower, plan_memory, serialize
@@ -141,8 +140,8 @@ class TestMachine:
                 operators.read_bandwidth(bad, 1)
 
     def test_the_better_of_two(self):
-        first, second = command.Machine(3.0, 2.0, 1.0), command.Machine(2.0, 4.0, 1.0)
-        assert first.best(second) == command.Machine(3.0, 4.0, 1.0)
+        first, second = profile.Machine(3.0, 2.0, 1.0), profile.Machine(2.0, 4.0, 1.0)
+        assert first.best(second) == profile.Machine(3.0, 4.0, 1.0)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -154,7 +153,7 @@ class TestProfile:
     @pytest.mark.parametrize("winograd", [-1, 0])
     def test_sums_add_up(self, model, winograd):
         x = torch.randn(2, 3, 64, 64)
-        measured = command.profile(model, x, isa=operators.best_isa(), winograd=winograd, calls=4)
+        measured = profile.profile(model, x, isa=operators.best_isa(), winograd=winograd, calls=4)
         plan = lower(model, x.shape)
         assert measured.calls == 4
         assert [step.name for step in measured.steps] == [step.name for step in plan.steps]
@@ -182,14 +181,14 @@ class TestProfile:
     def test_without_a_classifier(self, randomised):
         model = randomised(small(num_classes=0))
         x = torch.randn(1, 3, 32, 32)
-        measured = command.profile(model, x, isa=operators.best_isa(), winograd=-1, calls=1)
+        measured = profile.profile(model, x, isa=operators.best_isa(), winograd=-1, calls=1)
         assert len(measured.steps) == len(lower(model, x.shape).steps)
         assert measured.steps[-1].kind == "head"
         assert measured.steps[-1].macs == 0
 
     def test_time_budget_and_progress(self, model):
         seen: list[float] = []
-        measured = command.profile(
+        measured = profile.profile(
             model,
             torch.randn(1, 3, 32, 32),
             isa=operators.best_isa(),
@@ -204,7 +203,7 @@ class TestProfile:
     @pytest.mark.parametrize("budget", [{}, {"seconds": 1.0, "calls": 1}])
     def test_exactly_one_budget(self, model, budget):
         with pytest.raises(ValueError, match="exactly one of seconds and calls"):
-            command.profile(model, torch.randn(1, 3, 32, 32), isa=0, winograd=-1, **budget)
+            profile.profile(model, torch.randn(1, 3, 32, 32), isa=0, winograd=-1, **budget)
 
     def test_a_different_result_is_an_error(self, model, monkeypatch):
         def other(self, x, packed):
@@ -212,7 +211,7 @@ class TestProfile:
 
         monkeypatch.setattr(cpu.CompiledPlan, "__call__", other)
         with pytest.raises(RuntimeError, match="something else"):
-            command.profile(model, torch.randn(1, 3, 32, 32), isa=0, winograd=-1, calls=1)
+            profile.profile(model, torch.randn(1, 3, 32, 32), isa=0, winograd=-1, calls=1)
 
     @pytest.mark.parametrize(
         ("algorithm", "tile"),
@@ -225,13 +224,13 @@ class TestProfile:
         output = plan.buffers[step.output.buffer]
         tiles = 2 * math.ceil(output.height / tile) * math.ceil(output.width / tile)
         products = (tile + 2) ** 2 * step.input_channels * step.output.channels
-        assert command._executed_macs(plan, step, algorithm) == tiles * products
+        assert profile._executed_macs(plan, step, algorithm) == tiles * products
 
     def test_multiplications_without_winograd(self, model):
         plan = lower(model, (1, 3, 32, 32))
         step = next(s for s in plan.steps if s.valid_macs < s.macs)
-        assert command._executed_macs(plan, step, "direct") == step.valid_macs
-        assert command._executed_macs(plan, step, "packed") == step.macs
+        assert profile._executed_macs(plan, step, "direct") == step.valid_macs
+        assert profile._executed_macs(plan, step, "packed") == step.macs
 
 
 @pytest.fixture
@@ -269,8 +268,8 @@ class TestCommand:
         assert "Peak of an FMA loop" in out
         assert Path("threshnet-fast-profile.png").read_bytes().startswith(PNG)
         rows = read("threshnet-fast-profile.csv")
-        assert list(rows[0]) == list(command.COLUMNS)
-        steps = lower(registry.create_model("tiny"), (1, 3, 32, 32)).steps
+        assert list(rows[0]) == list(results.PROFILE_COLUMNS)
+        steps = lower(tf.create_model("tiny"), (1, 3, 32, 32)).steps
         assert len(rows) == 2 * len(steps)
         assert [row["step"] for row in rows[: len(steps)]] == [str(i) for i in range(len(steps))]
         for cell in (rows[: len(steps)], rows[len(steps) :]):

@@ -10,6 +10,7 @@ from ..errors import CommandError
 
 __all__ = [
     "COLUMNS",
+    "PROFILE_COLUMNS",
     "TRAINING_COLUMNS",
     "append_rows",
     "check_writable",
@@ -79,6 +80,56 @@ TRAINING_COLUMNS: dict[str, str] = COLUMNS | {
     "profiler; empty where not measured",
 }
 """The same of a file of training steps; what differs from :data:`COLUMNS` has the same name."""
+
+PROFILE_COLUMNS: dict[str, str] = {
+    "run": "identifier of the run that the row is part of",
+    "time": "start of the run, UTC, ISO 8601",
+    "commit": "commit of the source tree, + where it was edited; empty outside of one",
+    "model": "name of the model",
+    "classes": "outputs of the classifier",
+    "height": "height of the input",
+    "width": "width of the input",
+    "batch": "images of the input",
+    "dtype": "type of weights and input",
+    "threads": "threads that worked",
+    "isa": "instruction set of the kernels",
+    "exact": "1 where only direct convolution was allowed, else 0",
+    "seed": "seed of the weights",
+    "input": "where the input is from: scikit-image, matplotlib, --image or random",
+    "calls": "profiled calls",
+    "step": "number of the step, from 0",
+    "name": "module that it comes from",
+    "operation": "what it computes",
+    "kind": "stem (the convolution that reads the image), a convolution's window, pool or head",
+    "algorithm": "how: direct, packed (direct, on a gathered and normalised input) or winograd, "
+    "with the size of its tiles",
+    "macs": "multiply-adds as direct convolution counts them, those on padding included",
+    "executed_macs": "multiplications that the algorithm does",
+    "bytes": "features and weights read and written, once each",
+    "min_us": "fastest of the calls, microseconds",
+    "p50_us": "median of the calls",
+    "transform_us": "of the median, about what transforming inputs in a pass before took",
+    "reduction_us": "of the median, about what adding partial sums in a pass behind took",
+    "gflops": "2 * macs over the fastest time, in 10^9 a second",
+    "executed_gflops": "the same for executed_macs",
+    "peak_share": "gflops over peak_gflops",
+    "executed_peak_share": "executed_gflops over peak_gflops",
+    "gbytes_per_second": "bytes over the fastest time, in 10^9 a second",
+    "share": "fastest time over the sum of those of all steps",
+    "peak_gflops": "what an FMA loop reached in this run on all threads, in 10^9 a second",
+    "peak_gflops_one_thread": "the same on one thread",
+    "read_gbytes_per_second": "what all threads reached in reading from memory, in 10^9 a second",
+    "call_min_ms": "fastest call without the profiler, milliseconds",
+    "call_p50_ms": "median call without the profiler",
+    "other_load": "processors that other processes kept busy meanwhile; empty if unknown",
+    "processor": "processor",
+    "processors": "processors that the process could use",
+    "flags": "instruction sets of the processor",
+    "python": "version of Python",
+    "torch": "version of torch",
+    "platform": "operating system",
+}
+"""Columns of a CSV file of ``bench --profile``, in order, and what they hold."""
 
 CELL = (
     *("model", "classes", "height", "width", "batch", "dtype", "threads"),

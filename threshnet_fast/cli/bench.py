@@ -209,7 +209,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.csv = arguments.csv or (profile.CSV if arguments.profile else _CSV)
     picture: Path = arguments.plot or arguments.csv.with_suffix(".png")
     if not arguments.no_files:
-        columns = profile.COLUMNS if arguments.profile else results.COLUMNS
+        columns = results.PROFILE_COLUMNS if arguments.profile else results.COLUMNS
         results.check_writable(arguments.csv, tuple(columns))
         check_plot(picture)
 

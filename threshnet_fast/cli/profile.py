@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,351 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from ..bench import machine, results
+from ..bench.profile import (
+    Machine,
+    Profile,
+    StepProfile,
+    measure_again,
+    measure_machine,
+    measured_roofline,
+    profile,
+    step_rows,
+)
 from ..bench.report import disturbance, format_table
-from ..bench.roofline import MeasuredPoint, MeasuredRoofline, draw_measured_rooflines
-from ..bench.timing import percentile
+from ..bench.roofline import draw_measured_rooflines
 from ..engines import cpu
 from ..errors import CommandError
 from ..models.network import Network
-from ..plan import FusedConv, Head, Plan, Pool, lower
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = [
-    "COLUMNS",
-    "CSV",
-    "DEFAULT_SECONDS",
-    "Machine",
-    "Profile",
-    "StepProfile",
-    "check",
-    "measure_machine",
-    "profile",
-    "run",
-]
-
-COLUMNS: dict[str, str] = {
-    "run": "identifier of the run that the row is part of",
-    "time": "start of the run, UTC, ISO 8601",
-    "commit": "commit of the source tree, + where it was edited; empty outside of one",
-    "model": "name of the model",
-    "classes": "outputs of the classifier",
-    "height": "height of the input",
-    "width": "width of the input",
-    "batch": "images of the input",
-    "dtype": "type of weights and input",
-    "threads": "threads that worked",
-    "isa": "instruction set of the kernels",
-    "exact": "1 where only direct convolution was allowed, else 0",
-    "seed": "seed of the weights",
-    "input": "where the input is from: scikit-image, matplotlib, --image or random",
-    "calls": "profiled calls",
-    "step": "number of the step, from 0",
-    "name": "module that it comes from",
-    "operation": "what it computes",
-    "kind": "stem (the convolution that reads the image), a convolution's window, pool or head",
-    "algorithm": "how: direct, packed (direct, on a gathered and normalised input) or winograd, "
-    "with the size of its tiles",
-    "macs": "multiply-adds as direct convolution counts them, those on padding included",
-    "executed_macs": "multiplications that the algorithm does",
-    "bytes": "features and weights read and written, once each",
-    "min_us": "fastest of the calls, microseconds",
-    "p50_us": "median of the calls",
-    "transform_us": "of the median, about what transforming inputs in a pass before took",
-    "reduction_us": "of the median, about what adding partial sums in a pass behind took",
-    "gflops": "2 * macs over the fastest time, in 10^9 a second",
-    "executed_gflops": "the same for executed_macs",
-    "peak_share": "gflops over peak_gflops",
-    "executed_peak_share": "executed_gflops over peak_gflops",
-    "gbytes_per_second": "bytes over the fastest time, in 10^9 a second",
-    "share": "fastest time over the sum of those of all steps",
-    "peak_gflops": "what an FMA loop reached in this run on all threads, in 10^9 a second",
-    "peak_gflops_one_thread": "the same on one thread",
-    "read_gbytes_per_second": "what all threads reached in reading from memory, in 10^9 a second",
-    "call_min_ms": "fastest call without the profiler, milliseconds",
-    "call_p50_ms": "median call without the profiler",
-    "other_load": "processors that other processes kept busy meanwhile; empty if unknown",
-    "processor": "processor",
-    "processors": "processors that the process could use",
-    "flags": "instruction sets of the processor",
-    "python": "version of Python",
-    "torch": "version of torch",
-    "platform": "operating system",
-}
-"""Columns of the CSV file, in order, and what they hold."""
+__all__ = ["CSV", "DEFAULT_SECONDS", "check", "run"]
 
 CSV = Path("threshnet-fast-profile.csv")
 """The file that rows are appended to unless told otherwise."""
 
 DEFAULT_SECONDS = 5.0
 """Time for each input of each model unless told otherwise."""
-
-_MIN_CALLS = 3
-_WARM_UP_CALLS = 3
-# How often the processor is measured at most, after the steps, until all threads together reach
-# this part of one thread's peak times their number. Threads that share a core never do.
-_MEASUREMENTS = 4
-_UNDISTURBED = 0.9
-# Far beyond any last level cache, and still quick to read.
-_MEMORY_BYTES = 256 << 20
-# What a step of the description is made of, in the order of the operator's columns.
-_PARTS = ("transform", "itself", "reduction")
-_MAIN_KINDS = ("1x1", "3x3")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the processor can do at best.
-
-    Attributes:
-        peak: Floating-point operations a second of all threads, by an FMA loop.
-        peak_one_thread: The same of one.
-        bandwidth: Bytes a second of all threads, reading from memory.
-    """
-
-    peak: float
-    peak_one_thread: float
-    bandwidth: float
-
-    def best(self, other: Machine) -> Machine:
-        """The better of two measurements, number by number."""
-        return Machine(
-            max(self.peak, other.peak),
-            max(self.peak_one_thread, other.peak_one_thread),
-            max(self.bandwidth, other.bandwidth),
-        )
-
-
-@dataclass(frozen=True)
-class StepProfile:
-    """One step, or the sum of several.
-
-    Attributes:
-        name: The module that it comes from.
-        operation: What it computes.
-        kind: ``"stem"``, ``"pool"``, ``"head"``, or the window of a convolution.
-        algorithm: As :attr:`threshnet_fast.engines.cpu.CompiledPlan.algorithms` has it.
-        macs: Multiply-adds of direct convolution, those on padding included.
-        executed_macs: Multiplications that the algorithm does.
-        bytes: Features and weights read and written, once each.
-        fastest: Its fastest time, seconds.
-        median: Its median time.
-        transform: The part of the median that transforms inputs in a pass of its own.
-        reduction: The part of the median that adds up partial sums in a pass of its own.
-        steps: How many steps these are.
-    """
-
-    name: str
-    operation: str
-    kind: str
-    algorithm: str
-    macs: int
-    executed_macs: int
-    bytes: int
-    fastest: float
-    median: float
-    transform: float = 0.0
-    reduction: float = 0.0
-    steps: int = 1
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations a second, as direct convolution counts them."""
-        return 2 * self.macs / self.fastest
-
-    @property
-    def executed_flops(self) -> float:
-        """Floating-point operations a second that the algorithm really does."""
-        return 2 * self.executed_macs / self.fastest
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A network's steps on one input.
-
-    Attributes:
-        steps: All of them, in order.
-        calls: How many calls the times are of.
-        call_fastest: The fastest call without the profiler, seconds.
-        call_median: The median call without the profiler.
-    """
-
-    steps: tuple[StepProfile, ...]
-    calls: int
-    call_fastest: float
-    call_median: float
-
-    @property
-    def total(self) -> StepProfile:
-        """The sum of all steps."""
-        return _sum("all", self.steps)
-
-    def sums(self) -> list[StepProfile]:
-        """The sums by kind of step, in the order in which the kinds first occur."""
-        kinds = dict.fromkeys(step.kind for step in self.steps)
-        return [_sum(kind, [s for s in self.steps if s.kind == kind]) for kind in kinds]
-
-    def convolutions(self) -> StepProfile:
-        """The sum of all convolutions of 1x1 and 3x3 windows behind the stem."""
-        return _sum(" + ".join(_MAIN_KINDS), [s for s in self.steps if s.kind in _MAIN_KINDS])
-
-
-def _sum(kind: str, steps: Sequence[StepProfile]) -> StepProfile:
-    return StepProfile(
-        name="",
-        operation="",
-        kind=kind,
-        algorithm="",
-        macs=sum(step.macs for step in steps),
-        executed_macs=sum(step.executed_macs for step in steps),
-        bytes=sum(step.bytes for step in steps),
-        fastest=sum(step.fastest for step in steps),
-        median=sum(step.median for step in steps),
-        transform=sum(step.transform for step in steps),
-        reduction=sum(step.reduction for step in steps),
-        steps=len(steps),
-    )
-
-
-def measure_machine(isa: int, threads: int) -> Machine:
-    """Measures what the processor can do now; takes about half a second.
-
-    Args:
-        isa: As :func:`threshnet_fast.engines.cpu.isa_code` returns it.
-        threads: Threads to use, at most torch's.
-
-    Raises:
-        RuntimeError: An argument is out of range.
-    """
-    operators = torch.ops.threshnet_fast_cpu
-    peak = operators.peak_flops(isa, threads)
-    one = peak if threads == 1 else operators.peak_flops(isa, 1)
-    # Written before it is read: pages that were never touched are all one page of zeros.
-    memory = torch.ones(_MEMORY_BYTES // 4)
-    return Machine(peak, one, operators.read_bandwidth(memory, threads))
-
-
-def profile(
-    module: Network,
-    x: Tensor,
-    *,
-    isa: int,
-    winograd: int,
-    seconds: float | None = None,
-    calls: int | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> Profile:
-    """Profiles a network on an input; calls with and without the profiler take turns.
-
-    Args:
-        module: The network, in evaluation mode.
-        x: float32 images.
-        isa: As :func:`threshnet_fast.engines.cpu.isa_code` returns it.
-        winograd: As :func:`threshnet_fast.engines.cpu.winograd_by_default` returns it.
-        seconds: Goes on until this time is over, three calls at least.
-        calls: Number of profiled calls; exactly one of the two is given.
-        progress: Called after every turn with the part of the work that is done, 0 to 1.
-
-    Raises:
-        ValueError: Not exactly one of ``seconds`` and ``calls`` is given.
-        RuntimeError: The profiled calls return something else than the others.
-    """
-    if (seconds is None) == (calls is None):
-        raise ValueError("expected exactly one of seconds and calls")
-    compiled, packed = cpu.PlanCache().get(module, x.shape, head=True, isa=isa, winograd=winograd)
-    operators = torch.ops.threshnet_fast_cpu
-    workspace = operators.create_workspace(compiled.program, torch.get_num_threads())
-
-    def profiled() -> tuple[Tensor, Tensor]:
-        output, times = operators.profile_plan(x, compiled.program, packed, workspace)
-        return output.flatten(1) if compiled.flat_output else output, times
-
-    for _ in range(_WARM_UP_CALLS):
-        expected, (output, _) = compiled(x, packed), profiled()
-    if not torch.equal(output, expected):
-        raise RuntimeError("the profiled calls return something else than ordinary ones")
-    clock = time.perf_counter_ns
-    plain: list[float] = []
-    parts: list[Tensor] = []
-    start = clock()
-    while True:
-        elapsed = (clock() - start) / 1e9
-        done = len(parts) / (calls or _MIN_CALLS)
-        if seconds is not None:
-            done = min(done, elapsed / seconds)
-        if progress is not None:
-            progress(min(done, 1.0))
-        if done >= 1:
-            break
-        before = clock()
-        compiled(x, packed)
-        plain.append((clock() - before) / 1e9)
-        parts.append(profiled()[1])
-    plan = lower(module, x.shape, fold=False)
-    return Profile(
-        tuple(_steps(plan, compiled.algorithms, torch.stack(parts).double() / 1e9)),
-        len(parts),
-        min(plain),
-        percentile(plain, 0.5),
-    )
-
-
-def _steps(plan: Plan, algorithms: Sequence[str], times: Tensor) -> list[StepProfile]:
-    """Puts together what is known of a plan's steps.
-
-    Args:
-        plan: The plan, of the whole batch.
-        algorithms: Of each step of the description; a head may be two.
-        times: Seconds, ``[calls, steps of the description, parts]``.
-    """
-    rest = times.shape[1] - (len(plan.steps) - 1)
-    steps = []
-    for index, step in enumerate(plan.steps):
-        # Only the head, which is last, is more than one step of the description.
-        count = rest if index == len(plan.steps) - 1 else 1
-        parts = times[:, index : index + count].sum(1)
-        whole = parts.sum(1)
-        medians = dict(zip(_PARTS, parts.quantile(0.5, 0).tolist(), strict=True))
-        algorithm = algorithms[index]
-        steps.append(
-            StepProfile(
-                name=step.name,
-                operation=step.describe(),
-                kind=_kind(step),
-                algorithm=algorithm,
-                macs=step.macs,
-                executed_macs=_executed_macs(plan, step, algorithm),
-                bytes=step.bytes_fused,
-                fastest=float(whole.min()),
-                median=float(whole.quantile(0.5)),
-                transform=medians["transform"],
-                reduction=medians["reduction"],
-            )
-        )
-    return steps
-
-
-def _kind(step: FusedConv | Pool | Head) -> str:
-    if isinstance(step, FusedConv):
-        # The image is the first buffer.
-        if any(segment.buffer == 0 for segment in step.inputs):
-            return "stem"
-        return "x".join(map(str, step.kernel))
-    return "pool" if isinstance(step, Pool) else "head"
-
-
-def _executed_macs(plan: Plan, step: FusedConv | Pool | Head, algorithm: str) -> int:
-    """The multiplications of the products, without those of Winograd's transforms."""
-    winograd = re.match(r"winograd\D*(\d*)", algorithm)
-    if winograd is None or not isinstance(step, FusedConv):
-        # A gathered input holds the zeros of the padding too.
-        return step.macs if algorithm == "packed" else step.valid_macs
-    size = int(winograd[1] or 2)
-    output = plan.buffers[step.output.buffer]
-    tiles = step.batch * -(-output.height // size) * -(-output.width // size)
-    positions = (size + step.kernel[0] - 1) * (size + step.kernel[1] - 1)
-    return tiles * positions * step.input_channels * step.output.channels
 
 
 def run(
@@ -416,14 +94,11 @@ def run(
                     calls=arguments.repeats,
                     progress=functools.partial(_advance, bar),
                 )
-            for _ in range(_MEASUREMENTS):
-                limits = limits.best(measure_machine(isa, threads))
-                if limits.peak >= _UNDISTURBED * threads * limits.peak_one_thread:
-                    break
+            limits = measure_again(limits, isa, threads)
             load = others.stop()
-            rows = _rows(measured, limits)
+            rows = step_rows(measured, limits)
             cell: dict[str, object] = {
-                **{key: value for key, value in common.items() if key in COLUMNS},
+                **{key: value for key, value in common.items() if key in results.PROFILE_COLUMNS},
                 "model": name,
                 "classes": arguments.classes,
                 "height": height,
@@ -447,8 +122,8 @@ def run(
                 )
             print(flush=True)
             if not arguments.no_files:
-                results.append_rows(arguments.csv, rows, tuple(COLUMNS))
-            panels.append(_panel(title, measured, limits))
+                results.append_rows(arguments.csv, rows, tuple(results.PROFILE_COLUMNS))
+            panels.append(measured_roofline(title, measured, limits))
     if not arguments.no_files:
         draw_measured_rooflines(panels, picture)
         print(f"Written: {arguments.csv}, {picture}")
@@ -476,39 +151,6 @@ def _threads(count: int) -> str:
 
 def _advance(bar: tqdm[NoReturn], part: float) -> None:
     bar.update(max(0, int(100 * part) - bar.n))
-
-
-def _rows(measured: Profile, limits: Machine) -> list[dict[str, object]]:
-    total = measured.total
-    return [
-        {
-            "calls": measured.calls,
-            "step": index,
-            "name": step.name,
-            "operation": step.operation,
-            "kind": step.kind,
-            "algorithm": step.algorithm,
-            "macs": step.macs,
-            "executed_macs": step.executed_macs,
-            "bytes": step.bytes,
-            "min_us": f"{1e6 * step.fastest:.3f}",
-            "p50_us": f"{1e6 * step.median:.3f}",
-            "transform_us": f"{1e6 * step.transform:.3f}",
-            "reduction_us": f"{1e6 * step.reduction:.3f}",
-            "gflops": f"{step.flops / 1e9:.3f}",
-            "executed_gflops": f"{step.executed_flops / 1e9:.3f}",
-            "peak_share": f"{step.flops / limits.peak:.4f}",
-            "executed_peak_share": f"{step.executed_flops / limits.peak:.4f}",
-            "gbytes_per_second": f"{step.bytes / step.fastest / 1e9:.3f}",
-            "share": f"{step.fastest / total.fastest:.6f}",
-            "peak_gflops": f"{limits.peak / 1e9:.3f}",
-            "peak_gflops_one_thread": f"{limits.peak_one_thread / 1e9:.3f}",
-            "read_gbytes_per_second": f"{limits.bandwidth / 1e9:.3f}",
-            "call_min_ms": f"{1e3 * measured.call_fastest:.4f}",
-            "call_p50_ms": f"{1e3 * measured.call_median:.4f}",
-        }
-        for index, step in enumerate(measured.steps)
-    ]
 
 
 _NUMBERS = (
@@ -563,26 +205,4 @@ def _text(measured: Profile, limits: Machine) -> str:
         f"{limits.bandwidth / 1e9:.1f} GB/s.\n"
         "GFLOP/s count direct convolution, so Winograd's may exceed the peak; executed are the "
         "multiplications done."
-    )
-
-
-def _panel(title: str, measured: Profile, limits: Machine) -> MeasuredRoofline:
-    total = measured.total
-    return MeasuredRoofline(
-        title,
-        limits.peak,
-        limits.peak_one_thread,
-        limits.bandwidth,
-        tuple(
-            MeasuredPoint(
-                step.kind,
-                step.algorithm,
-                2 * step.macs / step.bytes,
-                step.flops,
-                step.executed_flops,
-                step.fastest / total.fastest,
-            )
-            for step in measured.steps
-            if step.macs > 0
-        ),
     )
