@@ -13,6 +13,7 @@ from ..bench.machine import usable_processors
 from ..errors import CommandError
 
 __all__ = [
+    "add_run_arguments",
     "check_device",
     "check_model",
     "device",
@@ -20,6 +21,7 @@ __all__ = [
     "natural_number",
     "positive_float",
     "positive_integer",
+    "prepare_run",
     "threads",
 ]
 
@@ -120,3 +122,39 @@ def check_model(name: str) -> None:
         near = difflib.get_close_matches(name.lower(), names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}"
         raise CommandError(f"unknown model {name!r}: {hint}", status=2)
+
+
+def add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    """Adds the arguments of a command that runs a model; see :func:`prepare_run`."""
+    group.add_argument(
+        "--device",
+        type=device,
+        default=torch.device("cpu"),
+        metavar="DEVICE",
+        help="cpu (default), cuda or cuda:N",
+    )
+    group.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
+    group.add_argument(
+        "--backend", default="auto", metavar="NAME", help="as use_backend takes it (default auto)"
+    )
+
+
+def prepare_run(arguments: argparse.Namespace) -> torch.device:
+    """Sets the number of threads that was asked for, and returns the device.
+
+    Args:
+        arguments: With those of :func:`add_run_arguments`.
+
+    Raises:
+        CommandError: There is no such backend or device.
+    """
+    from ..engines.select import check_name
+
+    try:
+        check_name(arguments.backend, "--backend")
+    except ValueError as error:
+        raise CommandError(str(error), status=2) from error
+    place = check_device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return place

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CommandError
-from .arguments import check_device, check_model, device, natural_number, positive_integer, threads
+from .arguments import add_run_arguments, check_model, positive_integer, prepare_run
 from .pictures import load_picture
-from .unreadable import add_check_arguments, find_unreadable
+from .unreadable import add_reading_arguments, find_unreadable
 
 if TYPE_CHECKING:
     from ..data.dataset import FolderSet
@@ -55,34 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, required=True, metavar="DIR", help="folder of the images"
     )
     what.add_argument("--dataset", choices=_DATASETS, default="folder", help="default %(default)s")
-    what.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="accept files of the data set that are not as large as the published ones",
-    )
-    add_check_arguments(what)
-    what.add_argument(
-        "--workers",
-        type=natural_number,
-        default=2,
-        metavar="N",
-        help="processes that read a folder's images (default 2)",
-    )
+    add_reading_arguments(what)
     how = parser.add_argument_group("how to run it")
     how.add_argument(
         "--batch-size", type=positive_integer, default=64, metavar="N", help="default %(default)s"
     )
-    how.add_argument(
-        "--device",
-        type=device,
-        default=torch.device("cpu"),
-        metavar="DEVICE",
-        help="cpu (default), cuda or cuda:N",
-    )
-    how.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
-    how.add_argument(
-        "--backend", default="auto", metavar="NAME", help="as use_backend takes it (default auto)"
-    )
+    add_run_arguments(how)
     results = parser.add_argument_group("results")
     results.add_argument("--json", action="store_true", help="print JSON")
     results.add_argument(
@@ -95,16 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ..engines.select import check_name, use_backend
+    from ..engines.select import use_backend
     from ..train.loop import evaluate
 
-    try:
-        check_name(arguments.backend, "--backend")
-    except ValueError as error:
-        raise CommandError(str(error), status=2) from error
-    place = check_device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    place = prepare_run(arguments)
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
         raise CommandError(f"--output {arguments.output} is no folder", status=2)
     model, info = _load(arguments)

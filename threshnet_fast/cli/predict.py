@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CommandError, print_error
 from ..text import printable
-from .arguments import check_device, check_model, device, positive_integer, threads
+from .arguments import add_run_arguments, check_model, positive_integer, prepare_run
 from .pictures import load_picture
 
 if TYPE_CHECKING:
@@ -66,30 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how to run it")
     how.add_argument("--top", type=positive_integer, default=_TOP, metavar="N", help="default 5")
     how.add_argument("--json", action="store_true", help="print JSON")
-    how.add_argument(
-        "--device",
-        type=device,
-        default=torch.device("cpu"),
-        metavar="DEVICE",
-        help="cpu (default), cuda or cuda:N",
-    )
-    how.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
-    how.add_argument(
-        "--backend", default="auto", metavar="NAME", help="as use_backend takes it (default auto)"
-    )
+    add_run_arguments(how)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ..engines.select import check_name, use_backend
+    from ..engines.select import use_backend
 
-    try:
-        check_name(arguments.backend, "--backend")
-    except ValueError as error:
-        raise CommandError(str(error), status=2) from error
-    place = check_device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    place = prepare_run(arguments)
     paths = _find(arguments.pictures)
     model, info, source = _load(arguments)
     model.to(place)

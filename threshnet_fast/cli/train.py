@@ -30,7 +30,7 @@ from .arguments import (
     positive_integer,
     threads,
 )
-from .unreadable import add_check_arguments, find_unreadable
+from .unreadable import add_reading_arguments, find_unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -88,19 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--download", action="store_true", help="fetch what is missing of it, into that folder"
     )
-    what.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="accept files of the data set that are not as large as the published ones",
-    )
-    add_check_arguments(what)
-    what.add_argument(
-        "--workers",
-        type=natural_number,
-        default=2,
-        metavar="N",
-        help="processes that read a folder's images (default 2)",
-    )
+    add_reading_arguments(what)
     what.add_argument(
         "--in-chans",
         type=int,

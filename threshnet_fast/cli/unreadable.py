@@ -12,16 +12,34 @@ import torch
 
 from ..errors import CommandError
 from ..text import printable
+from .arguments import natural_number
 
 if TYPE_CHECKING:
     from ..train.distributed import Processes
 
-__all__ = ["add_check_arguments", "find_unreadable"]
+__all__ = ["add_reading_arguments", "find_unreadable"]
 
 _SHOWN = 3
 
 
-def add_check_arguments(group: argparse._ArgumentGroup) -> None:
+def add_reading_arguments(group: argparse._ArgumentGroup) -> None:
+    """Adds the arguments of a command that reads a data set."""
+    group.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="accept files of the data set that are not as large as the published ones",
+    )
+    _add_check_arguments(group)
+    group.add_argument(
+        "--workers",
+        type=natural_number,
+        default=2,
+        metavar="N",
+        help="processes that read a folder's images (default 2)",
+    )
+
+
+def _add_check_arguments(group: argparse._ArgumentGroup) -> None:
     """Adds the arguments that say whether to check, and what to do with unreadable pictures."""
     choice = group.add_mutually_exclusive_group()
     choice.add_argument(

@@ -27,7 +27,7 @@ from ..nn import (
     PointwiseDepthwise,
 )
 
-__all__ = ["SETTINGS", "TENSORS", "ModuleSettings", "override", "settings_of"]
+__all__ = ["MODELESS", "SETTINGS", "TENSORS", "ModuleSettings", "override", "settings_of"]
 
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.AdaptiveAvgPool2d: ("output_size",),
@@ -76,6 +76,9 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     PointwiseDepthwise: (),
 }
 """By class: its settings that a plan or a chain depends on; a subclass has those of its bases."""
+
+MODELESS = frozenset(SETTINGS) - {nn.BatchNorm2d, nn.Dropout, Network}
+"""Classes that compute the same in training mode. Anything else, a parametrisation say, may not."""
 
 TENSORS = ("weight", "bias", "running_mean", "running_var")
 """What lowering reads of parameters and buffers."""

@@ -19,18 +19,8 @@ from torch.nn.modules import module as torch_module
 from ..engines import cpu, cuda_graphs, samples, select, triton
 from ..engines.base import CompilationFailed, Objection, PreparedPlan, WantsGradients
 from ..engines.gpu_plan import CapturedWeights
-from ..graph.settings import ModuleSettings
+from ..graph.settings import MODELESS, ModuleSettings
 from ..models.validate import check_memory, has_memory
-from ..nn import (
-    ConvBNReLU,
-    DenseBlock,
-    DenseLayer,
-    DenseTransition,
-    DepthwiseConvBN,
-    HarmonicBlock,
-    PlainDenseLayer,
-    PointwiseDepthwise,
-)
 from ..plan.lower import UnsupportedModule
 from .training import CannotTrain, FusedTraining
 
@@ -38,28 +28,6 @@ if TYPE_CHECKING:
     from ..models.network import Network
 
 __all__ = ["FusedForward", "fused_forward"]
-
-# Modules that run the same in training mode. Anything else, a parametrisation say, may not.
-_MODELESS = {
-    nn.AdaptiveAvgPool2d,
-    nn.AvgPool2d,
-    nn.Conv2d,
-    nn.Flatten,
-    nn.Identity,
-    nn.Linear,
-    nn.MaxPool2d,
-    nn.ModuleList,
-    nn.ReLU,
-    nn.Sequential,
-    ConvBNReLU,
-    DenseBlock,
-    DenseLayer,
-    DenseTransition,
-    DepthwiseConvBN,
-    HarmonicBlock,
-    PlainDenseLayer,
-    PointwiseDepthwise,
-}
 
 # What the CPU's checksum reads at each address.
 _PROBE_BYTES = 4
@@ -253,7 +221,7 @@ class _Snapshot:
 
     def __init__(self, model: Network, captured: CapturedWeights) -> None:
         modules = list(model.modules())
-        self._with_modes = [module for module in modules if type(module) not in _MODELESS]
+        self._with_modes = [module for module in modules if type(module) not in MODELESS]
         self._model = model
         self._children = [module._modules for module in modules if module._modules]
         self._child_modules = [tuple(children.values()) for children in self._children]
