@@ -1155,7 +1155,7 @@ class TestErrors:
         fails(["--batch-size", "101"], 2, "a step takes 101 images, and there are 100")
         fails(["--amp", "float16"], 2, "needs a GPU")
         fails(["--backend", "cpuu"], 2, "did you mean 'cpu'")
-        fails(["--image-size", "16"], 2, "tiny cannot be trained so", "32")
+        fails(["--image-size", "4"], 2, "tiny cannot be trained so", "at least 5 x 5")
         fails(["--label-smoothing", "1"], 2, "label_smoothing is 1.0")
         if not torch.cuda.is_available():
             fails(["--device", "cuda"], 2, "--device cuda")
