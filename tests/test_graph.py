@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import threshnet_fast as tf
+from threshnet_fast.engines import cpu
 from threshnet_fast.graph import (
     Activate,
     Concat,
@@ -30,6 +31,10 @@ from threshnet_fast.graph import (
 )
 from threshnet_fast.nn import ConvBNReLU, DenseBlock, DenseLayer, HarmonicBlock
 from threshnet_fast.plan import execute_reference, lower, plan_memory, serialize
+
+needs_engine = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+)
 
 # SHA-256, shortened, of the serialized plans that graphs must not change.
 DIGESTS = json.loads((Path(__file__).parent / "plan_digests.json").read_text())
@@ -172,3 +177,16 @@ def test_nested_sequences_are_walked_in_order():
     assert graph.channels[graph.output] == 14
     assert isinstance(graph.nodes[1], Norm)
     assert all(isinstance(node, Node) for node in graph.nodes)
+
+
+@needs_engine
+def test_explain_names_what_trains_as_plain_pytorch():
+    x = torch.randn(2, 3, 64, 64)
+    model = tf.HarDNet85().train()
+    dropout = next(name for name, part in model.named_modules() if isinstance(part, nn.Dropout))
+    assert tf.explain(model, x).reason.endswith(f"; as plain PyTorch: {dropout} is a Dropout")
+    model = tf.ThreshNet79().train()
+    assert "plain" not in tf.explain(model, x).reason
+    model.base[4] = nn.Sequential(model.base[4], nn.GELU())
+    reason = tf.explain(model, x).reason
+    assert reason.endswith("; as plain PyTorch: base.4.1 is a GELU, which no plan can express")

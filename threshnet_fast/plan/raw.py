@@ -230,11 +230,15 @@ class _Features:
 class _Raw:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        for foreign in graph.foreign():
-            raise UnsupportedModule(foreign.reason)
+        for node in graph.nodes:
+            if isinstance(node, ir.Foreign):
+                raise UnsupportedModule(node.reason)
+            if isinstance(node, ir.Dropout):
+                raise UnsupportedModule(f"{node.name} is a {type(node.module).__name__}")
         channels = graph.channels[0]
         if channels is None:
-            raise UnsupportedModule("the channels of the input are not known")
+            name = graph.nodes[0].name if graph.nodes else "nothing"
+            raise UnsupportedModule(f"{name} does not tell how many channels it reads")
         self.raw = RawPlan([Buffer(channels)], [], [], 0)
         self.features = {0: _Features((Read(0, 0, channels),))}
         self.blocks, self.slots = find_blocks(graph, 1)

@@ -98,21 +98,20 @@ class FusedForward:
                 # Another round takes the next backend.
                 snapshot.unsupported["triton"] = str(objection)
 
-    def training_objection(self, model: Network, x: Tensor) -> str | None:
-        """Returns why a call that wants gradients cannot run fused, or None where it can.
+    def explain_training(self, model: Network, x: Tensor) -> list[str]:
+        """Returns why parts of a model run plain in a call that wants gradients, a line for each.
 
         Args:
             model: The model that this belongs to.
             x: Its input, already checked.
+
+        Raises:
+            CannotTrain: All of it does, for the reason that the message gives.
         """
         requested = select.requested_backend()
         if requested not in ("auto", "cpu"):
-            return f"backend {requested!r} trains single operations only"
-        try:
-            self._training.prepare(model, x, model.checkpoint)
-        except CannotTrain as error:
-            return str(error)
-        return None
+            raise CannotTrain(f"backend {requested!r} trains single operations only")
+        return self._training.prepare(model, x, model.checkpoint).reasons
 
     def _train(self, model: Network, x: Tensor, requested: str, *, head: bool) -> Tensor:
         """Runs the model with a history for autograd.

@@ -60,6 +60,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     from ..engines.base import Objection, WantsGradients
     from ..models.network import Network
     from .dropin import fused_forward
+    from .training import CannotTrain
 
     if not isinstance(model, Network):
         raise TypeError(f"model is a {type(model).__name__}: expected a model of threshnet_fast")
@@ -80,9 +81,14 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     try:
         prepared, _ = fused_forward(model).prepare(model, x, head=True)
     except WantsGradients as wanted:
-        reason = fused_forward(model).training_objection(model, x)
-        if reason is None:
+        try:
+            parts = fused_forward(model).explain_training(model, x)
+        except CannotTrain as error:
+            reason = str(error)
+        else:
             how = f"{wanted}: chains of fused steps, forward and back"
+            if parts:
+                how += f"; as plain PyTorch: {'; '.join(parts)}"
             return Explanation("cpu", how, nothing, plan)
         if requested != "auto":
             raise RuntimeError(

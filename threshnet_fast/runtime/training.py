@@ -107,7 +107,11 @@ class FusedTraining:
 
 
 class _Parts:
-    """A model's stages, as chains and as the modules between them."""
+    """A model's stages, as chains and as the modules between them.
+
+    Attributes:
+        reasons: Why each of the modules is in no chain.
+    """
 
     def __init__(self, model: Network) -> None:
         for name, container in model._containers():
@@ -139,7 +143,7 @@ class _Parts:
         # Where all of them had memory.
         self._addresses: list[int | None] | None = None
         self._shapes = self._find_shapes()
-        self._parts = _divide(split_stages(model._stages()))
+        self._parts, self.reasons = _divide(split_stages(model._stages()))
         if not any(isinstance(part, Chain) for part in self._parts):
             raise CannotTrain("no part of the model can be trained fused")
 
@@ -235,32 +239,45 @@ def _works_in_place(module: nn.Module) -> bool:
     return any(getattr(part, "inplace", False) for part in module.modules())
 
 
-def _divide(stages: list[tuple[str, nn.Module]]) -> list[Chain | nn.Module]:
-    """Makes chains that are as long as possible of modules that run one after the other."""
+def _divide(stages: list[tuple[str, nn.Module]]) -> tuple[list[Chain | nn.Module], list[str]]:
+    """Makes chains that are as long as possible of modules that run one after the other.
+
+    Returns:
+        The chains and the modules between them, and of each of those why it is in none.
+    """
     parts: list[Chain | nn.Module] = []
+    reasons: list[str] = []
     position = 0
     while position < len(stages):
-        chain, end = _longest_chain(stages, position, differentiable=position > 0)
+        chain, end, reason = _longest_chain(stages, position, differentiable=position > 0)
         if chain is None:
             parts.append(stages[position][1])
+            reasons.append(reason)
             position += 1
         else:
             parts.append(chain)
             position = end
-    return parts
+    return parts, reasons
 
 
 def _longest_chain(
     stages: list[tuple[str, nn.Module]], begin: int, *, differentiable: bool
-) -> tuple[Chain | None, int]:
-    """The longest chain from a stage on, and where the stages begin that are not part of it."""
+) -> tuple[Chain | None, int, str]:
+    """The longest chain from a stage on, and where the stages begin that are not part of it.
+
+    Returns:
+        Those two, or None, the stage itself, and why it begins no chain.
+    """
     best: Chain | None = None
     end = begin
+    reason = f"{stages[begin][0]} begins no chain with a convolution and a gradient of its input"
     # Most networks are one chain, which is quickly found where it is looked for first.
     for last in (len(stages), *range(begin + 1, len(stages))):
         try:
             chain = Chain(stages[begin:last], None)
-        except UnsupportedModule:
+        except UnsupportedModule as error:
+            if last == begin + 1:
+                reason = str(error)
             if last == len(stages):
                 continue
             # A stage that cannot end a chain may be part of one: a BatchNorm before its ReLU can
@@ -271,4 +288,4 @@ def _longest_chain(
             best, end = chain, last
             if last == len(stages):
                 break
-    return best, end
+    return best, end, reason
