@@ -64,6 +64,8 @@ class FrozenNetwork(nn.Module):
         self._gpu_plans = select.gpu_plan_caches()
         if isinstance(module, Network):
             self.__dict__["_weight"] = module._first_weight
+            # Found in the settings of all modules, which takes as long as a small network.
+            self._min_size = module.min_size
         if backend == "cpu":
             self._isa = cpu.isa_code(self._weight.dtype)
 
@@ -96,15 +98,17 @@ class FrozenNetwork(nn.Module):
         image = _or_one_image(x)
         if image is not x:
             return self.forward(image)[:0]
-        check_input(x, module.in_chans, module.min_size, self._weight)
+        check_input(x, module.in_chans, self._min_size, self._weight)
         check_memory("x", x)
+        if self._head is None:
+            return self._run(module, x)
         with torch.no_grad():
-            output = self._run(module, x)
-            return output if self._head is None else self._head(output)
+            output = self._head(self._run(module, x))
+            return output
 
     def _run(self, module: Network, x: Tensor) -> Tensor:
         if self.backend == "reference":
-            with select.use_backend("reference"):
+            with torch.no_grad(), select.use_backend("reference"):
                 output: Tensor = module(x)
                 return output
         if self.backend != "cpu":
