@@ -138,13 +138,7 @@ class _Fusion:
         if node.input in self.prologues:
             self.prologues[node.output] = self.prologues[node.input]
         else:
-            self.maps[node.output] = self._read(node)
-
-    def _read(self, node: Node) -> _Map:
-        """Where the value lies that a node reads and that needs no prologue."""
-        if node.input in self.prologues:
-            raise _stands_alone(node.name)
-        return self.maps[node.input]
+            self.maps[node.output] = self.maps[node.input]
 
     def _source(self, node: Node) -> tuple[_Map, tuple[Tensor, Tensor] | None]:
         """What a node reads, and the scale and shift of its prologue in float64."""
