@@ -85,7 +85,7 @@ def build_cuda_library(folder):
     csrc = ROOT / "csrc"
     sources = [*csrc.glob("*.cpp"), *csrc.glob("cuda/*.cpp"), *csrc.glob("cuda/*.cu")]
     # These alone know torch.
-    sources = set(sources) - {*csrc.glob("*bindings.cpp"), csrc / "cuda/bindings.cpp"}
+    sources = set(sources) - {csrc / "schemas.cpp", csrc / "cuda/bindings.cpp"}
     host = nvcc.host_compiler_options(os.environ["CXX"])
     options = [
         *nvcc.FLAGS,
@@ -113,9 +113,9 @@ def extension_arguments():
         warn_pure_python(reason)
         return {}
     csrc = ROOT / "csrc"
-    bindings = csrc / "bindings.cpp"
-    if not bindings.is_file():
-        raise RuntimeError(f"{bindings} is missing: the source tree is incomplete")
+    schemas = csrc / "schemas.cpp"
+    if not schemas.is_file():
+        raise RuntimeError(f"{schemas} is missing: the source tree is incomplete")
     without_cuda = cuda_left_out_reason()
     if without_cuda is not None:
         print(f"NOTE: {PACKAGE} is built without its CUDA kernels: {without_cuda}", flush=True)

@@ -106,7 +106,7 @@ def tree(tmp_path):
             shutil.copy(path, folder)
     shutil.rmtree(folder / "csrc")
     (folder / "csrc/cpu").mkdir(parents=True)
-    (folder / "csrc/bindings.cpp").write_text(TINY_BINDINGS)
+    (folder / "csrc/schemas.cpp").write_text(TINY_BINDINGS)
     (folder / "csrc/cpu/value.h").write_text("#pragma once\n#define VALUE 3\n")
     (folder / "kernels").mkdir(exist_ok=True)
     (folder / "kernels/__init__.py").touch()
@@ -334,7 +334,7 @@ class TestArchives:
             "build_backend/nvcc.py",
             "build_backend/toolchain.py",
             "constraints.txt",
-            "csrc/bindings.cpp",
+            "csrc/schemas.cpp",
             "csrc/cpu/value.h",
             "kernels/example.py",
             "LICENSE",
@@ -448,10 +448,10 @@ class TestCompiler:
 
     @needs_compiler
     def test_missing_definition_is_an_error(self, tree, tmp_path):
-        with (tree / "csrc/bindings.cpp").open("a") as file:
+        with (tree / "csrc/schemas.cpp").open("a") as file:
             file.write("int missing();\nint user() { return missing(); }\n")
-        text = (tree / "csrc/bindings.cpp").read_text()
-        (tree / "csrc/bindings.cpp").write_text(text.replace("return VALUE", "return user()"))
+        text = (tree / "csrc/schemas.cpp").read_text()
+        (tree / "csrc/schemas.cpp").write_text(text.replace("return VALUE", "return user()"))
         (tree / "csrc/cpu/value.h").write_text("int user();\n")
         run = call_backend(tree, f"build_wheel({str(tmp_path)!r})")
         assert run.returncode != 0
@@ -459,10 +459,10 @@ class TestCompiler:
 
     @needs_compiler
     def test_missing_sources_are_an_error(self, tree, tmp_path):
-        (tree / "csrc/bindings.cpp").unlink()
+        (tree / "csrc/schemas.cpp").unlink()
         run = call_backend(tree, f"build_wheel({str(tmp_path)!r})")
         assert run.returncode != 0
-        assert "bindings.cpp is missing" in run.stderr
+        assert "schemas.cpp is missing" in run.stderr
 
     @needs_compiler
     def test_missing_torch_is_an_error(self, tree):
@@ -503,13 +503,13 @@ class TestCompiler:
             )
             return int(output_of(run_python(code)))
 
-        assert "bindings.cpp" in build()
+        assert "schemas.cpp" in build()
         assert value() == 3
-        assert "bindings.cpp" not in build()
+        assert "schemas.cpp" not in build()
         # Time stamps of some file systems are coarse.
         time.sleep(0.1)
         (tree / "csrc/cpu/value.h").write_text("#pragma once\n#define VALUE 4\n")
-        assert "bindings.cpp" in build()
+        assert "schemas.cpp" in build()
         assert value() == 4
 
 

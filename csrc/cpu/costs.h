@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "ukernels.h"
+#include "cpu/ukernels/ukernels.h"
 
 namespace threshnet_fast::cpu {
 

@@ -1,9 +1,9 @@
 // The CUDA kernels as operators for torch, registered through the LibTorch stable ABI for the
-// schemas of csrc/bindings.cpp. Checks of tensors and registration, nothing else.
+// schemas of csrc/schemas.cpp. Checks of tensors and registration, nothing else.
 #include <algorithm>
 #include <limits>
 
-#include "../tensors.h"
+#include "tensors.h"
 #include "device.h"
 #include "program.h"
 

@@ -4,7 +4,7 @@
 #include <memory>
 #include <new>
 
-#include "../threshnet_fast.h"
+#include "threshnet_fast.h"
 #include "device.h"
 #include "launch.cuh"
 #include "program.h"

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../seal.h"
+#include "seal.h"
 #include "program.h"
 
 namespace threshnet_fast::cuda {

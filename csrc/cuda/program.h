@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../plan.h"
+#include "plan.h"
 #include "export.h"
 #include "operands.h"
 

@@ -22,7 +22,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/program.h"
+#include "cpu/inference/program.h"
 
 namespace {
 

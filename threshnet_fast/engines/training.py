@@ -177,7 +177,7 @@ class Kernels(Protocol):
 
 
 class CppKernels:
-    """The kernels of csrc/cpu/training*.cpp, in float32.
+    """The kernels of csrc/cpu/training, in float32.
 
     Args:
         isa: As :func:`threshnet_fast.engines.cpu.isa_code` returns it.

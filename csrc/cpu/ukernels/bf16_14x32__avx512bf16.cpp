@@ -17,8 +17,8 @@
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512bf16,avx2,fma")
 #endif
 
-#include "../ukernels.h"
 #include "avx512_vector.h"
+#include "ukernels.h"
 
 namespace threshnet_fast::cpu {
 namespace {

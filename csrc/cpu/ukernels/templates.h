@@ -4,7 +4,7 @@
 // copies, compiled for its own instruction set.
 #pragma once
 
-#include "../ukernels.h"
+#include "ukernels.h"
 
 namespace threshnet_fast::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // The micro-kernels of training, written once over `Vector` as those in templates.h are.
 #pragma once
 
-#include "../training_ukernels.h"
+#include "training.h"
 
 namespace threshnet_fast::cpu {
 namespace {

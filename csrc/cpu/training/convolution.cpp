@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "team.h"
-#include "training.h"
-#include "training_products.h"
+#include "cpu/team.h"
+#include "products.h"
+#include "steps.h"
 
 namespace threshnet_fast::cpu {
 namespace {

@@ -1,4 +1,4 @@
-#include "training_ukernels.h"
+#include "training.h"
 #include "ukernels.h"
 
 namespace threshnet_fast::cpu {

@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "training.h"
-#include "training_windows.h"
+#include "steps.h"
+#include "windows.h"
 
 namespace threshnet_fast::cpu {
 namespace {

@@ -7,9 +7,9 @@
 #include <cstring>
 #include <utility>
 
-#include "program.h"
-#include "training.h"
-#include "training_packing.h"
+#include "cpu/inference/program.h"
+#include "packing.h"
+#include "steps.h"
 
 namespace threshnet_fast::cpu {
 

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "training_bands.h"
-#include "training_fetch.h"
-#include "training_packing.h"
+#include "bands.h"
+#include "cpu/fetch.h"
+#include "packing.h"
 
 namespace threshnet_fast::cpu {
 

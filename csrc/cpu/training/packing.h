@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <utility>
 
-#include "program.h"
-#include "training.h"
+#include "cpu/inference/program.h"
+#include "steps.h"
 
 namespace threshnet_fast::cpu {
 

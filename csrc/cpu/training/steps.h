@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "program.h"
-#include "training_ukernels.h"
+#include "cpu/inference/program.h"
+#include "cpu/ukernels/training.h"
 
 namespace threshnet_fast::cpu {
 

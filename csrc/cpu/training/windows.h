@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "program.h"
-#include "team.h"
-#include "training.h"
+#include "cpu/inference/program.h"
+#include "cpu/team.h"
+#include "steps.h"
 
 namespace threshnet_fast::cpu {
 

@@ -2,8 +2,8 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/team.h"
 #include "program.h"
-#include "team.h"
 
 namespace threshnet_fast::cpu {
 namespace {

@@ -1,4 +1,4 @@
-// Operators for torch, registered through the LibTorch stable ABI. Schemas, checks of tensors and
+// Operators for torch, registered through the LibTorch stable ABI. Checks of tensors and
 // registration, nothing else: the engine in cpu/ knows nothing of torch.
 #include <algorithm>
 #include <cstdint>
@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/profile.h"
-#include "cpu/program.h"
+#include "profile.h"
+#include "program.h"
 #include "tensors.h"
 
 #if defined(__linux__)
@@ -357,48 +357,6 @@ Tensor cat_conv_bn_relu(const std::vector<Tensor>& xs, const Tensor& weight, con
 }  // namespace threshnet_fast
 
 using namespace threshnet_fast;
-
-STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
-  m.def("best_isa() -> int");
-  m.def("best_bfloat16_isa() -> int");
-  m.def("checksum_floats(Tensor addresses) -> int");
-  m.def("all_finite(Tensor[] tensors) -> bool");
-  m.def("compile_plan(Tensor description, int isa, int threads, int winograd) -> Tensor");
-  m.def("program_layout(Tensor program) -> int");
-  m.def("program_algorithms(Tensor program) -> Tensor");
-  m.def("pack_weights(Tensor program, Tensor[] weights) -> Tensor");
-  m.def("create_workspace(Tensor program, int threads) -> Tensor");
-  m.def("run_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor");
-  m.def(
-      "profile_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) "
-      "-> (Tensor, Tensor)");
-  m.def("peak_flops(int isa, int threads) -> float");
-  m.def("read_bandwidth(Tensor memory, int threads) -> float");
-  m.def(
-      "cat_bn_relu_conv(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
-      "int padding, int isa) -> Tensor");
-  m.def(
-      "cat_conv_bn_relu(Tensor[] xs, Tensor weight, Tensor scale, Tensor shift, int stride, "
-      "int padding, bool relu, int isa) -> Tensor");
-}
-
-// Implemented by the library of csrc/cuda, which is loaded only where CUDA is.
-STABLE_TORCH_LIBRARY(threshnet_fast_cuda, m) {
-  m.def(
-      "compile_plan(Tensor description, int dtype, int architecture, int multiprocessors, "
-      "int shared_bytes) -> Tensor");
-  m.def("program_algorithms(Tensor program) -> Tensor");
-  m.def("workspace_bytes(Tensor program) -> int");
-  m.def("packed_bytes(Tensor program) -> int");
-  m.def("pack_weights(Tensor program, Tensor[] weights) -> Tensor");
-  m.def("run_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor");
-  m.def(
-      "cat_bn_relu_conv(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
-      "int padding) -> Tensor");
-  m.def(
-      "cat_conv_bn_relu(Tensor[] xs, Tensor weight, Tensor scale, Tensor shift, int stride, "
-      "int padding, bool relu) -> Tensor");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("best_isa", TORCH_BOX(&best_isa));

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "training.h"
+#include "steps.h"
 
 namespace threshnet_fast::cpu {
 

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "../plan.h"
-#include "ukernels.h"
+#include "cpu/ukernels/ukernels.h"
+#include "plan.h"
 
 namespace threshnet_fast::cpu {
 

@@ -2,9 +2,9 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/team.h"
+#include "cpu/winograd.h"
 #include "program.h"
-#include "team.h"
-#include "winograd.h"
 
 namespace threshnet_fast::cpu {
 namespace {

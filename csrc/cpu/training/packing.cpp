@@ -1,8 +1,8 @@
-#include "training_packing.h"
+#include "packing.h"
 
 #include <cstring>
 
-#include "winograd.h"
+#include "cpu/winograd.h"
 
 namespace threshnet_fast::cpu {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ukernels.h"
+#include "cpu/ukernels/ukernels.h"
 
 namespace threshnet_fast::cpu {
 

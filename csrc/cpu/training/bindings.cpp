@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/training.h"
+#include "steps.h"
 #include "tensors.h"
 
 namespace threshnet_fast {
@@ -484,49 +484,6 @@ void normalization_backward(const Tensor& statistics, int64_t first, int64_t cha
 }  // namespace threshnet_fast
 
 using namespace threshnet_fast;
-
-STABLE_TORCH_LIBRARY_FRAGMENT(threshnet_fast_cpu, m) {
-  m.def(
-      "training_convolution_forward(Tensor[] maps, int[] segments, Tensor prologue, "
-      "int activation, Tensor weight, int[] window, Tensor(a!) output, int output_channel, "
-      "Tensor(b!) statistics, Tensor(c!) workspace, int winograd, int isa) -> ()");
-  m.def(
-      "training_convolution_backward(Tensor[] maps, int[] segments, Tensor prologue, "
-      "int activation, Tensor weight, int[] window, Tensor output, Tensor gradient, "
-      "int output_channel, Tensor correction, Tensor(a!)[] input_gradients, int[] accumulate, "
-      "Tensor(b!) sums, Tensor(c!) weight_gradient, Tensor(d!) workspace, int winograd, "
-      "int isa) -> ()");
-  m.def(
-      "training_convolution_workspace(int[] window, int input_channels, int output_channels, "
-      "bool input_gradients, int winograd, int isa) -> int");
-  m.def(
-      "training_depthwise_forward(Tensor map, int[] segment, Tensor prologue, int activation, "
-      "Tensor weight, int[] window, Tensor(a!) output, int output_channel, "
-      "Tensor(b!) statistics, Tensor(c!) workspace, int isa) -> ()");
-  m.def(
-      "training_depthwise_backward(Tensor map, int[] segment, Tensor prologue, int activation, "
-      "Tensor weight, int[] window, Tensor output, Tensor gradient, int output_channel, "
-      "Tensor correction, Tensor(a!) input_gradient, int accumulate, Tensor(b!) sums, "
-      "Tensor(c!) weight_gradient, Tensor(d!) workspace, int isa) -> ()");
-  m.def("training_depthwise_workspace(int[] window, int channels, int isa) -> int");
-  m.def(
-      "training_pool_forward(Tensor map, int[] segment, Tensor prologue, int activation, "
-      "int[] window, Tensor(a!) output, int output_channel, Tensor(b!) statistics, "
-      "Tensor(c!) workspace, int isa) -> ()");
-  m.def(
-      "training_pool_backward(Tensor map, int[] segment, Tensor prologue, "
-      "int activation, int[] window, Tensor output, Tensor gradient, int output_channel, "
-      "Tensor correction, Tensor(a!) input_gradient, int accumulate, Tensor(b!) sums, "
-      "Tensor(c!) workspace, int isa) -> ()");
-  m.def("training_pool_workspace(int[] window, int channels, int isa) -> int");
-  m.def(
-      "normalization_prologue(Tensor statistics, int first, int channels, Tensor gamma, "
-      "Tensor beta, float eps, Tensor(a!) prologue, int to) -> ()");
-  m.def(
-      "normalization_backward(Tensor statistics, int first, int channels, Tensor gamma, "
-      "float eps, Tensor sums, int start, int count, Tensor(a!) gamma_gradient, "
-      "Tensor(b!) beta_gradient, Tensor(c!) correction) -> ()");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("training_convolution_workspace", TORCH_BOX(&training_convolution_workspace));

@@ -5,9 +5,9 @@
 #include <sstream>
 #include <tuple>
 
-#include "../seal.h"
-#include "costs.h"
+#include "cpu/costs.h"
 #include "program.h"
+#include "seal.h"
 
 namespace threshnet_fast::cpu {
 namespace {
