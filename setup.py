@@ -1,10 +1,11 @@
 """Builds the package's shared libraries and maps kernels/ into the package.
 
 - ``threshnet_fast/_C``: the CPU engine and the operators' schemas.
+- ``threshnet_fast/_fingerprint``: a Python module that compares a model with what it was.
 - Where there is nvcc, ``threshnet_fast/lib/libthreshnet_fast_cuda.so``, CUDA kernels that know
   nothing of torch, and ``threshnet_fast/_C_cuda``, which registers them as operators.
 
-_C and _C_cuda are abi3. Everything else about the package is in pyproject.toml. Environment
+_C, _fingerprint and _C_cuda are abi3. Everything else about the package is in pyproject.toml. Environment
 variables:
 
 - ``THRESHNET_FAST_NO_EXT=1``: leave all of them out, the package is pure Python.
@@ -195,7 +196,7 @@ def extension_arguments():
             if header.is_file():
                 yield header, f"include/{header.name}"
 
-    def extension(name, sources, headers, **arguments):
+    def extension(name, sources, headers, link_flags=LINK_FLAGS, **arguments):
         return Extension(
             f"{PACKAGE}.{name}",
             relative(sources),
@@ -207,7 +208,7 @@ def extension_arguments():
                 *(["-Werror"] if toolchain.warnings_are_errors() else []),
                 *(f"-isystem{path}" for path in include_paths()),
             ],
-            extra_link_args=LINK_FLAGS,
+            extra_link_args=link_flags,
             language="c++",
             py_limited_api=True,
             **arguments,
@@ -223,6 +224,18 @@ def extension_arguments():
             libraries=torch_libraries,
         )
     ]
+    if sys.platform == "linux":
+        extensions.append(
+            extension(
+                "_fingerprint",
+                [csrc / "python/fingerprint.cpp"],
+                [],
+                # Python itself has what is missing.
+                link_flags=[],
+                library_dirs=library_paths(),
+                libraries=["torch_cpu"],
+            )
+        )
     if without_cuda is None:
         cuda_extension = extension(
             "_C_cuda",
@@ -260,7 +273,7 @@ if (ROOT / "kernels").is_dir():
 
 arguments = extension_arguments() if COMPILING & set(sys.argv[1:]) else {}
 if "editable_wheel" in sys.argv[1:] and not arguments:
-    remove_files(ROOT / PACKAGE, "_C.*so")
+    remove_files(ROOT / PACKAGE, "_C.*so", "_fingerprint.*so")
     remove_cuda_files(ROOT / PACKAGE)
 
 setup(

@@ -30,7 +30,6 @@ _OPERATORS = (
     "best_isa",
     "cat_bn_relu_conv",
     "cat_conv_bn_relu",
-    "checksum_floats",
     "compile_plan",
     "create_workspace",
     "pack_weights",

@@ -132,6 +132,13 @@ def override(module: nn.Module, expected: type[nn.Module]) -> str | None:
     return None
 
 
+def _fixed(value: Any) -> bool:
+    """Whether a setting cannot be changed in place."""
+    if type(value) is tuple:
+        return all(map(_fixed, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 class ModuleSettings:
     """The settings of modules, as they are when this is made.
 
@@ -150,9 +157,10 @@ class ModuleSettings:
         self._convolutions = [m.__dict__ for m in modules if isinstance(m, nn.Conv2d)]
         self._own_forwards = self._find_own_forwards()
         self._methods = [
-            (kind, name, getattr(kind, name, None))
+            (kind, name, getattr(kind, name))
             for kind in dict.fromkeys(self._types)
             for name in ("forward", "_conv_forward")
+            if hasattr(kind, name)
         ]
         # Grouped by what is read of them, as one reader for many modules takes half of the time.
         groups: dict[tuple[str, ...], list[nn.Module]] = {}
@@ -166,6 +174,9 @@ class ModuleSettings:
                 if name not in module.__dict__
             ]
         self._groups: list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[Any]]] = []
+        # What is compared by identity, and what by value, as it can be changed in place.
+        self._fixed: list[tuple[dict[str, Any], str]] = []
+        self._changeable = list(self._inherited)
         for names, members in groups.items():
             if not names:
                 continue
@@ -179,6 +190,12 @@ class ModuleSettings:
                 for dictionary in dictionaries
             ]
             found = [tuple(each) if len(names) > 1 else each[0] for each in values]
+            for member, copies in zip(members, values, strict=True):
+                for name, value in zip(names, copies, strict=True):
+                    if name in hooks or _fixed(value):
+                        self._fixed.append((member.__dict__, name))
+                    else:
+                        self._changeable.append((member, name, value))
             self._groups.append((read, dictionaries, found))
 
     def same(self) -> bool:
@@ -194,6 +211,24 @@ class ModuleSettings:
         except (KeyError, RuntimeError, ValueError):
             # A setting was deleted, or is an array that does not compare.
             return False
+
+    def record(self, facts: Any) -> None:
+        """Records all of it as facts, as it is now.
+
+        Args:
+            facts: What records them: see csrc/python/fingerprint.cpp.
+        """
+        for module in self._modules:
+            facts.kind(module)
+            facts.entry(module.__dict__, "forward")
+            if isinstance(module, nn.Conv2d):
+                facts.entry(module.__dict__, "_conv_forward")
+        for dictionary, name in self._fixed:
+            facts.entry(dictionary, name)
+        for module, name, value in self._changeable:
+            facts.attribute(module, name, value)
+        for kind, name, method in self._methods:
+            facts.attribute(kind, name, method)
 
     def _find_own_forwards(self) -> tuple[bool, bool]:
         """Whether an instance has a method of its own of those that people replace."""

@@ -6,22 +6,19 @@ compared with what they were made from, so that they are never stale.
 
 from __future__ import annotations
 
-import operator
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 
-from ..engines import cpu, cuda_graphs, samples, select, triton
+from ..engines import cpu, cuda_graphs, select
 from ..engines.base import CompilationFailed, Objection, PreparedPlan, WantsGradients
 from ..engines.gpu_plan import CapturedWeights
-from ..graph.settings import MODELESS, ModuleSettings
-from ..models.validate import check_memory, has_memory
+from ..models.validate import check_memory
 from ..plan.lower import UnsupportedModule
+from .fingerprint import Fingerprint
 from .training import CannotTrain, FusedTraining
 
 if TYPE_CHECKING:
@@ -29,14 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedForward", "fused_forward"]
 
-# What the CPU's checksum reads at each address.
-_PROBE_BYTES = 4
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 _TRAINING = "the model, or a part of it, is in training mode"
 _GRADIENTS = "gradients are wanted: use torch.no_grad() or torch.inference_mode()"
-
-_version = operator.attrgetter("_version")
-_data_ptr = Tensor.data_ptr
 
 
 class FusedForward:
@@ -175,8 +168,11 @@ class FusedForward:
             raise WantsGradients(_TRAINING)
         if torch.is_grad_enabled() and (x.requires_grad or model._first_weight.requires_grad):
             raise WantsGradients(_GRADIENTS)
-        snapshot = self._current(model)
-        snapshot.check(dtype)
+        snapshot = self._snapshot
+        unchanged = snapshot is not None and snapshot.unchanged(model)
+        if snapshot is None or not unchanged:
+            snapshot = self._current(model)
+        snapshot.check(dtype, unchanged)
         return snapshot
 
     def _current(self, model: Network) -> _Snapshot:
@@ -219,80 +215,49 @@ class _Snapshot:
     """What a model was when its weights were packed, and all that was made from it."""
 
     def __init__(self, model: Network, captured: CapturedWeights) -> None:
-        modules = list(model.modules())
-        self._with_modes = [module for module in modules if type(module) not in MODELESS]
         self._model = model
-        self._children = [module._modules for module in modules if module._modules]
-        self._child_modules = [tuple(children.values()) for children in self._children]
-        self._settings = ModuleSettings(modules, ("_forward_hooks", "_forward_pre_hooks"))
-        self._hooks: list[dict[int, Any]] = [
-            torch_module._global_forward_hooks,
-            torch_module._global_forward_pre_hooks,
-        ]
-        for module in modules:
-            if module is not model:
-                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-        self._slots = [
-            (tensors, name)
-            for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for name in tensors
-            if name != "num_batches_tracked"
-        ]
-        self._contents = [tensors[name] for tensors, name in self._slots]
-        self._tensors = [tensor for tensor in self._contents if tensor is not None]
-        for tensor in self._tensors:
+        self._fingerprint = Fingerprint(model.named_modules(), _HOOKS, contents=True, outer=model)
+        tensors = self._fingerprint.tensors
+        for tensor in tensors:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
                 kind = f"{type(tensor).__name__} of layout {tensor.layout}"
                 raise Objection(f"the model has a parameter or buffer that is a {kind}")
-        devices = sorted({str(tensor.device) for tensor in self._tensors})
+        devices = sorted({str(tensor.device) for tensor in tensors})
         if len(devices) != 1:
             raise Objection(f"the model has weights on {' and '.join(devices)}")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if not has_memory(tensor):
-                # Whoever took it may give it back in a hook of the module.
-                raise Objection(f"{name} has no memory")
-            check_memory(name, tensor)
-        if any(tensor.is_inference() for tensor in self._tensors):
+        if any(tensor.is_inference() for tensor in tensors):
             raise Objection("parameters are inference tensors, whose changes cannot be noticed")
-        self._versions = list(map(_version, self._tensors))
-        self._pointers = list(map(_data_ptr, self._tensors))
-        self._parameters = [t for t in self._tensors if isinstance(t, nn.Parameter)]
-        self._dtypes = {tensor.dtype for tensor in self._tensors}
-        self._probe = _Probe(self._tensors)
+        self._fingerprint.take()
+        if self._fingerprint.without_memory is not None:
+            raise Objection(f"{self._fingerprint.without_memory} has no memory")
+        self._parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
+        self._dtypes = {tensor.dtype for tensor in tensors}
 
         self._cpu_plans = cpu.PlanCache()
         self._gpu_plans = select.gpu_plan_caches(captured)
         self.unsupported: dict[str, str] = {}
 
+    def unchanged(self, model: Network) -> bool:
+        """Whether :meth:`matches` is true, as far as a quick look tells."""
+        return model is self._model and self._fingerprint.unchanged()
+
     def matches(self, model: Network) -> bool:
         """Whether a model is the one this was made of, and still what it was."""
-        try:
-            contents = [tensors[name] for tensors, name in self._slots]
-        except KeyError:
-            return False
-        return (
-            model is self._model
-            and not any(map(operator.is_not, contents, self._contents))
-            and list(map(_version, self._tensors)) == self._versions
-            and list(map(_data_ptr, self._tensors)) == self._pointers
-            and [tuple(children.values()) for children in self._children] == self._child_modules
-            and self._settings.same()
-            and self._probe.matches()
-        )
+        return model is self._model and self._fingerprint.same()
 
-    def check(self, dtype: torch.dtype) -> None:
+    def check(self, dtype: torch.dtype, unchanged: bool) -> None:
         """Raises an Objection for what may differ from call to call.
 
         Args:
             dtype: Which the weights must have.
+            unchanged: What :meth:`unchanged` has said.
         """
-        # Lists, as generators take twice the time.
-        if any([module.training for module in self._with_modes]):  # noqa: C419
+        if not unchanged and self._fingerprint.training():
             raise WantsGradients(_TRAINING)
+        # A list, as a generator takes twice the time.
         if torch.is_grad_enabled() and any([p.requires_grad for p in self._parameters]):  # noqa: C419
             raise WantsGradients(_GRADIENTS)
-        if any(self._hooks):
+        if not unchanged and self._fingerprint.hooked():
             raise Objection("a part of the model has forward hooks")
         if self._dtypes != {dtype}:
             others = ", ".join(sorted(str(other) for other in self._dtypes - {dtype}))
@@ -324,72 +289,6 @@ class _Snapshot:
         except UnsupportedModule as error:
             self.unsupported["cpu"] = str(error)
             raise Objection(str(error)) from None
-
-
-class _Probe:
-    """A sample of the tensors' contents, for the edits that PyTorch's version counters miss.
-
-    ``parameter.data`` has a counter of its own: what is written through it changes neither the
-    parameter's counter nor its address. A few elements of every tensor are compared, so that an
-    edit of a whole tensor shows; one of a few elements may not. On a GPU, reading them waits for
-    the device; a call that is being captured in a graph does not look.
-    """
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        # Aliases keep the memory alive that the addresses point to.
-        self._aliases = [tensor.detach() for tensor in tensors if _dense(tensor)]
-        self._device = tensors[0].device
-        self._read = self._reader()
-        self._found = self._read()
-
-    def matches(self) -> bool:
-        if self._device.type == "cuda":
-            with torch.cuda.device(self._device):
-                if torch.cuda.is_current_stream_capturing():
-                    return True
-        found = self._read()
-        if isinstance(found, Tensor):
-            return found.equal(cast(Tensor, self._found))
-        return found == self._found
-
-    def _reader(self) -> Callable[[], int | Tensor]:
-        """Returns a function that reads the sample, or a checksum of it."""
-        if self._device.type == "cuda":
-            return _reader_on_a_gpu(self._aliases, self._device)
-        if cpu.unavailable_reason() is not None:
-            return lambda: 0
-        self._aliases = [alias for alias in self._aliases if alias.nbytes >= _PROBE_BYTES]
-        addresses = torch.tensor(
-            [
-                alias.data_ptr() + min(index * alias.element_size(), alias.nbytes - _PROBE_BYTES)
-                for alias in self._aliases
-                for index in (0, alias.numel() // 2, alias.numel() - 1)
-            ],
-            dtype=torch.int64,
-        )
-        return lambda: torch.ops.threshnet_fast_cpu.checksum_floats(addresses)
-
-
-def _reader_on_a_gpu(tensors: list[Tensor], device: torch.device) -> Callable[[], int | Tensor]:
-    if triton.unavailable_reason() is not None:
-        views = samples.sample(tensors)
-        return lambda: samples.read(views)
-    # Imports triton.
-    from ..kernels import checksum
-
-    addresses = checksum.sample_addresses(tensors)
-
-    def read() -> int:
-        with torch.cuda.device(device):
-            return checksum.checksum(addresses)
-
-    return read
-
-
-def _dense(tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and (
-        tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 def _transformed() -> bool:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..autograd.chain import CHECKPOINTS, Chain
 from ..engines import cpu
 from ..graph.ir import UnsupportedModule
 from ..graph.modules import split_stages
-from ..graph.settings import ModuleSettings
-from ..models.validate import check_memory, has_memory
 from ..plan.raw import Convolution
+from .fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     from ..models.network import Network
@@ -99,10 +97,12 @@ class FusedTraining:
         if reason is not None:
             raise CannotTrain(reason)
         parts = self._parts
-        if parts is None or not parts.match(model):
-            with self._lock:
-                parts = self._parts = _Parts(model)
-        parts.check(x)
+        if parts is None or not parts.unchanged(model):
+            if parts is None or not parts.match(model):
+                with self._lock:
+                    parts = self._parts = _Parts(model)
+            parts.check()
+        parts.check_input(x)
         return parts
 
 
@@ -117,52 +117,52 @@ class _Parts:
         for name, container in model._containers():
             if type(container) is not nn.Sequential or "forward" in container.__dict__:
                 raise CannotTrain(f"{name} is not exactly a Sequential")
-        modules: list[nn.Module] = [container for _, container in model._containers()]
-        modules += [module for _, stage in model._stages() for module in stage.modules()]
-        self._stages = [module for _, module in model._stages()]
-        self._settings = ModuleSettings(modules, _HOOKS)
-        self._children = [module._modules for module in modules]
-        self._child_modules = [tuple(children.values()) for children in self._children]
-        self._hooks: list[dict[int, Any]] = [
-            torch_module._global_forward_hooks,
-            torch_module._global_forward_pre_hooks,
-            torch_module._global_backward_hooks,
-            torch_module._global_backward_pre_hooks,
-        ]
-        self._hooks += [getattr(module, name) for module in modules for name in _HOOKS]
-        slots = [
-            (f"{stage}.{path}.{name}".replace("..", "."), tensors, name)
-            for stage, root in model._stages()
-            for path, module in root.named_modules()
-            for tensors in (module._parameters, module._buffers)
-            for name in tensors
-            if name != "num_batches_tracked"
-        ]
-        self._names = [path for path, _, _ in slots]
-        self._slots = [(tensors, name) for _, tensors, name in slots]
-        # Where all of them had memory.
-        self._addresses: list[int | None] | None = None
-        self._shapes = self._find_shapes()
+        modules: list[tuple[str, nn.Module]] = list(model._containers())
+        for stage, root in model._stages():
+            modules += [
+                (f"{stage}.{path}".rstrip("."), part) for path, part in root.named_modules()
+            ]
+        self._model = model
+        self._fingerprint = Fingerprint(
+            modules, _HOOKS, contents=False, holders=[model, *model.children()]
+        )
+        self._objection = _objection(self._fingerprint)
+        self._with_inference = any(t.is_inference() for t in self._fingerprint.tensors)
+        if self._objection is None and not self._with_inference:
+            self._fingerprint.take()
         self._parts, self.reasons = _divide(split_stages(model._stages()))
         if not any(isinstance(part, Chain) for part in self._parts):
             raise CannotTrain("no part of the model can be trained fused")
 
+    def unchanged(self, model: Network) -> bool:
+        """Whether :meth:`match` is true and :meth:`check` passes, as far as a quick look tells."""
+        return model is self._model and self._fingerprint.unchanged()
+
     def match(self, model: Network) -> bool:
-        """Whether the model is still made of the same modules, and they of the same settings."""
-        return (
-            [module for _, module in model._stages()] == self._stages
-            and [tuple(children.values()) for children in self._children] == self._child_modules
-            and self._settings.same()
-            and self._find_shapes() == self._shapes
-        )
+        """Whether the model is still made of the same modules, and they of the same settings.
 
-    def _find_shapes(self) -> list[torch.Size | None]:
-        """The shapes of parameters and buffers, None for those that are not there."""
-        tensors = [tensors.get(name) for tensors, name in self._slots]
-        return [None if tensor is None else tensor.shape for tensor in tensors]
+        Raises:
+            RuntimeError: A parameter or buffer spans memory that was freed.
+        """
+        return model is self._model and self._fingerprint.same()
 
-    def check(self, x: Tensor) -> None:
-        """Refuses what may differ from call to call.
+    def check(self) -> None:
+        """Refuses what the model is, or what may differ from call to call.
+
+        Raises:
+            CannotTrain: Plain PyTorch must run.
+        """
+        if self._fingerprint.hooked():
+            raise CannotTrain("a part of the model has hooks")
+        if self._objection is not None:
+            raise CannotTrain(self._objection)
+        if self._with_inference and not torch.is_inference_mode_enabled():
+            raise CannotTrain("the model has inference tensors")
+        if self._fingerprint.without_memory is not None:
+            raise CannotTrain(f"{self._fingerprint.without_memory} has no memory")
+
+    def check_input(self, x: Tensor) -> None:
+        """Refuses an input whose gradient is wanted where there is none.
 
         Args:
             x: The input.
@@ -170,44 +170,10 @@ class _Parts:
         Raises:
             CannotTrain: Plain PyTorch must run.
         """
-        if any(self._hooks):
-            raise CannotTrain("a part of the model has hooks")
         first = self._parts[0]
         wanted = torch.is_grad_enabled() and x.requires_grad
         if wanted and isinstance(first, Chain) and not first.differentiable_input:
             raise CannotTrain("the gradient of the images is wanted, through a stride")
-        for tensors, name in self._slots:
-            tensor = tensors.get(name)
-            if tensor is None:
-                continue
-            if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
-                raise CannotTrain(
-                    f"the model has a {name} of dtype {tensor.dtype} on {tensor.device}, expected "
-                    "float32 on the CPU"
-                )
-            if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
-                raise CannotTrain(f"the model has a {name} of type {type(tensor).__name__}")
-            if tensor.is_inference() and not torch.is_inference_mode_enabled():
-                raise CannotTrain("the model has inference tensors")
-        self._check_memory()
-
-    def _check_memory(self) -> None:
-        """Refuses parameters and buffers whose memory was freed.
-
-        Raises:
-            CannotTrain: One has none, which a hook may change.
-            RuntimeError: One spans more than there is.
-        """
-        found = [tensors.get(name) for tensors, name in self._slots]
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in found]
-        if addresses == self._addresses:
-            return
-        for name, tensor in zip(self._names, found, strict=True):
-            if tensor is not None:
-                if not has_memory(tensor):
-                    raise CannotTrain(f"{name} has no memory")
-                check_memory(name, tensor)
-        self._addresses = addresses
 
     @property
     def kept_bytes(self) -> int:
@@ -233,6 +199,20 @@ class _Parts:
                 x = part(x)
             after_chain = isinstance(part, Chain)
         return x
+
+
+def _objection(fingerprint: Fingerprint) -> str | None:
+    """What keeps chains from reading the tensors of a model, or None."""
+    for path, tensor in zip(fingerprint.names, fingerprint.tensors, strict=True):
+        name = path.rpartition(".")[2]
+        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+            return (
+                f"the model has a {name} of dtype {tensor.dtype} on {tensor.device}, expected "
+                "float32 on the CPU"
+            )
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return f"the model has a {name} of type {type(tensor).__name__}"
+    return None
 
 
 def _works_in_place(module: nn.Module) -> bool:

@@ -51,21 +51,6 @@ cpu::Program program_of(const Tensor& program) {
   return cpu::Program(program.data_ptr(), program.numel());
 }
 
-// A checksum of single floats in memory, by FNV-1a. The caller vouches for the addresses: it holds
-// the tensors that they lie in.
-int64_t checksum_floats(const Tensor& addresses) {
-  check_host(addresses, "addresses", ScalarType::Long, "int64");
-  const int64_t* address = static_cast<const int64_t*>(addresses.data_ptr());
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (int64_t i = 0; i < addresses.numel(); ++i) {
-    check(address[i] != 0, "addresses[" + std::to_string(i) + "] is that of no memory");
-    uint32_t bits;
-    std::memcpy(&bits, reinterpret_cast<const void*>(address[i]), sizeof bits);
-    hash = (hash ^ bits) * 0x100000001b3u;
-  }
-  return static_cast<int64_t>(hash);
-}
-
 // Whether no element is an infinity or NaN: those have all bits of the exponent. Of a tensor whose
 // storage was freed there is none; whoever is given it next says its name.
 bool all_finite(const std::vector<Tensor>& tensors) {
@@ -365,7 +350,6 @@ STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
-  m.impl("checksum_floats", TORCH_BOX(&checksum_floats));
   m.impl("all_finite", TORCH_BOX(&all_finite));
   m.impl("compile_plan", TORCH_BOX(&compile_plan));
   m.impl("program_layout", TORCH_BOX(&program_layout));
