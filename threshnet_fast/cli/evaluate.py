@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..errors import CommandError
 from .arguments import add_run_arguments, check_model, positive_integer, prepare_run
-from .pictures import load_picture
 from .unreadable import add_reading_arguments, find_unreadable
 
 if TYPE_CHECKING:
@@ -172,13 +171,14 @@ class _Photographs:
 
     def all(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields every image once, in order."""
+        from ..data.pictures import read_pixels
         from ..data.preprocessing import preprocess
 
         channels = self._images.channels
         for start in range(0, len(self._images), self._size):
             part = slice(start, start + self._size)
             inputs = [
-                preprocess(load_picture(str(path), "", channels).pixels, self._info)
+                preprocess(read_pixels(path, channels), self._info)
                 for path in self._images.paths[part]
             ]
             yield torch.cat(inputs).to(self._place), self._images.labels[part].to(self._place)
