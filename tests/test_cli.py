@@ -28,6 +28,7 @@ from threshnet_fast.bench import (
     networks,
     photographs,
     prediction,
+    prediction_report,
     report,
     results,
     timing,
@@ -1205,7 +1206,7 @@ class TestInfo:
         assert "All times are predictions" in out.splitlines()[-1]
         assert main([*arguments, "--csv", "-"]) == 0
         rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-        assert tuple(rows[0]) == info._PREDICTION_COLUMNS
+        assert tuple(rows[0]) == prediction_report.COLUMNS
         assert {(row["device"], row["dtype"]) for row in rows} == {("a100", dtype)}
         total = next(line for line in out.splitlines() if line.startswith("total"))
         for column in ("unfused_eager", "unfused_graph", "fused_graph"):
