@@ -23,11 +23,11 @@ from threshnet_fast.bench import (
     comparison,
     cpu_engines,
     gpu_engines,
+    gpus,
     latency,
     machine,
     networks,
     photographs,
-    prediction,
     prediction_report,
     report,
     results,
@@ -1261,7 +1261,7 @@ class TestInfo:
     def test_list_of_devices(self, capsys):
         assert main(["info", "--device", "list"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines[2:]] == [d.name for d in prediction.DEVICES]
+        assert [line.split()[0] for line in lines[2:]] == [d.name for d in gpus.DEVICES]
 
 
 class TestDoctor:

@@ -22,11 +22,11 @@ from threshnet_fast.bench.photographs import load_photograph
 from threshnet_fast.cli import main
 from threshnet_fast.data.augment import Preparation
 from threshnet_fast.data.errors import PictureError
-from threshnet_fast.data.folder import CROP_FRACTION, FolderBatches, load_folder
+from threshnet_fast.data.folder import FolderBatches, load_folder
 from threshnet_fast.data.pictures import read_pixels
 from threshnet_fast.data.preprocessing import preprocess
 from threshnet_fast.errors import CommandError
-from threshnet_fast.models import pretrained
+from threshnet_fast.models import imagenet, pretrained
 from threshnet_fast.models.create import load_model
 from threshnet_fast.models.weights_file import save_model
 
@@ -128,7 +128,7 @@ class TestPreprocess:
         info = dataclasses.replace(
             *(INFO,),
             **{"mean": data.mean, "std": data.std, "image_size": (32, 24), "source_size": None},
-            **{"crop_fraction": CROP_FRACTION, "interpolation": interpolation},
+            **{"crop_fraction": imagenet.CROP_FRACTION, "interpolation": interpolation},
         )
         preparation = Preparation(data.mean, data.std, info.image_size, interpolation)
         images, _ = next(FolderBatches(data.test, preparation, 3).all())

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import CommandError
+from ..models import imagenet
 
 __all__ = ["Photograph", "as_batch", "installed_photographs", "load_photograph"]
 
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 _SKIMAGE = ("astronaut", "coffee", "chelsea", "rocket")
 
 
@@ -112,5 +111,5 @@ def as_batch(photographs: Sequence[Photograph], height: int, width: int, batch: 
         )
         image = image * 0.97**repetition
         images.append(image.flip(-1) if repetition % 2 else image)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (imagenet.MEAN, imagenet.STD))
     return ((torch.cat(images) - mean) / std).contiguous()

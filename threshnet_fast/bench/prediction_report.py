@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .prediction import DEVICES, Prediction, StepPrediction
+from .gpus import DEVICES
+from .prediction import Prediction, StepPrediction
 from .report import format_table
 
 __all__ = ["COLUMNS", "device_table", "row", "table", "totals"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..data.dataset import FolderSet
     from ..data.images import ImageSet
     from ..models.weights_file import ModelInfo
-    from ..train.loop import Evaluation, TestBatches
+    from ..train.evaluation import Evaluation, TestBatches
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -33,13 +33,14 @@ Runs a trained network on test images and prints its accuracy, of all images and
 images are those of a folder (DIR/val/CLASS/*, or DIR/CLASS/*), or the test images of CIFAR or SVHN.
 Classes are matched by their names: the data may lack some of the network's, but have no other."""
 
-_DATASETS = ("folder", "cifar10", "cifar100", "svhn", "svhn-extra")
 # More classes are not listed, but are in what --json and --output write.
 _LISTED = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
+    from ..data.sources import NAMES
+
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="folder of the images"
     )
-    what.add_argument("--dataset", choices=_DATASETS, default="folder", help="default %(default)s")
+    what.add_argument("--dataset", choices=NAMES, default="folder", help="default %(default)s")
     add_reading_arguments(what)
     how = parser.add_argument_group("how to run it")
     how.add_argument(
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     from ..engines.select import use_backend
-    from ..train.loop import evaluate
+    from ..train.evaluation import evaluate
 
     place = prepare_run(arguments)
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():

@@ -9,16 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench import plan_report, prediction_report
+from ..bench.gpus import DEVICES, Device, find_device, find_precision
 from ..bench.latency import check_sizes
 from ..bench.networks import random_model
-from ..bench.prediction import (
-    DEVICES,
-    Device,
-    Prediction,
-    find_device,
-    find_precision,
-    predict,
-)
+from ..bench.prediction import Prediction, predict
 from ..bench.report import check_plot
 from ..bench.roofline import draw_roofline
 from ..errors import CommandError
