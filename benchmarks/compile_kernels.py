@@ -40,6 +40,8 @@ from threshnet_fast.kernels import (  # noqa: E402
     layout,
     stem_convolution,
 )
+from threshnet_fast.kernels.architectures import ARCHITECTURES as TABLE  # noqa: E402
+from threshnet_fast.kernels.architectures import precision_for  # noqa: E402
 from threshnet_fast.kernels.configurations import Configuration  # noqa: E402
 
 import threshnet_fast as tf  # noqa: E402
@@ -115,7 +117,7 @@ class Row:
 def problems(row: Row) -> list[str]:
     """Returns what is wrong with a kernel."""
     found = []
-    architecture = configurations.ARCHITECTURES[row.architecture]
+    architecture = TABLE[row.architecture]
     if row.spills:
         found.append(f"{row.spills} spills")
     if row.shared_bytes > row.shared_limit:
@@ -267,10 +269,10 @@ _OPERATORS = (
 
 def compile_all(architecture: str, say: Callable[[str], None]) -> list[Row]:
     """Compiles everything for one architecture."""
-    found = configurations.ARCHITECTURES[architecture]
+    found = TABLE[architecture]
     rows: dict[str, Row] = {}
     for dtype, precision in CLASSES:
-        if configurations.precision_for(architecture, precision) != precision:
+        if precision_for(architecture, precision) != precision:
             continue
         shapes = 1 if dtype == torch.bfloat16 else None
         with compiled_for(architecture) as log, allow_tf32(precision == "tf32"):
@@ -342,23 +344,17 @@ def describe(architecture: str, dtype: torch.dtype, precision: str, compiled: An
     )
 
 
-# Warps of a multiprocessor.
-_WARPS = {"sm_80": 64, "sm_86": 48, "sm_89": 48, "sm_90": 64, "sm_100": 64, "sm_120": 48}
-_OTHER_WARPS = 32
-
-
 def programs_at_once(architecture: str, registers: int, shared: int, num_warps: int) -> int:
     """Returns how many programs a multiprocessor holds: its occupancy, in programs.
 
     Registers are given to a warp in units, within one of a multiprocessor's partitions.
     """
-    found = configurations.ARCHITECTURES[architecture]
+    found = TABLE[architecture]
     partitions, unit = (2, 24) if architecture == "gfx1100" else (4, 8)
     of_warp = -(-max(1, registers) // unit) * unit * found.warp_size
     by_registers = partitions * (found.registers // partitions // of_warp)
-    warps = min(_WARPS.get(architecture, _OTHER_WARPS), by_registers)
-    # From sm_80 on, each program takes 1 KiB of shared memory itself.
-    own = 1024 if architecture in _WARPS else 0
+    warps = min(found.warps, by_registers)
+    own = found.reserved_bytes
     by_shared = (found.shared_bytes + own) // max(1, shared + own)
     return min(warps // num_warps, by_shared)
 

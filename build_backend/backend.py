@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 TORCH_REQUIREMENT = "torch==2.13.0"
-OLDEST_TORCH = (2, 10)
 
 prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
 
@@ -72,7 +71,7 @@ def find_torch():
         version = re.search(r"__version__\s*=\s*['\"](\d+)\.(\d+)", text)
         # The first torch found is the one that will be imported: an older one is no reason to look
         # further, it is going to be replaced.
-        if version is None or tuple(map(int, version.groups())) < OLDEST_TORCH:
+        if version is None or tuple(map(int, version.groups())) < toolchain.OLDEST_TORCH:
             return None
         return folder
     return None

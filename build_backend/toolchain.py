@@ -1,4 +1,4 @@
-"""Whether the C++ extension is going to be built, and with which compiler."""
+"""Whether the C++ extension is going to be built, with which compiler, and against what."""
 
 import functools
 import os
@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+OLDEST_TORCH = (2, 10)
 
 
 def compiles(command):
@@ -63,3 +65,8 @@ def jobs():
 def warnings_are_errors():
     """Tells whether a compiler's warning ends the build: never where a user installs."""
     return os.environ.get("THRESHNET_FAST_WERROR", "0") not in ("", "0")
+
+
+def relative(root, paths):
+    """Returns the paths relative to the source tree's folder, sorted, as setuptools wants them."""
+    return sorted(path.relative_to(root).as_posix() for path in paths)

@@ -24,6 +24,7 @@ import triton
 from triton.errors import TritonError
 
 from . import configurations, implicit_gemm, launch, layout
+from .architectures import find_architecture
 from .configurations import Configuration, Problem
 
 __all__ = ["VARIABLE", "Cache", "cache_path", "choose", "configuration_for", "enabled", "measure"]
@@ -166,9 +167,7 @@ def choose(
     cache = _cache(cache_path()) if cache is None else cache
     time = measure if time is None else time
     key = _key(problem, architecture, device)
-    every = configurations.configurations_for(
-        problem, configurations.find_architecture(architecture)
-    )
+    every = configurations.configurations_for(problem, find_architecture(architecture))
     with _lock:
         found = cache.get(key)
         # A file may have been edited, or be of another version's table.
@@ -205,7 +204,7 @@ def _capturing(device: torch.device) -> bool:
 def _considered(
     every: list[Configuration], problem: Problem, architecture: str, multiprocessors: int
 ) -> list[Configuration]:
-    found = configurations.find_architecture(architecture)
+    found = find_architecture(architecture)
     return sorted(
         every, key=lambda each: configurations.estimate(problem, each, found, multiprocessors)
     )[:_MEASURED]

@@ -12,17 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .architectures import Architecture, find_architecture
+
 __all__ = [
-    "ARCHITECTURES",
-    "Architecture",
     "Configuration",
     "Problem",
     "candidates",
     "choose",
     "configurations_for",
     "estimate",
-    "find_architecture",
-    "precision_for",
     "programs_at_once",
     "shared_bytes",
 ]
@@ -69,60 +67,6 @@ class Problem:
     dtype: torch.dtype
     precision: str = "ieee"
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """What the choice has to know of a family of GPUs.
-
-    Attributes:
-        name: ``"sm_90"``, ``"gfx942"``.
-        shared_bytes: Shared memory that one program may have, or local data share.
-        registers: 32-bit registers of a multiprocessor.
-        multiprocessors: Of a typical device, where the device itself is not known.
-        half: Floating-point operations a clock and multiprocessor in float16 and bfloat16.
-        tf32: The same in TF32; 0 where there is none.
-        full: The same in float32.
-        num_stages: Of the software pipeline; 2 where copies to shared memory are not asynchronous.
-    """
-
-    name: str
-    shared_bytes: int
-    registers: int
-    multiprocessors: int
-    half: int
-    tf32: int
-    full: int
-    num_stages: int = 3
-
-    @property
-    def backend(self) -> str:
-        """Triton's name for the vendor, ``"cuda"`` or ``"hip"``."""
-        return "cuda" if self.name.startswith("sm_") else "hip"
-
-    @property
-    def warp_size(self) -> int:
-        """Threads of a warp: AMD's data-center GPUs have twice as many as all others."""
-        return 64 if self.name.startswith("gfx9") else 32
-
-
-# Rates are those of the vendors' architecture papers. Where 16-bit products are not computed by
-# tensor cores, as Triton does on sm_75, they are those of float32.
-ARCHITECTURES = {
-    architecture.name: architecture
-    for architecture in (
-        Architecture("sm_75", 65536, 65536, 40, 128, 0, 128, num_stages=2),
-        Architecture("sm_80", 166912, 65536, 108, 2048, 1024, 128),
-        Architecture("sm_86", 101376, 65536, 20, 512, 256, 256),
-        Architecture("sm_89", 101376, 65536, 76, 512, 256, 256),
-        Architecture("sm_90", 232448, 65536, 132, 4096, 2048, 256),
-        Architecture("sm_100", 232448, 65536, 148, 8192, 4096, 256),
-        Architecture("sm_120", 101376, 65536, 84, 512, 256, 256),
-        Architecture("gfx90a", 65536, 131072, 104, 1024, 0, 256, num_stages=2),
-        Architecture("gfx942", 65536, 131072, 304, 2048, 1024, 256, num_stages=2),
-        Architecture("gfx1100", 65536, 98304, 96, 512, 0, 256, num_stages=2),
-    )
-}
-"""Families that kernels are compiled and checked for; others take the nearest older one."""
 
 _INTERPRETER = Configuration(128, 128, 128, 4, 1)
 """A program takes its time in the interpreter, whatever its size."""
@@ -182,51 +126,6 @@ _CACHE_BYTES = 32
 
 # Of a thread, beside those for its share of the sums: what compiled kernels need, in the middle.
 _REGISTERS = 80
-
-
-def find_architecture(name: str) -> Architecture:
-    """Returns an architecture, or the nearest older one of the same family.
-
-    Families are NVIDIA's, AMD's for data centers, ``gfx9..``, and AMD's others.
-
-    Args:
-        name: ``"sm_90"``, ``"gfx942"``; those that are not in the table get the entry before them,
-            or the first one of the family.
-    """
-    found = ARCHITECTURES.get(name)
-    if found is not None:
-        return found
-    prefix, base = _family(name)
-    family = [each for each in ARCHITECTURES.values() if _family(each.name) == (prefix, base)]
-
-    def number(of: str) -> int:
-        return int(of.removeprefix(prefix), base)
-
-    try:
-        older = [each for each in family if number(each.name) <= number(name)]
-    except ValueError:
-        return family[0]
-    return max(older, default=family[0], key=lambda each: number(each.name))
-
-
-def _family(name: str) -> tuple[str, int]:
-    """Returns what the names of a family begin with, and the base of the number after it."""
-    for prefix, base in (("gfx9", 16), ("gfx", 16)):
-        if name.startswith(prefix):
-            return prefix, base
-    return "sm_", 10
-
-
-def precision_for(name: str, precision: str) -> str:
-    """Returns how float32 is multiplied where ``precision`` is allowed.
-
-    TF32 falls back to IEEE arithmetic where the hardware has no TF32, and Triton compiles none:
-    before sm_80, and on all of AMD's but gfx942. Later ones of AMD's no longer have it.
-    """
-    if precision != "tf32" or name == "interpreter":
-        return precision
-    has_any = find_architecture(name).tf32 and (name.startswith("sm_") or name in ARCHITECTURES)
-    return "tf32" if has_any else "ieee"
 
 
 def candidates(

@@ -39,7 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import Configuration, find_architecture, precision_for
+from .architectures import find_architecture, precision_for
+from .configurations import Configuration
 from .implicit_gemm import output_pixel, store_tile
 from .launch import Launch
 from .layout import PackedWeight, padded, pitch, vector_width
@@ -344,20 +345,6 @@ def scratch_size(problem: Problem, configuration: Configuration) -> int:
     return programs * _ring_size(problem.width, problem.bottleneck, configuration.block_m)
 
 
-# For each multiprocessor: bytes a clock of the device's memory, and bytes of the last cache before
-# it. Ratios of the vendors' data sheets, which differ little within a family.
-_MEMORY = {
-    "sm_80": (10.0, 370_000),
-    "sm_86": (6.0, 80_000),
-    "sm_89": (3.5, 600_000),
-    "sm_90": (14.0, 380_000),
-    "sm_100": (29.0, 850_000),
-    "sm_120": (4.4, 600_000),
-    "gfx90a": (9.0, 80_000),
-    "gfx942": (8.0, 840_000),
-    "gfx1100": (4.0, 1_000_000),
-}
-
 _EFFICIENCY = 0.5
 """Of the arithmetic's peak that is reached."""
 
@@ -379,11 +366,10 @@ def pays(problem: Problem) -> bool:
     sheets, not a measurement; where it is true, maps are large and so is the batch.
     """
     architecture = find_architecture(problem.architecture)
-    memory = _MEMORY.get(architecture.name)
-    if problem.architecture == "interpreter" or memory is None:
+    if problem.architecture == "interpreter" or not architecture.memory_bytes:
         return False
-    bytes_a_clock = memory[0] * problem.multiprocessors
-    cache_bytes = memory[1] * problem.multiprocessors
+    bytes_a_clock = architecture.memory_bytes * problem.multiprocessors
+    cache_bytes = architecture.cache_bytes * problem.multiprocessors
     size = problem.dtype.itemsize
     configuration = choose(problem.dtype, problem.precision, problem.architecture)
     if 2 * size * scratch_size(problem, configuration) > cache_bytes:

@@ -51,11 +51,11 @@ class Target(Protocol):
 
     @property
     def architecture(self) -> str:
-        """Such as ``"sm_90"``."""
+        """What kernels are compiled for, for example ``"sm_90"``."""
 
     @property
     def multiprocessors(self) -> int:
-        """Of the device."""
+        """How many the device has."""
 
 
 def gather(xs: Sequence[Tensor]) -> list[Tensor]:

@@ -299,11 +299,12 @@ def test_growth_script(monkeypatch, tmp_path):
     path = tmp_path / "new" / "growth.csv"
     monkeypatch.setattr(sys, "argv", ["a.py", "--threads", "1", "2", "--csv", str(path)])
     assert script.main() == 0
-    from threshnet_fast.cli import bench, build_parser
+    from threshnet_fast.cli import build_parser
+    from threshnet_fast.cli.arguments import cells
 
     parsed = [build_parser().parse_args(call[call.index("bench") :]) for call in calls]
     assert [(a.threads, a.memory) for a in parsed] == [(1, False), (2, False), (2, True)]
-    points = [bench._cells(a) for a in parsed]
+    points = [cells(a) for a in parsed]
     assert points[0] == list(script.THREADED)
     assert sorted(points[1] + points[2]) == sorted(script.cells())
     assert sorted(points[2]) == sorted(script.WITH_MEMORY)
@@ -318,7 +319,7 @@ def test_growth_script(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["a.py", "--quick", "--csv", str(path)])
     assert script.main() == 0
     (quick,) = [build_parser().parse_args(call[call.index("bench") :]) for call in calls]
-    assert (quick.threads, quick.memory, len(bench._cells(quick))) == (1, False, 2)
+    assert (quick.threads, quick.memory, len(cells(quick))) == (1, False, 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -447,6 +448,7 @@ def test_model_script_on_a_gpu(monkeypatch, tmp_path):
     )
     assert script.main() == 0
     from threshnet_fast.cli import bench, build_parser
+    from threshnet_fast.cli.arguments import cells
 
     parsed = [build_parser().parse_args(call[call.index("bench") :]) for call in calls]
     assert [(a.model, a.dtype) for a in parsed] == [
@@ -458,7 +460,7 @@ def test_model_script_on_a_gpu(monkeypatch, tmp_path):
         assert arguments.flush_l2
         assert arguments.compile
         assert arguments.memory
-        assert [cell[::2] for cell in bench._cells(arguments)] == [
+        assert [cell[::2] for cell in cells(arguments)] == [
             *((224, 1), (224, 16), (224, 128)),
             *((32, 1), (32, 32), (32, 128)),
         ]

@@ -23,9 +23,12 @@ from threshnet_fast.bench import (
     comparison,
     cpu_engines,
     gpu_engines,
+    gpus,
+    latency,
     machine,
     networks,
-    prediction,
+    photographs,
+    prediction_report,
     report,
     results,
     timing,
@@ -34,8 +37,9 @@ from threshnet_fast.bench.job import Job, Provider, Unavailable, float32_parts, 
 from threshnet_fast.bench.peak_memory import measure
 from threshnet_fast.bench.precision import PRECISIONS
 from threshnet_fast.bench.registry import build, dtypes, registry
-from threshnet_fast.cli import CommandError, arguments, build_parser, doctor, info, main, pictures
+from threshnet_fast.cli import CommandError, arguments, build_parser, doctor, info, main
 from threshnet_fast.cli import bench as command
+from threshnet_fast.cli.arguments import cells
 from threshnet_fast.engines import cpu, cuda, triton
 from threshnet_fast.plan.lower import lower
 
@@ -153,17 +157,17 @@ class TestBench:
         assert row["speedup_min"] == "", "without a peer there is nothing to compare with"
 
     def test_photographs(self, capsys):
-        if not pictures.find_pictures():
+        if not photographs.installed_photographs():
             pytest.skip("no photograph is installed")
         arguments = ["bench", "--model", "tiny", "--threads", "1", "--repeats", "1"]
         arguments += ["--cell", "48:2", "--providers", "fused,drop-in,eager", "--csv", "all.csv"]
         assert main(arguments) == 0
         out = capsys.readouterr().out
-        count = min(6, len(pictures.find_pictures()))
+        count = min(6, len(photographs.installed_photographs()))
         assert f"{count} of {count} predictions agree" in out
         assert "not trained" in out
         rows = results.read_rows(Path("all.csv"))
-        assert {row["input"] for row in rows} == {pictures.find_pictures()[0].source}
+        assert {row["input"] for row in rows} == {photographs.installed_photographs()[0].source}
 
     def test_picture_of_the_user(self, capsys):
         from PIL import Image
@@ -226,7 +230,7 @@ class TestBench:
     def test_default_is_the_main_job(self):
         parser = build_parser()
         arguments = parser.parse_args(["bench"])
-        assert command._cells(arguments) == [(224, 224, 1), (32, 32, 1), (32, 32, 32)]
+        assert cells(arguments) == [(224, 224, 1), (32, 32, 1), (32, 32, 32)]
         names = command._providers(arguments)
         assert list(names) == ["float32"]
         assert {"fused", "drop-in", "eager", "channels-last"} <= set(names["float32"])
@@ -266,7 +270,7 @@ class TestBench:
             seen.append((model.base[0].conv.weight.clone(), x))
             return networks.reference_output(model, x)
 
-        monkeypatch.setattr(command, "reference_output", reference)
+        monkeypatch.setattr(latency, "reference_output", reference)
         arguments = ["--cell", "32:1", "--dtype", "bfloat16,float32", "--no-files"]
         assert bench(*arguments, "--providers", "eager") == 0
         (weight, x), (exact_weight, exact_x) = seen
@@ -276,7 +280,7 @@ class TestBench:
     def test_bias_that_cancels_the_output_makes_no_error_larger(self, monkeypatch):
         def balanced(name, classes, seed):
             model = networks.random_model(name, classes, seed)
-            x = command._input((32, 32, 1), SimpleNamespace(pictures=[], seed=0))
+            x = latency.input_of((32, 32, 1), [], 0)
             classifier = model.get_classifier()
             with torch.no_grad():
                 classifier.bias.sub_(networks.reference_output(model, x)[0].float())
@@ -492,10 +496,10 @@ def fake_gpu(monkeypatch):
         "graph": capture,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(command, "_job", job)
-    monkeypatch.setattr(command, "torch", Torch())
+    monkeypatch.setattr(latency, "_job", job)
+    monkeypatch.setattr(latency, "torch", Torch())
     monkeypatch.setattr(comparison, "build", lambda name, job: registry_of_gpu[name].build(job))
-    monkeypatch.setattr(command, "_engine", lambda job: "fused by triton on cuda:0")
+    monkeypatch.setattr(latency, "_engine", lambda job: "fused by triton on cuda:0")
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: "not for this GPU")
     registry_of_gpu = gpu_engines.CUDA_PROVIDERS
     # Networks run on Triton without a GPU in tests/emulation/.
@@ -558,7 +562,7 @@ class TestBenchOnGPU:
         assert "tiny, 32x32, batch 1, float32, Test GPU, L2 flushed" in capsys.readouterr().out
 
     def test_photographs(self, fake_gpu, capsys):
-        if not pictures.find_pictures():
+        if not photographs.installed_photographs():
             pytest.skip("no photograph is installed")
         self.bench("--cell", "32:1", "--providers", "eager")
         out = capsys.readouterr().out
@@ -1084,15 +1088,15 @@ class TestAvailableMemory:
         needed = 5 * (12 * 3 * 32 * 32 + 8 * largest)
         shapes = [(32, 32, 5)]
         monkeypatch.setattr(machine, "available_memory", lambda: needed)
-        command._check_memory(["tiny"], shapes, torch.device("cpu"))
+        latency.check_memory(["tiny"], shapes, torch.device("cpu"))
         monkeypatch.setattr(machine, "available_memory", lambda: needed - 1)
         with pytest.raises(
             CommandError, match=r"^32:5 needs at least 0\.\d GB of memory with tiny"
         ):
-            command._check_memory(["tiny"], shapes, torch.device("cpu"))
-        command._check_memory(["tiny"], shapes, torch.device("cuda"))
+            latency.check_memory(["tiny"], shapes, torch.device("cpu"))
+        latency.check_memory(["tiny"], shapes, torch.device("cuda"))
         monkeypatch.setattr(machine, "available_memory", lambda: None)
-        command._check_memory(["tiny"], [(65536, 65536, 10**9)], torch.device("cpu"))
+        latency.check_memory(["tiny"], [(65536, 65536, 10**9)], torch.device("cpu"))
 
 
 class TestDisturbance:
@@ -1202,7 +1206,7 @@ class TestInfo:
         assert "All times are predictions" in out.splitlines()[-1]
         assert main([*arguments, "--csv", "-"]) == 0
         rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-        assert tuple(rows[0]) == info._PREDICTION_COLUMNS
+        assert tuple(rows[0]) == prediction_report.COLUMNS
         assert {(row["device"], row["dtype"]) for row in rows} == {("a100", dtype)}
         total = next(line for line in out.splitlines() if line.startswith("total"))
         for column in ("unfused_eager", "unfused_graph", "fused_graph"):
@@ -1257,7 +1261,7 @@ class TestInfo:
     def test_list_of_devices(self, capsys):
         assert main(["info", "--device", "list"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines[2:]] == [d.name for d in prediction.DEVICES]
+        assert [line.split()[0] for line in lines[2:]] == [d.name for d in gpus.DEVICES]
 
 
 class TestDoctor:
@@ -1386,10 +1390,10 @@ class TestMain:
 
 
 def test_batch_of_pictures_is_normalised_and_has_no_equal_images():
-    found = pictures.find_pictures()
+    found = photographs.installed_photographs()
     if not found:
         pytest.skip("no photograph is installed")
-    x = pictures.as_batch(found, 32, 40, 3 * len(found) + 1)
+    x = photographs.as_batch(found, 32, 40, 3 * len(found) + 1)
     assert x.shape == (3 * len(found) + 1, 3, 32, 40)
     assert x.is_contiguous()
     assert x.dtype is torch.float32
@@ -1403,6 +1407,6 @@ def test_batch_of_pictures_is_normalised_and_has_no_equal_images():
 
 def test_matplotlib_has_a_photograph():
     pytest.importorskip("matplotlib")
-    found = pictures._from_matplotlib()
+    found = photographs._from_matplotlib()
     assert [picture.pixels.dtype for picture in found] == [torch.uint8] * 3
     assert found[0].pixels.shape[0] == 3

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from emulation.architectures import ARCHITECTURES as EMULATED
 from threshnet_fast.kernels import configurations
-from threshnet_fast.kernels.configurations import ARCHITECTURES, Problem, choose
+from threshnet_fast.kernels.architectures import ARCHITECTURES, find_architecture, precision_for
+from threshnet_fast.kernels.configurations import Problem, choose
 
 import threshnet_fast as tf
 from threshnet_fast.engines.triton_plan import Target, _group
@@ -39,7 +40,7 @@ SIZES = [
 def test_every_choice_fits(architecture: str) -> None:
     found = ARCHITECTURES[architecture]
     for dtype, precision in CLASSES:
-        if configurations.precision_for(architecture, precision) != precision:
+        if precision_for(architecture, precision) != precision:
             continue
         allowed = configurations.candidates(found, dtype, precision)
         for pixels, out, channels, taps in SIZES:
@@ -107,7 +108,7 @@ def test_more_work_never_takes_less() -> None:
     ],
 )
 def test_unknown_architectures_take_a_neighbour(name: str, expected: str) -> None:
-    assert configurations.find_architecture(name).name == expected
+    assert find_architecture(name).name == expected
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,8 @@ def test_unknown_architectures_take_a_neighbour(name: str, expected: str) -> Non
     ],
 )
 def test_tf32_only_where_there_is_any(name: str, expected: str) -> None:
-    assert configurations.precision_for(name, "tf32") == expected
-    assert configurations.precision_for(name, "ieee") == "ieee"
+    assert precision_for(name, "tf32") == expected
+    assert precision_for(name, "ieee") == "ieee"
 
 
 def test_tf32_that_there_is_not_is_chosen_for_as_ieee() -> None:
@@ -202,7 +203,7 @@ def test_a_network_needs_few_kernels(architecture: str, dtype, precision: str) -
 def test_every_tile_is_of_use(architecture: str) -> None:
     found = ARCHITECTURES[architecture]
     for dtype, precision in CLASSES:
-        if configurations.precision_for(architecture, precision) != precision:
+        if precision_for(architecture, precision) != precision:
             continue
         chosen = {
             dataclasses.replace(

@@ -19,13 +19,14 @@ import torch
 from torch.nn import functional as F
 from training import pictures, write_cifar10
 
-from threshnet_fast.cli import train as command
-from threshnet_fast.data import download, folder, sources, svhn
+from threshnet_fast.cli import build_parser
+from threshnet_fast.data import download, sources, svhn
 from threshnet_fast.data.augment import Augmentation, Preparation
 from threshnet_fast.data.cifar import CIFAR10, CIFAR100
 from threshnet_fast.data.errors import DataError
 from threshnet_fast.data.folder import FolderBatches, load_folder, middle, random_box
 from threshnet_fast.data.images import ImageBatches, ImageSet, Shard, generator
+from threshnet_fast.models import imagenet
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -39,7 +40,11 @@ def image_set(count: int = 50) -> ImageSet:
 
 
 def test_command_knows_all_data_sets():
-    assert command._DATASETS == sources.NAMES
+    parser = build_parser()
+    for name in sources.NAMES:
+        arguments = ["--dataset", name, "--data", "a"]
+        assert parser.parse_args(["train", *arguments, "--output", "b"]).dataset == name
+        assert parser.parse_args(["evaluate", "threshnet79", *arguments]).dataset == name
 
 
 def published_as(content: bytes) -> download.Published:
@@ -509,7 +514,7 @@ class TestFolder:
         batches = self.batches(root, augment=False)
         images, _ = next(batches.all())
         with Image.open(load_folder(root).train.paths[0]) as picture:
-            box = middle(*picture.size, (32, 24), folder.CROP_FRACTION)
+            box = middle(*picture.size, (32, 24), imagenet.CROP_FRACTION)
             expected = np.array(picture.resize((24, 32), Image.Resampling.BILINEAR, box))
         mean, std = (torch.tensor(v) for v in (load_folder(root).mean, load_folder(root).std))
         wanted = ((torch.from_numpy(expected) / 255 - mean) / std).permute(2, 0, 1)

@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image, features
 
-from threshnet_fast.cli.pictures import load_picture
 from threshnet_fast.data import pictures
 from threshnet_fast.data.augment import Preparation
 from threshnet_fast.data.errors import DataError, PictureError
@@ -36,6 +35,7 @@ from threshnet_fast.data.pictures import (
     picture_suffixes,
     quiet_decoder,
     read_picture,
+    read_pixels,
 )
 from threshnet_fast.text import printable
 
@@ -254,7 +254,7 @@ class TestLevels:
         assert np.abs(pixels.astype(int) - expected).max() <= tolerance, pixels.tolist()
         assert pixels.shape == expected.shape
         assert np.array_equal(np.asarray(_pillow_loader(str(path))), pixels)
-        assert np.array_equal(load_picture(str(path)).pixels.permute(1, 2, 0), pixels)
+        assert np.array_equal(read_pixels(path).permute(1, 2, 0), pixels)
 
     @pytest.mark.parametrize("name", KINDS)
     def test_grey_is_brightness(self, tmp_path, name):
@@ -263,7 +263,7 @@ class TestLevels:
         pixels = np.asarray(read_picture(path)).astype(int)
         exact = pixels @ [0.299, 0.587, 0.114]
         assert np.abs(levels - exact).max() <= 0.501
-        assert np.array_equal(load_picture(str(path), channels=1).pixels[0], levels)
+        assert np.array_equal(read_pixels(path, channels=1)[0], levels)
         assert np.array_equal(
             to_grey(torch.from_numpy(np.array(read_picture(path))))[..., 0], levels
         )
@@ -578,7 +578,7 @@ class TestFolder:
         paths = load_folder(root).train.paths
         assert len(paths) == 14
         for path in paths:
-            expected = load_picture(str(path)).pixels
+            expected = read_pixels(path)
             preparation = Preparation((0.0,) * 3, (1.0,) * 3, tuple(expected.shape[1:]))
             # The whole picture rather than its middle.
             batches = FolderBatches(

@@ -18,13 +18,15 @@ from trained import CLASSES, INFO, picture, save_random, write_picture
 
 from threshnet_fast.bench.job import plain_module
 from threshnet_fast.bench.networks import random_model
+from threshnet_fast.bench.photographs import load_photograph
 from threshnet_fast.cli import main
-from threshnet_fast.cli.pictures import load_picture
 from threshnet_fast.data.augment import Preparation
-from threshnet_fast.data.folder import CROP_FRACTION, FolderBatches, load_folder
+from threshnet_fast.data.errors import PictureError
+from threshnet_fast.data.folder import FolderBatches, load_folder
+from threshnet_fast.data.pictures import read_pixels
 from threshnet_fast.data.preprocessing import preprocess
 from threshnet_fast.errors import CommandError
-from threshnet_fast.models import pretrained
+from threshnet_fast.models import imagenet, pretrained
 from threshnet_fast.models.create import load_model
 from threshnet_fast.models.weights_file import save_model
 
@@ -126,13 +128,13 @@ class TestPreprocess:
         info = dataclasses.replace(
             *(INFO,),
             **{"mean": data.mean, "std": data.std, "image_size": (32, 24), "source_size": None},
-            **{"crop_fraction": CROP_FRACTION, "interpolation": interpolation},
+            **{"crop_fraction": imagenet.CROP_FRACTION, "interpolation": interpolation},
         )
         preparation = Preparation(data.mean, data.std, info.image_size, interpolation)
         images, _ = next(FolderBatches(data.test, preparation, 3).all())
         for path, image in zip(data.test.paths, images, strict=True):
             for read in {channels, 3}:
-                pixels = load_picture(str(path), channels=read).pixels
+                pixels = read_pixels(path, channels=read)
                 assert torch.equal(preprocess(pixels, info), image[None])
 
     @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ class TestPictures:
         exif = image.getexif()
         exif[0x0112] = 6
         image.save(tmp_path / "a.png", exif=exif)
-        pixels = load_picture(str(tmp_path / "a.png")).pixels
+        pixels = read_pixels(tmp_path / "a.png")
         upright = torch.from_numpy(picture(20, 30)).permute(2, 0, 1).flip(1).transpose(1, 2)
         assert torch.equal(pixels, upright)
 
@@ -169,29 +171,30 @@ class TestPictures:
         image = np.zeros((4, 4, 4), np.uint8)
         image[:2, :, 3] = 255
         Image.fromarray(image, "RGBA").save(tmp_path / "a.png")
-        pixels = load_picture(str(tmp_path / "a.png")).pixels
+        pixels = read_pixels(tmp_path / "a.png")
         assert pixels[:, :2].max() == 0
         assert pixels[:, 2:].min() == 255
 
     def test_sixteen_bits(self, tmp_path):
         values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
         Image.fromarray(values).save(tmp_path / "a.png")
-        pixels = load_picture(str(tmp_path / "a.png")).pixels
+        pixels = read_pixels(tmp_path / "a.png")
         assert pixels.tolist() == [[[0, 1, 128, 255]]] * 3
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK"])
     def test_other_modes(self, tmp_path, mode):
         path = tmp_path / "a.tiff"
         Image.fromarray(picture(6, 7)).convert(mode).save(path)
-        pixels = load_picture(str(path)).pixels
+        pixels = read_pixels(path)
         assert pixels.shape == (3, 6, 7)
         assert pixels.dtype is torch.uint8
 
     def test_argument_that_named_it(self, tmp_path):
         (tmp_path / "a.png").write_bytes(b"nothing")
-        for argument, begins in (("--image", "--image /"), ("", "/")):
-            with pytest.raises(CommandError, match=f"^{begins}.*a.png: not a picture"):
-                load_picture(str(tmp_path / "a.png"), argument)
+        with pytest.raises(CommandError, match=r"^--image /.*a.png: not a picture"):
+            load_photograph(str(tmp_path / "a.png"))
+        with pytest.raises(PictureError, match=r"^/.*a.png: not a picture"):
+            read_pixels(tmp_path / "a.png")
 
 
 class TestPredict:

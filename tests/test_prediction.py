@@ -13,16 +13,8 @@ import pytest
 import torch
 
 import threshnet_fast as tf
-from threshnet_fast.bench.prediction import (
-    DEVICES,
-    PRECISIONS,
-    Device,
-    Execution,
-    Kernel,
-    find_device,
-    find_precision,
-    predict,
-)
+from threshnet_fast.bench.gpus import DEVICES, PRECISIONS, Device, find_device, find_precision
+from threshnet_fast.bench.prediction import Execution, Kernel, predict
 from threshnet_fast.plan import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, lower
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "prediction.md"

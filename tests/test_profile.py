@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -247,9 +248,9 @@ def tiny(monkeypatch, tmp_path) -> str:
     return "tiny"
 
 
-def bench(*arguments: str) -> int:
+def profiled(*arguments: str, command: Sequence[str] = ("profile",)) -> int:
     common = ["--model", "tiny", "--threads", "1", "--repeats", "2", "--random-input"]
-    return main(["bench", "--profile", *common, *arguments])
+    return main([*command, *common, *arguments])
 
 
 def read(path: str) -> list[dict[str, str]]:
@@ -260,7 +261,7 @@ def read(path: str) -> list[dict[str, str]]:
 @pytest.mark.usefixtures("tiny", "one_thread")
 class TestCommand:
     def test_tables_csv_and_plot(self, capsys):
-        assert bench("--cell", "32:1", "--cell", "64x48:2") == 0
+        assert profiled("--cell", "32:1", "--cell", "64x48:2") == 0
         out = capsys.readouterr().out
         assert "tiny, 32x32, batch 1, float32, 1 thread" in out
         assert "tiny, 64x48, batch 2, float32, 1 thread" in out
@@ -289,7 +290,7 @@ class TestCommand:
             assert f"\n{cell[-1]['name']}" in out
 
     def test_sums_are_those_of_the_steps(self, capsys):
-        assert bench("--cell", "48:1", "--csv", "a.csv") == 0
+        assert profiled("--cell", "48:1", "--csv", "a.csv") == 0
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         start = next(i for i, line in enumerate(lines) if line[:2] == ["kind", "steps"])
         sums = {line[0]: line for line in lines[start + 2 :] if len(line) > 9}
@@ -309,21 +310,21 @@ class TestCommand:
 
     def test_appends_and_names_its_plot_after_the_csv_file(self):
         for _ in range(2):
-            assert bench("--cell", "32:1", "--csv", "all.csv") == 0
+            assert profiled("--cell", "32:1", "--csv", "all.csv") == 0
         rows = read("all.csv")
         assert len({row["run"] for row in rows}) == 2
         assert Path("all.png").is_file()
-        assert bench("--cell", "32:1", "--csv", "all.csv", "--plot", "other.svg") == 0
+        assert profiled("--cell", "32:1", "--csv", "all.csv", "--plot", "other.svg") == 0
         assert "<svg" in Path("other.svg").read_text()
 
     def test_no_files(self, tmp_path, capsys):
-        assert bench("--cell", "32:1", "--no-files") == 0
+        assert profiled("--cell", "32:1", "--no-files") == 0
         assert "Written" not in capsys.readouterr().out
         assert list(tmp_path.iterdir()) == []
 
     def test_exact(self, capsys, monkeypatch):
         monkeypatch.setenv(cpu.EXACT_VARIABLE, "1")
-        assert bench("--cell", "64:1", "--csv", "a.csv") == 0
+        assert profiled("--cell", "64:1", "--csv", "a.csv") == 0
         assert ", exact" in capsys.readouterr().out
         rows = read("a.csv")
         assert {row["exact"] for row in rows} == {"1"}
@@ -331,7 +332,7 @@ class TestCommand:
 
     def test_instruction_set(self, monkeypatch):
         monkeypatch.setenv(cpu.ISA_VARIABLE, "scalar")
-        assert bench("--cell", "32:1", "--csv", "a.csv") == 0
+        assert profiled("--cell", "32:1", "--csv", "a.csv") == 0
         assert {row["isa"] for row in read("a.csv")} == {"scalar"}
 
     @pytest.mark.parametrize(
@@ -349,19 +350,46 @@ class TestCommand:
         ],
     )
     def test_errors(self, capsys, arguments, text, expected):
-        assert bench(*arguments) == expected
+        assert profiled(*arguments, command=("bench", "--profile")) == expected
+        error = capsys.readouterr().err
+        assert text in error
+        assert len(error.splitlines()) == 1
+
+    def test_option_of_bench_does_the_same(self, capsys):
+        assert profiled("--cell", "32:1", command=("bench", "--profile")) == 0
+        assert "tiny, 32x32, batch 1, float32, 1 thread" in capsys.readouterr().out
+        steps = lower(tf.create_model("tiny"), (1, 3, 32, 32)).steps
+        assert len(read("threshnet-fast-profile.csv")) == len(steps)
+        assert Path("threshnet-fast-profile.png").is_file()
+
+    @pytest.mark.parametrize("option", ["--providers", "--dtype", "--device"])
+    def test_options_of_a_comparison_are_unknown(self, capsys, option):
+        assert profiled(option, "cpu") == 2
+        assert f"unrecognized arguments: {option} cpu" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "text", "expected"),
+        [
+            (("--cell", "4:1"), "too small", 2),
+            (("--cell", "32:1", "--size", "32"), "--cell already names", 2),
+            (("--csv", "missing/a.csv"), "cannot write", 1),
+            (("--plot", "a.bmp"), "cannot write", 1),
+        ],
+    )
+    def test_errors_of_the_command(self, capsys, arguments, text, expected):
+        assert profiled(*arguments) == expected
         error = capsys.readouterr().err
         assert text in error
         assert len(error.splitlines()) == 1
 
     def test_csv_file_of_a_comparison_is_refused(self, capsys):
         results.append_rows(Path("a.csv"), [])
-        assert bench("--cell", "32:1", "--csv", "a.csv") == 1
+        assert profiled("--cell", "32:1", "--csv", "a.csv") == 1
         assert "its columns are not those" in capsys.readouterr().err
 
     def test_needs_the_engine(self, capsys, monkeypatch):
         monkeypatch.setattr(cpu, "unavailable_reason", lambda: "it is not built")
-        assert bench("--cell", "32:1") == 1
+        assert profiled("--cell", "32:1") == 1
         assert "needs the C++ engine: it is not built" in capsys.readouterr().err
 
 

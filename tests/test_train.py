@@ -28,6 +28,7 @@ from threshnet_fast.train import (
     checkpoint,
     distributed,
     ema,
+    evaluation,
     figures,
     load_model,
     load_state,
@@ -35,6 +36,7 @@ from threshnet_fast.train import (
     progress,
     read_info,
     recipes,
+    reporters,
     save_model,
 )
 from threshnet_fast.train.recipes import RECIPES, learning_rate, make_optimizer
@@ -273,7 +275,7 @@ class TestBalance:
     def test_loss_is_weighed(self, folder, tmp_path, monkeypatch):
         """The first step's loss, from the logits that it was taken of."""
         seen = []
-        original = loop.F.cross_entropy
+        original = nn.functional.cross_entropy
 
         def keep(logits, labels, *more, **options):
             loss = original(logits, labels, *more, **options)
@@ -281,7 +283,7 @@ class TestBalance:
                 seen.append((logits.detach(), labels, loss.detach()))
             return loss
 
-        monkeypatch.setattr(loop.F, "cross_entropy", keep)
+        monkeypatch.setattr(nn.functional, "cross_entropy", keep)
         options = (*FOLDER, "--class-weights", "balanced", "--label-smoothing", "0")
         assert main([*training.command(folder, tmp_path / "run", *options), "--epochs", "1"]) == 0
         for logits, labels, loss in seen:
@@ -505,7 +507,7 @@ class TestCheckpoint:
         good = {"epoch": 1, "batch": 2, "step": 7, "sums": [1.5, 2, 3], "rows": [row]}
         good |= {"seconds": 1.5, "epoch_seconds": 0.5}
         good |= {"best": {"epoch": 1, "accuracy": 0.5}, "class_rows": [[1, 0.5, None]]}
-        loop.Progress.from_json(good).check(6, 2)
+        progress.Progress.from_json(good).check(6, 2)
         for wrong in (
             *(None, [], {}, {**good, "more": 1}, {**good, "epoch": True}, {**good, "step": -1}),
             *({**good, "batch": "2"}, {**good, "batch": 2.0}, {**good, "seconds": math.nan}),
@@ -516,10 +518,10 @@ class TestCheckpoint:
             {name: value for name, value in good.items() if name != "seconds"},
         ):
             with pytest.raises(ValueError, match="of the run"):
-                loop.Progress.from_json(wrong)
+                progress.Progress.from_json(wrong)
         for wrong in ({"epoch": 2}, {"batch": 3}, {"batch": 14}, {"step": 8}, {"rows": []}):
             with pytest.raises(ValueError, match="contradict"):
-                loop.Progress.from_json({**good, **wrong}).check(6, 2)
+                progress.Progress.from_json({**good, **wrong}).check(6, 2)
 
     @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
     def test_optimizer_goes_on(self, name, tmp_path):
@@ -1035,13 +1037,13 @@ class Scripted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, right: list[int]) -> None:
         self.right = right
 
-        def evaluate(trainer: loop.Trainer) -> loop.Evaluation:
+        def evaluate(trainer: loop.Trainer) -> evaluation.Evaluation:
             epoch = trainer.progress.step // 6
             number = right[epoch - 1]
             # Class 9 has no images.
             confusion = torch.zeros(10, 10, dtype=torch.int64)
             confusion[0, 0], confusion[8, 0] = number, 20 - number
-            return loop.Evaluation(1.0, confusion)
+            return evaluation.Evaluation(1.0, confusion)
 
         monkeypatch.setattr(loop.Trainer, "_evaluate", evaluate)
 
@@ -1314,7 +1316,7 @@ def test_evaluation_counts():
             yield torch.tensor([[5.0, 0, 0], [0, 5, 0]]), torch.tensor([0, 2])
             yield torch.tensor([[0.0, 0, 5]]), torch.tensor([2])
 
-    result = loop.evaluate(nn.Identity(), Batches(), 3)
+    result = evaluation.evaluate(nn.Identity(), Batches(), 3)
     assert result.top5_accuracy == 1.0
     assert result.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
     assert result.count == 3
@@ -1324,7 +1326,7 @@ def test_evaluation_counts():
     right = math.log(1 + 2 * math.exp(-5))
     assert result.loss == pytest.approx((3 * right + 5) / 3)
     with pytest.raises(ValueError, match="no test images"):
-        loop.evaluate(nn.Identity(), type("Empty", (), {"all": lambda self: iter(())})(), 3)
+        evaluation.evaluate(nn.Identity(), type("Empty", (), {"all": lambda self: iter(())})(), 3)
 
 
 def test_figures_of_many_classes(tmp_path):
@@ -1334,7 +1336,7 @@ def test_figures_of_many_classes(tmp_path):
 
 
 def test_reporter_draws_a_bar_on_a_terminal_only(monkeypatch, capsys):
-    reporter = progress.ConsoleReporter(3)
+    reporter = reporters.ConsoleReporter(3)
     reporter.epoch(0, 0, 5)
     reporter.step(0.1, torch.tensor(1.0))
     assert capsys.readouterr() == ("", "")

@@ -1,10 +1,11 @@
-"""Text from elsewhere, made fit for a terminal."""
+"""Text for people: lists of words, and what is from elsewhere made fit for a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
-__all__ = ["printable"]
+__all__ = ["enumerated", "printable"]
 
 # Controls, lone surrogates (of bytes that are no UTF-8), ends of lines and of paragraphs.
 _CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
@@ -21,3 +22,8 @@ def printable(text: object) -> str:
         else letter
         for letter in str(text)
     )
+
+
+def enumerated(words: Sequence[str], conjunction: str) -> str:
+    """Lists one word or more, for example as ``"a, b or c"``."""
+    return f" {conjunction} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

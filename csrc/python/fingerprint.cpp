@@ -24,8 +24,12 @@ int32_t aoti_torch_get_strides(void* handle, int64_t** strides);
 
 // at::TensorBase::_version() const, for which the stable interface has no function; null in a torch
 // without it.
+#if defined(__linux__)
 int64_t tensor_version(const void* handle) __asm__("_ZNK2at10TensorBase8_versionEv")
     __attribute__((weak));
+#else
+constexpr int64_t (*tensor_version)(const void*) = nullptr;
+#endif
 }
 
 namespace {

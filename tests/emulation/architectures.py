@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from threshnet_fast.kernels import architectures
 from triton.backends.compiler import GPUTarget
 
 __all__ = ["ARCHITECTURES", "Architecture"]
@@ -31,27 +32,11 @@ class Architecture:
         return self.target.warp_size
 
 
-def _nvidia(capability: int, shared_bytes: int, multiprocessors: int) -> Architecture:
-    target = GPUTarget("cuda", capability, 32)
-    return Architecture(f"sm_{capability}", target, shared_bytes, multiprocessors)
+def _emulated(family: architectures.Architecture) -> Architecture:
+    name = family.name
+    identifier = int(name.removeprefix("sm_")) if family.is_nvidia else name
+    target = GPUTarget(family.backend, identifier, family.warp_size)
+    return Architecture(name, target, family.shared_bytes, family.multiprocessors)
 
 
-def _amd(name: str, warp_size: int, multiprocessors: int) -> Architecture:
-    return Architecture(name, GPUTarget("hip", name, warp_size), 65536, multiprocessors)
-
-
-ARCHITECTURES = {
-    architecture.name: architecture
-    for architecture in (
-        _nvidia(75, 65536, 40),
-        _nvidia(80, 166912, 108),
-        _nvidia(86, 101376, 20),
-        _nvidia(89, 101376, 76),
-        _nvidia(90, 232448, 132),
-        _nvidia(100, 232448, 148),
-        _nvidia(120, 101376, 84),
-        _amd("gfx90a", 64, 104),
-        _amd("gfx942", 64, 304),
-        _amd("gfx1100", 32, 96),
-    )
-}
+ARCHITECTURES = {name: _emulated(family) for name, family in architectures.ARCHITECTURES.items()}

@@ -777,7 +777,7 @@ class Library(_Launchers):
         path: What :func:`build` returned.
 
     Attributes:
-        path: The same.
+        path: Of the shared library.
     """
 
     def __init__(self, path: Path) -> None:

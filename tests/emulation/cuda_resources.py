@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+from threshnet_fast.kernels.architectures import ARCHITECTURES
+
 from .cuda_library import BUILD, CSRC, ROOT, fingerprint
 
 __all__ = [
@@ -53,18 +55,34 @@ class Limits:
     blocks: int
     shared_bytes: int
     block_shared_bytes: int
-    reserved_bytes: int = 1024
+    reserved_bytes: int
 
 
-LIMITS = {
-    "sm_75": Limits(32, 16, 64 * 1024, 64 * 1024, 0),
-    "sm_80": Limits(64, 32, 164 * 1024, 163 * 1024),
-    "sm_86": Limits(48, 16, 100 * 1024, 99 * 1024),
-    "sm_89": Limits(48, 24, 100 * 1024, 99 * 1024),
-    "sm_90": Limits(64, 32, 228 * 1024, 227 * 1024),
-    "sm_100": Limits(64, 32, 228 * 1024, 227 * 1024),
-    "sm_120": Limits(48, 24, 100 * 1024, 99 * 1024),
+# Blocks that can be resident.
+_BLOCKS = {
+    "sm_75": 16,
+    "sm_80": 32,
+    "sm_86": 16,
+    "sm_89": 24,
+    "sm_90": 32,
+    "sm_100": 32,
+    "sm_120": 24,
 }
+
+
+def _limits(name: str, blocks: int) -> Limits:
+    known = ARCHITECTURES[name]
+    return Limits(
+        known.warps,
+        blocks,
+        # One block gets all but what the system takes.
+        known.shared_bytes + known.reserved_bytes,
+        known.shared_bytes,
+        known.reserved_bytes,
+    )
+
+
+LIMITS = {name: _limits(name, blocks) for name, blocks in _BLOCKS.items()}
 """By architecture. All have 65536 registers, in four partitions, and 32 lanes of a warp."""
 
 _WARP = 32

@@ -13,6 +13,8 @@ import torch
 pytest.importorskip("triton")
 
 from threshnet_fast.kernels import configurations, launch
+from threshnet_fast.kernels.architectures import ARCHITECTURES as TABLE
+from threshnet_fast.kernels.architectures import precision_for
 
 from emulation.driver import compiled_for
 
@@ -57,7 +59,7 @@ ALL_KERNELS = {
 )
 def test_tiles(architecture: str, dtype: torch.dtype, precision: str) -> None:
     """The largest tile and the smallest, a prologue, and most segments with a split reduction."""
-    found = configurations.ARCHITECTURES[architecture]
+    found = TABLE[architecture]
     tiles = configurations.candidates(found, dtype, precision)
     with compiled_for(architecture) as log:
         for tile in (tiles[0], tiles[-1]):
@@ -90,13 +92,13 @@ def test_report_has_no_problems(report: list) -> None:
 @pytest.mark.parametrize("architecture", compile_kernels.REPORTED)
 def test_report_is_complete(report: list, architecture: str) -> None:
     """Every tile in every class of arithmetic, split and whole, and every kernel."""
-    found = configurations.ARCHITECTURES[architecture]
+    found = TABLE[architecture]
     rows = [row for row in report if row.architecture == architecture]
     assert {row.kernel for row in rows} >= ALL_KERNELS
     for dtype, precision in compile_kernels.CLASSES:
         name = str(dtype).removeprefix("torch.")
         of_class = [row for row in rows if (row.dtype, row.precision) == (name, precision)]
-        if configurations.precision_for(architecture, precision) != precision:
+        if precision_for(architecture, precision) != precision:
             assert of_class == []
             continue
         assert {row.kernel for row in of_class} >= set(compile_kernels.MATRIX_KERNELS)

@@ -13,7 +13,8 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 from threshnet_fast.kernels import dense_layer, launch, layout
-from threshnet_fast.kernels.configurations import ARCHITECTURES, Configuration, precision_for
+from threshnet_fast.kernels.architectures import ARCHITECTURES, precision_for
+from threshnet_fast.kernels.configurations import Configuration
 from triton.runtime.errors import InterpreterError
 
 from emulation.driver import Log, compiled_for, emulated

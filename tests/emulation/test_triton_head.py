@@ -11,7 +11,7 @@ from tolerance import accumulated_bound, assert_within
 pytest.importorskip("triton")
 
 from threshnet_fast.kernels import head, launch, layout
-from threshnet_fast.kernels.configurations import ARCHITECTURES
+from threshnet_fast.kernels.architectures import ARCHITECTURES
 
 from emulation.driver import compiled_for, emulated
 from emulation.interpreter import interpreted

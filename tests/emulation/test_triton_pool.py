@@ -12,7 +12,7 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 from threshnet_fast.kernels import launch, pool
-from threshnet_fast.kernels.configurations import ARCHITECTURES
+from threshnet_fast.kernels.architectures import ARCHITECTURES
 
 from emulation.driver import compiled_for, emulated
 from emulation.interpreter import interpreted

@@ -14,7 +14,8 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 from threshnet_fast.kernels import launch, layout, stem_convolution
-from threshnet_fast.kernels.configurations import ARCHITECTURES, Configuration, candidates
+from threshnet_fast.kernels.architectures import ARCHITECTURES
+from threshnet_fast.kernels.configurations import Configuration, candidates
 
 from emulation.driver import compiled_for, emulated
 from emulation.interpreter import interpreted

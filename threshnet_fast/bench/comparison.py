@@ -6,27 +6,26 @@ import platform
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engines import select
+from ..version import __version__
 from . import machine
 from .job import Job, Provider, Unavailable, plain_module
 from .networks import worst_error
 from .registry import build, registry
-from .timing import Sample, host_timer, interleave
+from .report import thread_count
+from .timing import Sample, host_timer, interleave, progress_bar
 from .training_steps import TrainingProvider, for_training, results_of, targets, with_loss
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 __all__ = [
     "checked",
     "checked_step",
     "classifier_of",
     "common_columns",
+    "introduction",
     "output_scale",
     "reference_results",
     "relative_errors",
@@ -69,6 +68,27 @@ def common_columns(source: str, place: torch.device, flush: bool = False) -> dic
         "platform": f"{platform.system()} {platform.release()}",
         **gpu,
     }
+
+
+def introduction(common: Mapping[str, object], threads: int) -> list[str]:
+    """The lines before the tables: processor, threads, versions, and the GPU where it is one.
+
+    Args:
+        common: What :func:`common_columns` returned.
+        threads: Threads of every provider.
+    """
+    lines = [
+        f"{common['processor']}, {common['processors']} processors usable, "
+        + thread_count(threads),
+        f"threshnet_fast {__version__}, torch {common['torch']}, Python {common['python']}"
+        + (f", commit {common['commit']}" if common["commit"] else ""),
+    ]
+    if "accelerator" in common:
+        driver = f", driver {common['driver']}" if common["driver"] else ""
+        lines.append(
+            f"{common['accelerator']}, {common['libraries']}{driver}, L2 cache {common['l2']}"
+        )
+    return lines
 
 
 def classifier_of(model: nn.Module) -> nn.Linear | None:
@@ -209,20 +229,10 @@ def time_in_turns(
         rounds: Instead of ``seconds``.
         timer: Runs a call and returns its nanoseconds.
     """
-    from tqdm import tqdm
-
     torch.set_num_threads(threads)
     others = machine.OtherLoad()
-    with tqdm(
-        total=100, desc=title, disable=None, bar_format="{desc}: {percentage:3.0f}%|{bar}|"
-    ) as bar:
-        samples = interleave(
-            calls,
-            seconds=seconds,
-            rounds=rounds,
-            progress=lambda part: _advance(bar, 100 * part),
-            timer=timer,
-        )
+    with progress_bar(title) as progress:
+        samples = interleave(calls, seconds=seconds, rounds=rounds, progress=progress, timer=timer)
     load = others.stop()
     for provider, sample in samples.items():
         rows[provider]["other_load"] = "" if load is None else f"{load:.3f}"
@@ -238,10 +248,6 @@ def _times(sample: Sample, macs: int) -> dict[str, object]:
         **{key: f"{sample.milliseconds(fraction):.4f}" for key, fraction in fractions.items()},
         "gflops": f"{2e-6 * macs / sample.milliseconds(0.0):.2f}",
     }
-
-
-def _advance(bar: tqdm[Any], to: float) -> None:
-    bar.update(max(0, int(to) - bar.n))
 
 
 def _compare(rows: Sequence[dict[str, object]]) -> None:

@@ -8,23 +8,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engines import cpu
+from ..errors import CommandError
 from ..models.network import Network
 from ..plan import FusedConv, Head, Plan, Pool, lower
-from .roofline import MeasuredPoint, MeasuredRoofline
-from .timing import percentile
+from . import machine
+from .report import thread_count
+from .timing import percentile, progress_bar
 
 __all__ = [
     "Machine",
+    "Measurement",
     "Profile",
     "StepProfile",
+    "measure",
     "measure_again",
     "measure_machine",
-    "measured_roofline",
     "profile",
-    "step_rows",
 ]
 
 _MIN_CALLS = 3
@@ -137,6 +139,29 @@ class Profile:
         return _sum(" + ".join(_MAIN_KINDS), [s for s in self.steps if s.kind in _MAIN_KINDS])
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A profile, and what it was measured beside.
+
+    Attributes:
+        title: Network, input, threads and instruction set, in one line.
+        profile: What the steps took.
+        limits: What the processor can do.
+        threads: Threads that worked.
+        isa: Name of the instruction set of the kernels.
+        exact: Whether only direct convolution was allowed.
+        other_load: Processors that other processes kept busy meanwhile; None if unknown.
+    """
+
+    title: str
+    profile: Profile
+    limits: Machine
+    threads: int
+    isa: str
+    exact: bool
+    other_load: float | None
+
+
 def _sum(kind: str, steps: Sequence[StepProfile]) -> StepProfile:
     return StepProfile(
         name="",
@@ -188,6 +213,56 @@ def measure_again(limits: Machine, isa: int, threads: int) -> Machine:
         if limits.peak >= _UNDISTURBED * threads * limits.peak_one_thread:
             break
     return limits
+
+
+def measure(
+    module: nn.Module,
+    name: str,
+    x: Tensor,
+    *,
+    seconds: float | None = None,
+    calls: int | None = None,
+) -> Measurement:
+    """Profiles a network on an input under a progress bar, and what the processor can do.
+
+    The engine has the instruction set and the algorithms that the environment allows, and as many
+    threads as torch.
+
+    Args:
+        module: The network, in evaluation mode.
+        name: What error messages and the title call it.
+        x: float32 images.
+        seconds: As for :func:`profile`.
+        calls: Instead of ``seconds``.
+
+    Raises:
+        CommandError: The engine is unavailable, or the network is nothing that it runs.
+    """
+    reason = cpu.unavailable_reason()
+    if reason is not None:
+        raise CommandError(f"a profile needs the C++ engine: {reason}")
+    if not isinstance(module, Network):
+        raise CommandError(f"{name} is nothing that the C++ engine runs", 2)
+    isa, winograd = cpu.isa_code(), cpu.winograd_by_default()
+    threads = torch.get_num_threads()
+    batch, _, height, width = x.shape
+    title = f"{name}, {height}x{width}, batch {batch}, float32, {thread_count(threads)}"
+    others = machine.OtherLoad()
+    limits = measure_machine(isa, threads)
+    with torch.inference_mode(), progress_bar(title) as progress:
+        found = profile(
+            module,
+            x,
+            isa=isa,
+            winograd=winograd,
+            seconds=seconds,
+            calls=calls,
+            progress=progress,
+        )
+    limits = measure_again(limits, isa, threads)
+    exact = winograd == 0
+    title += f", {cpu.isa()}" + (", exact" if exact else "")
+    return Measurement(title, found, limits, threads, cpu.isa(), exact, others.stop())
 
 
 def profile(
@@ -310,60 +385,3 @@ def _executed_macs(plan: Plan, step: FusedConv | Pool | Head, algorithm: str) ->
     tiles = step.batch * -(-output.height // size) * -(-output.width // size)
     positions = (size + step.kernel[0] - 1) * (size + step.kernel[1] - 1)
     return tiles * positions * step.input_channels * step.output.channels
-
-
-def step_rows(measured: Profile, limits: Machine) -> list[dict[str, object]]:
-    """The columns of :data:`~.results.PROFILE_COLUMNS` that are of a step, for every step."""
-    total = measured.total
-    return [
-        {
-            "calls": measured.calls,
-            "step": index,
-            "name": step.name,
-            "operation": step.operation,
-            "kind": step.kind,
-            "algorithm": step.algorithm,
-            "macs": step.macs,
-            "executed_macs": step.executed_macs,
-            "bytes": step.bytes,
-            "min_us": f"{1e6 * step.fastest:.3f}",
-            "p50_us": f"{1e6 * step.median:.3f}",
-            "transform_us": f"{1e6 * step.transform:.3f}",
-            "reduction_us": f"{1e6 * step.reduction:.3f}",
-            "gflops": f"{step.flops / 1e9:.3f}",
-            "executed_gflops": f"{step.executed_flops / 1e9:.3f}",
-            "peak_share": f"{step.flops / limits.peak:.4f}",
-            "executed_peak_share": f"{step.executed_flops / limits.peak:.4f}",
-            "gbytes_per_second": f"{step.bytes / step.fastest / 1e9:.3f}",
-            "share": f"{step.fastest / total.fastest:.6f}",
-            "peak_gflops": f"{limits.peak / 1e9:.3f}",
-            "peak_gflops_one_thread": f"{limits.peak_one_thread / 1e9:.3f}",
-            "read_gbytes_per_second": f"{limits.bandwidth / 1e9:.3f}",
-            "call_min_ms": f"{1e3 * measured.call_fastest:.4f}",
-            "call_p50_ms": f"{1e3 * measured.call_median:.4f}",
-        }
-        for index, step in enumerate(measured.steps)
-    ]
-
-
-def measured_roofline(title: str, measured: Profile, limits: Machine) -> MeasuredRoofline:
-    """The points that a roofline plot has for the steps that multiply."""
-    total = measured.total
-    return MeasuredRoofline(
-        title,
-        limits.peak,
-        limits.peak_one_thread,
-        limits.bandwidth,
-        tuple(
-            MeasuredPoint(
-                step.kind,
-                step.algorithm,
-                2 * step.macs / step.bytes,
-                step.flops,
-                step.executed_flops,
-                step.fastest / total.fastest,
-            )
-            for step in measured.steps
-            if step.macs > 0
-        ),
-    )

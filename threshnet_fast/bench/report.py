@@ -18,6 +18,7 @@ __all__ = [
     "on_gpu",
     "plot",
     "text_table",
+    "thread_count",
 ]
 
 Row = Mapping[str, str]
@@ -74,7 +75,12 @@ def cell_title(row: Row) -> str:
 def _place(row: Row) -> str:
     if on_gpu(row):
         return row["accelerator"] + (", L2 flushed" if row["l2"] == "flushed" else "")
-    return "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
+    return thread_count(int(row["threads"]))
+
+
+def thread_count(count: int) -> str:
+    """``"1 thread"`` or ``"2 threads"``."""
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _specs(row: Row) -> dict[str, Spec]:

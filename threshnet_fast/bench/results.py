@@ -129,7 +129,7 @@ PROFILE_COLUMNS: dict[str, str] = {
     "torch": "version of torch",
     "platform": "operating system",
 }
-"""Columns of a CSV file of ``bench --profile``, in order, and what they hold."""
+"""Columns of a CSV file of ``threshnet-fast profile``, in order, and what they hold."""
 
 CELL = (
     *("model", "classes", "height", "width", "batch", "dtype", "threads"),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from ..plan import FusedConv
-from .prediction import PRECISIONS, Device, Execution, Prediction, StepPrediction
+from .gpus import PRECISIONS, Device
+from .prediction import Execution, Prediction, StepPrediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CudaTimer", "Sample", "host_timer", "interleave", "percentile"]
+__all__ = ["CudaTimer", "Sample", "host_timer", "interleave", "percentile", "progress_bar"]
+
 # The threads of the previous provider go on spinning for a while after its last call. Nothing is
 # timed before they have gone to sleep.
 _SETTLE_NS = 5_000_000
@@ -185,3 +187,22 @@ def _turn(
         times.append(timer(call))
         if clock() >= finished:
             break
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal; yields what moves it to a part of its length, from 0 to 1.
+
+    Args:
+        title: Stands before the bar.
+    """
+    from tqdm import tqdm
+
+    with tqdm(
+        total=100, desc=title, disable=None, bar_format="{desc}: {percentage:3.0f}%|{bar}|"
+    ) as bar:
+
+        def advance(part: float) -> None:
+            bar.update(max(0, int(100 * part) - bar.n))
+
+        yield advance

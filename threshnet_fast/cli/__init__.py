@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the whole command line."""
     from ..version import __version__
-    from . import bench, convert, doctor, evaluate, export, info, predict, train
+    from . import bench, convert, doctor, evaluate, export, info, predict, profile, train
 
     parser = _Parser(
         prog="threshnet-fast",
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, parser_class=_Parser
     )
-    for module in (predict, bench, info, train, evaluate, export, convert, doctor):
+    for module in (predict, bench, profile, info, train, evaluate, export, convert, doctor):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name, help=module.SUMMARY, description=module.DESCRIPTION, formatter_class=_formatter

@@ -1,4 +1,4 @@
-"""Types of arguments that several commands take."""
+"""Arguments that several commands take: their types, and groups of them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import argparse
 import difflib
 import math
 import re
+from pathlib import Path
 
 import torch
 
 from ..bench.machine import usable_processors
+from ..bench.photographs import Photograph, installed_photographs, load_photograph
 from ..errors import CommandError
 
 __all__ = [
+    "add_budget_arguments",
+    "add_file_arguments",
+    "add_input_arguments",
     "add_run_arguments",
+    "cells",
     "check_device",
     "check_model",
     "device",
     "image_size",
+    "models",
     "natural_number",
+    "photographs",
     "positive_float",
     "positive_integer",
     "prepare_run",
@@ -27,6 +35,8 @@ __all__ = [
 
 _LARGEST = 65536
 _THREADS, _THREADS_PER_PROCESSOR = 64, 4
+_DEFAULT_MODEL = "threshnet95"
+_DEFAULT_CELLS = ((224, 224, 1), (32, 32, 1), (32, 32, 32))
 
 
 def positive_integer(text: str) -> int:
@@ -122,6 +132,129 @@ def check_model(name: str) -> None:
         near = difflib.get_close_matches(name.lower(), names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}"
         raise CommandError(f"unknown model {name!r}: {hint}", status=2)
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say which networks to measure on what; see :func:`cells`."""
+    what = parser.add_argument_group("what to run")
+    what.add_argument(
+        "--model",
+        action="append",
+        metavar="NAME",
+        help=f"model, repeatable (default {_DEFAULT_MODEL})",
+    )
+    what.add_argument(
+        "--cell",
+        action="append",
+        type=_cell,
+        metavar="SIZE:BATCH",
+        help="input, repeatable, for example 224:1, 32:32 or 160x288:4",
+    )
+    what.add_argument(
+        "--size",
+        nargs="+",
+        type=image_size,
+        metavar="SIZE",
+        help="instead of --cell: sizes, for example 224 or 160x288; all are combined with --batch",
+    )
+    what.add_argument("--batch", nargs="+", type=positive_integer, metavar="N", help="batch sizes")
+    what.add_argument(
+        "--classes", type=positive_integer, default=10, metavar="N", help="classes (default 10)"
+    )
+    what.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
+    source = what.add_mutually_exclusive_group()
+    source.add_argument(
+        "--image", action="append", metavar="PATH", help="picture to run on, repeatable"
+    )
+    source.add_argument("--random-input", action="store_true", help="no pictures: random numbers")
+
+
+def _cell(text: str) -> tuple[int, int, int]:
+    size, colon, batch = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected SIZE:BATCH, for example 224:1")
+    return (*image_size(size), positive_integer(batch))
+
+
+def models(arguments: argparse.Namespace) -> list[str]:
+    """The models to measure, each once.
+
+    Args:
+        arguments: With those of :func:`add_input_arguments`.
+    """
+    return list(dict.fromkeys(arguments.model or [_DEFAULT_MODEL]))
+
+
+def cells(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """Height, width and batch of the inputs to measure on, each once.
+
+    Args:
+        arguments: With those of :func:`add_input_arguments`.
+
+    Raises:
+        CommandError: The inputs are named in two ways.
+    """
+    if arguments.cell and (arguments.size or arguments.batch):
+        raise CommandError("--cell already names sizes and batches: leave --size, --batch out", 2)
+    if arguments.cell:
+        return list(dict.fromkeys(arguments.cell))
+    if arguments.size or arguments.batch:
+        sizes = arguments.size or [(224, 224)]
+        batches = arguments.batch or [1]
+        return list(dict.fromkeys((*size, batch) for size in sizes for batch in batches))
+    return list(_DEFAULT_CELLS)
+
+
+def photographs(arguments: argparse.Namespace) -> list[Photograph]:
+    """The photographs to measure on, those that were named or that are installed; maybe none.
+
+    Args:
+        arguments: With those of :func:`add_input_arguments`.
+
+    Raises:
+        CommandError: One that was named cannot be read.
+    """
+    if arguments.image:
+        return [load_photograph(path) for path in arguments.image]
+    return [] if arguments.random_input else installed_photographs()
+
+
+def add_budget_arguments(group: argparse._ArgumentGroup, default: str, rounds: str) -> None:
+    """Adds the arguments that say for how long to measure.
+
+    Args:
+        group: Where they belong.
+        default: The default of the seconds, as the help says it.
+        rounds: What is repeated, as the help says it.
+    """
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--seconds",
+        type=positive_float,
+        metavar="S",
+        help=f"time for each input of each model (default {default})",
+    )
+    budget.add_argument("--repeats", type=positive_integer, metavar="N", help=f"instead: {rounds}")
+
+
+def add_file_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds the arguments that say which files to write.
+
+    Args:
+        parser: Of the command.
+        default: The default of the CSV file, as the help says it.
+    """
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--csv", type=Path, metavar="PATH", help=f"file to append to (default {default})"
+    )
+    files.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="plot to write: .png, .svg or .pdf (default: beside the CSV file)",
+    )
+    files.add_argument("--no-files", action="store_true", help="write neither")
 
 
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:

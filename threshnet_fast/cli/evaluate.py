@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import CommandError
 from .arguments import add_run_arguments, check_model, positive_integer, prepare_run
-from .pictures import load_picture
 from .unreadable import add_reading_arguments, find_unreadable
 
 if TYPE_CHECKING:
     from ..data.dataset import FolderSet
     from ..data.images import ImageSet
     from ..models.weights_file import ModelInfo
-    from ..train.loop import Evaluation, TestBatches
+    from ..train.evaluation import Evaluation, TestBatches
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -34,13 +33,14 @@ Runs a trained network on test images and prints its accuracy, of all images and
 images are those of a folder (DIR/val/CLASS/*, or DIR/CLASS/*), or the test images of CIFAR or SVHN.
 Classes are matched by their names: the data may lack some of the network's, but have no other."""
 
-_DATASETS = ("folder", "cifar10", "cifar100", "svhn", "svhn-extra")
 # More classes are not listed, but are in what --json and --output write.
 _LISTED = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
+    from ..data.sources import NAMES
+
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="folder of the images"
     )
-    what.add_argument("--dataset", choices=_DATASETS, default="folder", help="default %(default)s")
+    what.add_argument("--dataset", choices=NAMES, default="folder", help="default %(default)s")
     add_reading_arguments(what)
     how = parser.add_argument_group("how to run it")
     how.add_argument(
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     from ..engines.select import use_backend
-    from ..train.loop import evaluate
+    from ..train.evaluation import evaluate
 
     place = prepare_run(arguments)
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
@@ -172,13 +172,14 @@ class _Photographs:
 
     def all(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields every image once, in order."""
+        from ..data.pictures import read_pixels
         from ..data.preprocessing import preprocess
 
         channels = self._images.channels
         for start in range(0, len(self._images), self._size):
             part = slice(start, start + self._size)
             inputs = [
-                preprocess(load_picture(str(path), "", channels).pixels, self._info)
+                preprocess(read_pixels(path, channels), self._info)
                 for path in self._images.paths[part]
             ]
             yield torch.cat(inputs).to(self._place), self._images.labels[part].to(self._place)

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import CommandError
+from ..models.weights_file import DTYPES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,8 +27,6 @@ say about it. threshnet-fast predict --checkpoint reads the result, threshnet_fa
 does so in Python. It takes weights of other packages too (.pth, .pt, .safetensors), whose classes
 are then numbers, and pictures normalised as ImageNet's; threshnet-fast convert sets both."""
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
@@ -46,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which network weights of others are (default: the only one that fits)",
     )
     parser.add_argument(
-        "--dtype", choices=list(_DTYPES), default="float16", help="default %(default)s"
+        "--dtype", choices=list(DTYPES), default="float16", help="default %(default)s"
     )
     parser.add_argument(
         "--data",
@@ -83,11 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
             if (value := getattr(arguments, name)) is not None
         }
         info = dataclasses.replace(info, extra=extra)
-        save_model(output, model, info, _DTYPES[arguments.dtype])
+        save_model(output, model, info, DTYPES[arguments.dtype])
         if arguments.data is not None:
             model.load_state_dict(load_state(output))
             info = _with_accuracy(model, info, arguments)
-            save_model(output, model, info, _DTYPES[arguments.dtype])
+            save_model(output, model, info, DTYPES[arguments.dtype])
     except (FileNotFoundError, ValueError) as error:
         raise CommandError(str(error)) from error
     except OSError as error:
@@ -119,7 +116,7 @@ def _with_accuracy(model: nn.Module, info: ModelInfo, arguments: argparse.Namesp
     from ..data.cifar import CIFAR10, CIFAR100
     from ..data.images import Shard
     from ..data.sources import make_batches
-    from ..train.loop import evaluate
+    from ..train.evaluation import evaluate
 
     sources = {source.name: source for source in (CIFAR10, CIFAR100)}
     if info.dataset not in sources:

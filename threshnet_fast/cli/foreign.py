@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
+from ..models.imagenet import average
 from .arguments import check_model
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def load_foreign(
         path: The file.
         name: Of the registered model; None for the only one that fits.
         classes: Their names; None for their numbers.
-        mean: Of each channel; None for ImageNet's, of one channel the average of that, and for
-            torchxrayvision's files what that package uses.
-        std: Likewise.
+        mean: What is subtracted from each channel; None for ImageNet's, of one channel the average
+            of that, and for torchxrayvision's files what that package uses.
+        std: What each channel is divided by; None as for ``mean``.
         image_size: None for the model's own.
         crop_fraction: None for the model's own, and all of the image where that is small.
 
@@ -94,7 +94,7 @@ def _each_channel(
 ) -> tuple[float, ...]:
     """A value of each channel: those that were given, or else what is assumed or its average."""
     if given is None:
-        given = assumed if len(assumed) == channels else [statistics.fmean(assumed)]
+        given = assumed if len(assumed) == channels else average(assumed)
     elif len(given) not in (1, channels):
         raise CommandError(f"{option} has {len(given)} values: expected 1 or {channels}", status=2)
     return tuple(given) * (1 if len(given) == channels else channels)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..errors import CommandError, print_error
 from ..text import printable
 from .arguments import add_run_arguments, check_model, positive_integer, prepare_run
-from .pictures import load_picture
 
 if TYPE_CHECKING:
     from ..models.weights_file import ModelInfo
@@ -164,6 +163,8 @@ def _classify(
     """Yields an answer for each picture, in order."""
     from tqdm import tqdm
 
+    from ..data.errors import PictureError
+    from ..data.pictures import read_pixels
     from ..data.preprocessing import preprocess
 
     channels = 1 if len(info.mean) == 1 else 3
@@ -174,10 +175,9 @@ def _classify(
             answers, images = [], []
             for path in paths[start : start + _BATCH]:
                 try:
-                    picture = load_picture(str(path), "", channels)
-                    images.append(preprocess(picture.pixels, info))
+                    images.append(preprocess(read_pixels(path, channels), info))
                     answers.append(_Answer(str(path)))
-                except CommandError as error:
+                except PictureError as error:
                     answers.append(_Answer(str(path), error=str(error)))
             if images:
                 with torch.inference_mode():

@@ -11,15 +11,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..data.errors import DataError
-from ..engines.select import use_backend
 from ..errors import CommandError
+from ..models import imagenet
 from .arguments import (
     check_device,
     check_model,
@@ -36,12 +35,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data.dataset import DataSet
-    from ..models.weights_file import ModelInfo
     from ..train.distributed import Processes
     from ..train.loop import Trainer
-    from ..train.progress import SilentReporter
     from ..train.recipes import Recipe
+    from ..train.reporters import SilentReporter
     from ..train.settings import Settings
+    from ..train.start import Start
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -52,14 +51,9 @@ Trains a network and writes, into one folder, its weights (model.safetensors and
 log (log.csv) and checkpoints. A run that was interrupted, however abruptly, goes on with --resume
 as if it had not been."""
 
-_DATASETS = ("cifar10", "cifar100", "svhn", "svhn-extra", "folder")
 # Of the images of a folder.
 _FOLDER_SIZE = (224, 224)
 _TEST_BATCH = 250
-_WRITTEN = (
-    *("model.safetensors", "model.json", "best.safetensors", "best.json", "log.csv"),
-    *("class_accuracy.csv", "confusion.csv", "confusion.png", "curves.png"),
-)
 # Seconds that a process waits for another, which may be downloading.
 _TIMEOUT = 1800.0
 
@@ -80,8 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", default="threshnet79", help="model (default %(default)s)"
     )
-    what = parser.add_argument_group("data")
-    what.add_argument("--dataset", choices=_DATASETS, default="cifar10", help="default %(default)s")
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_recipe_arguments(parser.add_argument_group("recipe"))
+    _add_place_arguments(parser.add_argument_group("where and how fast"))
+    _add_file_arguments(parser.add_argument_group("files"))
+
+
+def _add_data_arguments(what: argparse._ArgumentGroup) -> None:
+    from ..data.sources import NAMES
+    from ..models.weights_file import INTERPOLATIONS
+
+    what.add_argument("--dataset", choices=NAMES, default="cifar10", help="default %(default)s")
     what.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="its folder (default data)"
     )
@@ -104,12 +107,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--interpolation",
-        choices=("bilinear", "bicubic"),
+        choices=INTERPOLATIONS,
         default="bilinear",
         help="of the resizing to that (default %(default)s)",
     )
 
-    how = parser.add_argument_group("recipe")
+
+def _add_recipe_arguments(how: argparse._ArgumentGroup) -> None:
+    from ..train.recipes import CLASS_WEIGHTS, OPTIMIZERS, RECIPES, SAMPLINGS, SCHEDULES
+
     how.add_argument(
         "--weights",
         metavar="PATH|NAME",
@@ -119,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--recipe",
-        choices=("modern", "paper"),
+        choices=list(RECIPES),
         default="modern",
         help="what the options below default to (default %(default)s)",
     )
@@ -135,8 +141,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--batch-size", type=positive_integer, metavar="N", help="images of each process's batch"
     )
-    how.add_argument("--optimizer", choices=("sgd", "adam", "adamw"))
-    how.add_argument("--schedule", choices=("one-cycle", "steps"))
+    how.add_argument("--optimizer", choices=OPTIMIZERS)
+    how.add_argument("--schedule", choices=SCHEDULES)
     how.add_argument("--learning-rate", type=positive_float, metavar="X", help="the highest")
     how.add_argument("--warmup", type=_number, metavar="SHARE", help="of all steps, of one-cycle")
     how.add_argument("--momentum", type=_number, metavar="X")
@@ -158,12 +164,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--drop-rate", type=_number, metavar="X", help="dropout before the classifier")
     how.add_argument(
         "--class-weights",
-        choices=("none", "balanced"),
+        choices=CLASS_WEIGHTS,
         help="of the loss: balanced makes up for the classes' numbers of images",
     )
     how.add_argument(
         "--sampling",
-        choices=("uniform", "balanced"),
+        choices=SAMPLINGS,
         help="of an epoch's images: balanced shows as many of each class",
     )
     how.add_argument("--seed", type=natural_number, default=0, metavar="N", help="default 0")
@@ -188,7 +194,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--amp", choices=("bfloat16", "float16"), help="mixed precision; float16 on a GPU only"
     )
 
-    where = parser.add_argument_group("where and how fast")
+
+def _add_place_arguments(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--device",
         type=device,
@@ -198,7 +205,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--threads", type=threads, metavar="N", help="default: torch's")
     where.add_argument("--backend", default="auto", metavar="NAME", help="as use_backend takes it")
 
-    files = parser.add_argument_group("files")
+
+def _add_file_arguments(files: argparse._ArgumentGroup) -> None:
     files.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder of the run"
     )
@@ -281,26 +289,31 @@ def _train(
     processes: Processes,
     stack: contextlib.ExitStack,
 ) -> None:
+    from ..train import run_folder
     from ..train.loop import Stopped, TrainingDiverged
     from ..train.settings import write_settings
+    from ..train.start import build_model, find_start
 
     output: Path = arguments.output
     if arguments.amp == "float16" and processes.device.type == "cpu":
         raise CommandError("--amp float16 needs a GPU: on the CPU, take bfloat16", status=2)
     # Everything that can be wrong is found before anything is written.
-    recorded = processes.together(lambda: _recorded(arguments))
+    recorded = processes.together(lambda: run_folder.recorded(output, arguments.resume))
     if arguments.epochs is None and recorded is not None:
-        recipe = dataclasses.replace(recipe, epochs=_recorded_epochs(recorded, recipe.epochs))
+        epochs = run_folder.recorded_epochs(recorded, recipe.epochs)
+        recipe = dataclasses.replace(recipe, epochs=epochs)
     reporter = processes.together(lambda: _reporter(arguments, recipe, processes))
     data = processes.after_first(lambda: _load_data(arguments))
     data = _checked(arguments, data, processes)
-    start = processes.together(lambda: _start(arguments, recorded))
+    start = processes.together(
+        lambda: find_start(arguments.weights, arguments.model, arguments.in_chans, output, recorded)
+    )
     settings = processes.together(
         lambda: _settings(arguments, recipe, data, processes, recorded, start)
     )
     weights = processes.together(lambda: _class_weights(recipe, data))
-    model = processes.together(lambda: _model(settings, start, reporter, processes.device))
-    processes.together(lambda: _lock(output, stack) if processes.first else None)
+    model = processes.together(lambda: build_model(settings, start, reporter, processes.device))
+    processes.together(lambda: run_folder.lock(output, stack) if processes.first else None)
     try:
         trainer = _trainer(arguments, settings, data, model, weights, reporter, processes)
         if recorded is not None:
@@ -316,13 +329,14 @@ def _train(
     except (TrainingDiverged, ValueError) as error:
         raise CommandError(str(error)) from error
     if processes.first:
-        _finish(trainer, data.classes, output)
+        assert trainer.evaluation is not None
+        run_folder.write_figures(output, trainer.progress, trainer.evaluation, data.classes)
 
 
 def _reporter(
     arguments: argparse.Namespace, recipe: Recipe, processes: Processes
 ) -> SilentReporter:
-    from ..train.progress import ConsoleReporter, SilentReporter, TensorBoardReporter
+    from ..train.reporters import ConsoleReporter, SilentReporter, TensorBoardReporter
 
     if not processes.first:
         return SilentReporter()
@@ -332,55 +346,6 @@ def _reporter(
         return TensorBoardReporter(recipe.epochs, arguments.output / "tensorboard")
     except ImportError as error:
         raise CommandError("--tensorboard needs TensorBoard: pip install tensorboard") from error
-
-
-def _recorded(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """What the output folder says of the run that it holds; None where it holds none."""
-    from ..train.settings import read_settings
-
-    output: Path = arguments.output
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise CommandError(f"--output {output}: {existing} is no folder", status=2)
-    if not os.access(existing, os.W_OK):
-        raise CommandError(f"--output {output}: {existing} cannot be written to", status=2)
-    try:
-        recorded = read_settings(output)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    if recorded is not None and not arguments.resume:
-        raise CommandError(
-            f"--output {output} holds a run already: --resume goes on with it, another folder "
-            "starts anew",
-            status=2,
-        )
-    if recorded is None:
-        for name in ("model.safetensors", "log.csv", "checkpoints"):
-            if (output / name).exists():
-                raise CommandError(
-                    f"--output {output} has a {name}, but no config.json of a run", status=2
-                )
-    return recorded
-
-
-def _recorded_epochs(recorded: dict[str, Any], default: int) -> int:
-    """For how many epochs a run was meant to go, where the command does not say."""
-    recipe = recorded.get("recipe")
-    epochs = recipe.get("epochs") if isinstance(recipe, dict) else None
-    return epochs if type(epochs) is int and epochs > 0 else default
-
-
-def _lock(output: Path, stack: contextlib.ExitStack) -> None:
-    """Makes the folder, and keeps other runs out of it until the stack closes."""
-    import fcntl
-
-    output.mkdir(parents=True, exist_ok=True)
-    # The lock ends with the process, however that ends.
-    file = stack.enter_context((output / ".lock").open("w"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CommandError(f"another process is training in {output}") from error
 
 
 def _load_data(arguments: argparse.Namespace) -> DataSet:
@@ -415,85 +380,22 @@ def _checked(arguments: argparse.Namespace, data: DataSet, processes: Processes)
         raise CommandError(str(error)) from error
 
 
-@dataclass(frozen=True)
-class _Start:
-    """The trained weights that a run starts from.
-
-    Attributes:
-        path: The file or folder; None where there are none, or a checkpoint goes before them.
-        sha256: Of the file of weights; also of those that a resumed run has started from.
-        info: What is known of them, if anything is.
-    """
-
-    path: Path | None = None
-    sha256: str = ""
-    info: ModelInfo | None = None
-
-
-def _start(arguments: argparse.Namespace, recorded: dict[str, Any] | None) -> _Start:
-    from ..files import sha256
-    from ..models.pretrained import find_pretrained
-    from ..models.weights_file import DEFAULT_NAME, is_pair, read_info
-    from ..train import checkpoint
-
-    before = "" if recorded is None else str(recorded.get("weights", ""))
-    if recorded is not None and checkpoint.exists(arguments.output):
-        return _Start(sha256=before)
-    if arguments.weights is None:
-        if before:
-            raise CommandError(
-                f"--output {arguments.output} has no checkpoint yet: its run starts from weights, "
-                "which --weights must name again",
-                status=2,
-            )
-        return _Start()
-    path = Path(arguments.weights)
-    try:
-        if not path.exists():
-            if len(path.parts) > 1 or path.suffix:
-                raise FileNotFoundError("there is no such file or folder")
-            path = find_pretrained(arguments.model, arguments.weights).path
-        file = path / DEFAULT_NAME if path.is_dir() else path.with_suffix(".safetensors")
-        described = is_pair(path)
-        info = read_info(path) if described else None
-        digest = sha256(file if described else path)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--weights {arguments.weights}: {error}", status=2) from error
-    if info is not None:
-        _check_description(arguments, info)
-    if recorded is not None and digest != before:
-        raise CommandError(
-            f"--weights {arguments.weights}: the run in {arguments.output} starts from others",
-            status=2,
-        )
-    return _Start(path, digest, info)
-
-
-def _check_description(arguments: argparse.Namespace, info: ModelInfo) -> None:
-    problem = None
-    if info.model != arguments.model:
-        problem = f"they are those of {info.model}, not of {arguments.model}"
-    elif len(info.mean) != arguments.in_chans:
-        problem = f"they are for {len(info.mean)} channels: expected --in-chans {len(info.mean)}"
-    if problem is not None:
-        raise CommandError(f"--weights {arguments.weights}: {problem}", status=2)
-
-
 def _settings(
     arguments: argparse.Namespace,
     recipe: Recipe,
     data: DataSet,
     processes: Processes,
     recorded: dict[str, Any] | None,
-    start: _Start,
+    start: Start,
 ) -> Settings:
+    from ..train import run_folder
     from ..train.settings import Settings, differences
 
     mean, std = data.mean, data.std
     if start.info is not None:
         mean, std = start.info.mean, start.info.std
     elif start.path is None and recorded is not None and start.sha256:
-        mean, std = (_recorded_numbers(recorded, name) for name in ("mean", "std"))
+        mean, std = (run_folder.recorded_numbers(recorded, name) for name in ("mean", "std"))
     settings = Settings(
         model=arguments.model,
         dataset=data.name,
@@ -528,13 +430,6 @@ def _settings(
     return settings
 
 
-def _recorded_numbers(recorded: dict[str, Any], name: str) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, recorded[name]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CommandError(f"config.json of the run is damaged: {name}: {error!r}") from error
-
-
 def _class_weights(recipe: Recipe, data: DataSet) -> Tensor | None:
     from ..train.recipes import balanced_weights
 
@@ -544,53 +439,6 @@ def _class_weights(recipe: Recipe, data: DataSet) -> Tensor | None:
         return balanced_weights(data.train.labels, len(data.classes))
     except ValueError as error:
         raise CommandError(f"--class-weights balanced: {error}", status=2) from error
-
-
-def _model(
-    settings: Settings, start: _Start, reporter: SilentReporter, place: torch.device
-) -> nn.Module:
-    """Builds the network, and sees that it takes what it is going to be given."""
-    from ..models import create_model
-
-    torch.manual_seed(settings.seed)
-    arguments = _network_arguments(settings)
-    if settings.recipe.drop_rate:
-        arguments["drop_rate"] = settings.recipe.drop_rate
-    try:
-        model = create_model(settings.model, **arguments)
-        if start.path is not None:
-            _load_weights(model, start.path, reporter)
-        model.to(place)
-        # Missing from the annotations of Module.to.
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        image = torch.zeros(1, settings.in_chans, *settings.image_size, device=place)
-        with use_backend("reference"), torch.no_grad():
-            outputs = model.eval()(image)
-    except (TypeError, ValueError) as error:
-        raise CommandError(f"{settings.model} cannot be trained so: {error}", status=2) from error
-    if outputs.shape != (1, settings.num_classes):
-        raise CommandError(
-            f"{settings.model} gives {tuple(outputs.shape)} for one image: expected "
-            f"{settings.num_classes} classes"
-        )
-    return model
-
-
-def _network_arguments(settings: Settings) -> dict[str, Any]:
-    """Keywords for ``create_model``, as the description of the trained model has them."""
-    channels = {} if settings.in_chans == 3 else {"in_chans": settings.in_chans}
-    return {"num_classes": settings.num_classes, **channels}
-
-
-def _load_weights(model: nn.Module, path: Path, reporter: SilentReporter) -> None:
-    from ..models import load_checkpoint
-
-    try:
-        report = load_checkpoint(path, model, new_classifier=True)
-    except (OSError, TypeError, ValueError) as error:
-        raise CommandError(f"--weights {path}: {error}", status=2) from error
-    new = f"; new: {', '.join(report.initialised)}" if report.initialised else ""
-    reporter.note(f"starts from {len(report.mapped)} tensors of {report.source}{new}")
 
 
 def _trainer(
@@ -603,11 +451,11 @@ def _trainer(
     processes: Processes,
 ) -> Trainer:
     from ..data.augment import Augmentation, Preparation
-    from ..data.folder import CROP_FRACTION
     from ..data.images import Shard
     from ..data.sources import make_batches
     from ..models.weights_file import ModelInfo
     from ..train.loop import Options, Trainer
+    from ..train.start import network_arguments
 
     recipe, device = settings.recipe, processes.device
     preparation = Preparation(
@@ -634,10 +482,10 @@ def _trainer(
         mean=settings.mean,
         std=settings.std,
         image_size=settings.image_size,
-        arguments=_network_arguments(settings),
+        arguments=network_arguments(settings),
         source_size=data.source_size,
         interpolation=settings.interpolation,
-        crop_fraction=CROP_FRACTION if data.source_size is None else 1.0,
+        crop_fraction=imagenet.CROP_FRACTION if data.source_size is None else 1.0,
         dataset=data.name,
         recipe=settings.to_json()["recipe"],
         extra={"initial_weights_sha256": settings.weights} if settings.weights else {},
@@ -661,22 +509,6 @@ def _trainer(
         processes,
         class_weights,
     )
-
-
-def _finish(trainer: Trainer, classes: tuple[str, ...], output: Path) -> None:
-    """Writes what a person looks at once training is done."""
-    from ..train import figures
-
-    assert trainer.evaluation is not None
-    confusion = trainer.evaluation.confusion
-    figures.write_confusion(output / "confusion.csv", confusion, classes)
-    try:
-        figures.draw_curves(output / "curves.png", trainer.progress.rows)
-        figures.draw_confusion(output / "confusion.png", confusion, classes)
-    except ImportError as error:
-        print(f"no pictures: {error}", file=sys.stderr)
-    written = [name for name in _WRITTEN if (output / name).exists()]
-    print(f"wrote {', '.join(written)} to {output}")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class FolderSet:
         return len(self.paths)
 
     def without(self, paths: Collection[Path]) -> FolderSet:
-        """The others."""
+        """The set without some of its pictures, in the same order."""
         kept = [number for number, path in enumerate(self.paths) if path not in paths]
         return FolderSet(
             tuple(self.paths[number] for number in kept), self.labels[kept], self.channels

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
+from ..models import imagenet
 from ..text import printable
 from .augment import Augmentation, Preparation
 from .dataset import DataSet, FolderSet
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
-    "CROP_FRACTION",
     "FolderBatches",
     "leave_out_unreadable",
     "load_folder",
@@ -35,19 +35,16 @@ __all__ = [
 
 _TRAIN = ("train",)
 _TEST = ("val", "test", "valid", "validation")
-# Mean and standard deviation of ImageNet by channels; those of grey are the averages of the others.
+# Mean and standard deviation by channels.
 _IMAGENET: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    1: ((0.449,), (0.226,)),
-    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    1: (imagenet.average(imagenet.MEAN), imagenet.average(imagenet.STD)),
+    3: (imagenet.MEAN, imagenet.STD),
 }
 _KINDS = "pictures such as .jpg, .png or .tif"
 _Box = tuple[float, float, float, float]
 # Of a random crop, as is customary.
 _RATIO = 4 / 3
 _ATTEMPTS = 10
-
-CROP_FRACTION = 0.875
-"""Share of a picture's shorter side that an evaluation looks at."""
 
 
 def load_folder(root: Path, name: str = "folder", channels: int = 3) -> DataSet:
@@ -161,7 +158,7 @@ def leave_out_unreadable(
     Args:
         data: What :func:`load_folder` returned.
         workers: As of :func:`threshnet_fast.data.pictures.check_pictures`.
-        progress: Likewise.
+        progress: Whether to show a bar.
         unreadable: What that function returned, where it was called already.
 
     Returns:
@@ -343,7 +340,7 @@ class FolderBatches:
         device: torch.device | str = "cpu",
         workers: int = 0,
         balanced: bool = False,
-        crop_fraction: float = CROP_FRACTION,
+        crop_fraction: float = imagenet.CROP_FRACTION,
     ) -> None:
         self._labels = data.labels
         self._balanced = balanced

@@ -136,7 +136,7 @@ class ImageSet:
         return len(self.labels)
 
     def subset(self, count: int) -> ImageSet:
-        """The first images."""
+        """The first ``count`` images, which share their memory with these."""
         return ImageSet(self.images[:count], self.labels[:count])
 
 

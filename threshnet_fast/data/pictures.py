@@ -48,6 +48,7 @@ __all__ = [
     "picture_suffixes",
     "quiet_decoder",
     "read_picture",
+    "read_pixels",
 ]
 
 MAX_PIXELS = 178_956_970
@@ -160,6 +161,25 @@ def read_picture(path: str | Path, channels: int = 3) -> Image.Image:
         raise PictureError(path, "cannot be read: there is not enough memory") from error
     except Exception as error:  # Pillow raises whatever the damage leads to.
         raise PictureError(path, f"is damaged: {_line(error)}") from error
+
+
+def read_pixels(path: str | Path, channels: int = 3) -> torch.Tensor:
+    """Reads a picture by :func:`read_picture`, without Pillow's warnings.
+
+    Args:
+        path: The file.
+        channels: 3 for RGB, 1 for grey.
+
+    Returns:
+        ``(channels, height, width)``, uint8.
+
+    Raises:
+        PictureError: As :func:`read_picture`.
+        ValueError: ``channels`` is neither 1 nor 3.
+    """
+    with quiet_decoder():
+        pixels = torch.from_numpy(np.array(read_picture(path, channels)))
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
 
 def _line(error: Exception) -> str:

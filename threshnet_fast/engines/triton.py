@@ -131,13 +131,13 @@ def target(device: torch.device, dtype: torch.dtype) -> Target:
         device: The device of the tensors.
         dtype: What to compute in.
     """
-    from ..kernels import configurations
+    from ..kernels.architectures import precision_for
     from .triton_plan import Target
 
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         name = architecture()
     precision = float32_precision() if dtype is torch.float32 else "ieee"
-    precision = configurations.precision_for(name, precision)
+    precision = precision_for(name, precision)
     return Target(device, dtype, precision, name, _multiprocessors(device, name))
 
 

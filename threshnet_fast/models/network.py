@@ -13,14 +13,13 @@ from torch.nn.modules.utils import _pair
 
 from ..nn import ConvBNReLU
 from ..nn.dispatch import fused_run
+from . import imagenet
 from .arguments import integer, probability
 from .layouts import rename_keys
 from .validate import check_input
 
 __all__ = ["FlatNetwork", "Network", "Options", "records_shapes", "smallest_input"]
 
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 _GLOBAL_POOLS = ("avg", "")
 
 # What features and logits are made of; a subclass, or an instance, may have its own.
@@ -258,9 +257,9 @@ class Network(nn.Module):
             num_classes=self.num_classes,
             pool_size=(size // reduction, size // reduction),
             interpolation="bicubic",
-            crop_pct=0.875,
-            mean=_IMAGENET_MEAN,
-            std=_IMAGENET_STD,
+            crop_pct=imagenet.CROP_FRACTION,
+            mean=imagenet.MEAN,
+            std=imagenet.STD,
             first_conv=first_conv,
             classifier=classifier,
         )

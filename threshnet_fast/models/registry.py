@@ -1,4 +1,4 @@
-"""Models by name."""
+"""The networks that can be created by their names, and who registers one."""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 LARGEST_IMAGE = 1 << 26
 LARGEST_DESCRIPTION = 64 << 20
 
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What weights are stored in, by the name that a description has."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,10 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recipe": (lambda value: isinstance(value, Mapping), "an object"),
     "epochs": (lambda value: _is_integer(value) and value >= 0, "a number of epochs"),
     "accuracy": (lambda value: value is None or _is_number(value), "a number or null"),
-    "dtype": (lambda value: value in _DTYPES.values(), f"one of {', '.join(_DTYPES.values())}"),
+    "dtype": (
+        lambda value: isinstance(value, str) and value in DTYPES,
+        f"one of {', '.join(DTYPES)}",
+    ),
 }
 
 
@@ -254,10 +259,10 @@ def save_model(
         else:
             stored[name] = tensor.detach()
     floating = [tensor.dtype for tensor in stored.values() if tensor.is_floating_point()]
-    if floating and floating[0] not in _DTYPES:
-        raise TypeError(f"dtype is {floating[0]}: expected one of {', '.join(_DTYPES.values())}")
+    if floating and floating[0] not in _NAMES:
+        raise TypeError(f"dtype is {floating[0]}: expected one of {', '.join(DTYPES)}")
     if floating:
-        info = dataclasses.replace(info, dtype=_DTYPES[floating[0]])
+        info = dataclasses.replace(info, dtype=_NAMES[floating[0]])
     digest = write_tensors(path, stored)
     write_json(path.with_suffix(".json"), {**info.to_json(), "sha256": digest})
     return path

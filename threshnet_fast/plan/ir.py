@@ -60,6 +60,10 @@ class Prologue:
     shift: Tensor
 
 
+ACTIVATION_CODES: dict[str | None, int] = {None: 0, "relu": 1, "relu6": 2}
+"""What steps may apply to what they write, by the number that the C++ programs know it by."""
+
+
 @dataclass(frozen=True)
 class FusedConv:
     """Concatenate, normalise, convolve, activate: ``act(conv(prologue(cat(inputs))) + bias)``.
@@ -291,7 +295,7 @@ class Head:
         return self.bytes_fused + FLOAT_BYTES * self.batch * between
 
     def describe(self) -> str:
-        """One line."""
+        """One line: what is fused into the average, the average, and the classifier."""
         normalised = "" if self.prologue is None else "bn-relu "
         return f"{normalised}global avgpool" + ("" if self.weight is None else " linear")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from ..graph.ir import UnsupportedModule
+from ..kernels.layout import GROUP
 from .ir import FusedConv, Plan, Step
 
 __all__ = ["GROUP", "MAX_PIXELS", "check_gpu", "reads_input"]
 
-# Channels come in groups of as many, see kernels/layout.py and csrc/cuda/operands.h.
-GROUP = 16
 # Indices of pixels are 32-bit in the kernels, those behind the last pixel in the last tile too;
 # offsets are 64-bit.
 MAX_PIXELS = 2**31 - 1024

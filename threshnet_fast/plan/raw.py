@@ -16,6 +16,7 @@ from torch import nn
 from ..graph import ir
 from ..graph.ir import UnsupportedModule
 from .concatenations import Block, find_blocks
+from .ir import ACTIVATION_CODES
 
 __all__ = [
     "ACTIVATIONS",
@@ -31,7 +32,7 @@ __all__ = [
     "raw",
 ]
 
-ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2}
+ACTIVATIONS = {kind or "": code for kind, code in ACTIVATION_CODES.items()}
 # Largest side of a window.
 _MAX_WINDOW = 8
 
@@ -56,7 +57,7 @@ class Norm:
     """BatchNorm of channels ``[channel, channel + channels)`` of a buffer.
 
     Attributes:
-        module: It.
+        module: What has its parameters and statistics.
         name: Its name in the network.
         buffer: Index of the buffer.
         channel: The first channel.

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ir import FusedConv, Plan, Pool
+from .ir import ACTIVATION_CODES, FusedConv, Plan, Pool
 from .memory import Arena
 
 __all__ = ["serialize"]
@@ -33,7 +33,6 @@ __all__ = ["serialize"]
 _MAGIC = 0x4E4C5046544E54
 _VERSION = 1
 _CONVOLUTION, _POOL, _DEPTHWISE = 0, 1, 2
-_ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 _INPUT, _OUTPUT = -1, -2
 
 
@@ -74,7 +73,7 @@ def serialize(plan: Plan, arena: Arena) -> Tensor:
         output = [step.output.buffer, step.output.channel, step.output.channels]
         prologue = step.prologue is not None
         if isinstance(step, FusedConv):
-            window = [*step.kernel, step.stride, step.padding, _ACTIVATIONS[step.activation]]
+            window = [*step.kernel, step.stride, step.padding, ACTIVATION_CODES[step.activation]]
             folded = [number(True), number(step.bias is not None)]
             if step.groups > 1:
                 add(_DEPTHWISE, *sources, *output, *window, *folded)

@@ -1,40 +1,34 @@
-"""The training loop."""
+"""The training loop: epochs of steps, evaluations, the log and checkpoints."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import dataclasses
-import io
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from ..data.images import generator
 from ..engines.select import use_backend
-from ..files import write_text
 from ..models.weights_file import BEST_NAME, DEFAULT_NAME, ModelInfo, read_info, save_model
 from . import checkpoint
 from .distributed import Processes, synchronise_batchnorm
 from .ema import MovingAverage
-from .recipes import learning_rate, make_optimizer
+from .evaluation import Evaluation, TestBatches, evaluate
+from .log import write_log
+from .progress import Progress
+from .recipes import learning_rate
+from .reporters import Reporter
 from .settings import Settings
+from .step import Stepper
 
-__all__ = ["Evaluation", "Options", "Stopped", "Trainer", "TrainingDiverged", "evaluate"]
+__all__ = ["Options", "Stopped", "Trainer", "TrainingDiverged"]
 
-# The domain of the random numbers of a step, dropout's; data/images.py has those of the images.
-_STEP = 3
 _EMA_EVERY = 4
-# Of the most probable classes, how many are looked at beside the first.
-_BEST = 5
 # Steps between two looks at whether the loss is a number, each of which waits for the device.
 _CHECK_EVERY = 50
 # Steps between two agreements of several processes on a GPU, likewise.
@@ -59,29 +53,6 @@ class TrainBatches(Protocol):
         """Yields the batches of an epoch from the given one on."""
 
 
-class TestBatches(Protocol):
-    """Batches to evaluate on."""
-
-    def all(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields every image of this process once."""
-
-
-class Reporter(Protocol):
-    """Where a run shows how far it is."""
-
-    def epoch(self, epoch: int, done: int, total: int) -> None:
-        """An epoch begins, or goes on after ``done`` of its ``total`` steps."""
-
-    def step(self, rate: float, loss: Tensor) -> None:
-        """A step is done."""
-
-    def row(self, row: dict[str, Any]) -> None:
-        """An epoch is done."""
-
-    def note(self, text: str) -> None:
-        """Something that the user should know."""
-
-
 @dataclass(frozen=True)
 class Options:
     """What a run does beside training; none of it changes the weights of an epoch.
@@ -99,192 +70,6 @@ class Options:
     evaluate_every: int = 1
     half: bool = False
     patience: int | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well a network does on test images.
-
-    Attributes:
-        loss: Mean cross entropy.
-        confusion: ``confusion[i, j]`` images of class i were taken for class j.
-        among_best: Images whose class is among the five most probable.
-    """
-
-    loss: float
-    confusion: Tensor
-    among_best: int = 0
-
-    @property
-    def count(self) -> int:
-        """Images."""
-        return int(self.confusion.sum())
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return int(self.confusion.diagonal().sum()) / self.count
-
-    @property
-    def top5_accuracy(self) -> float:
-        """Share of images whose class is among the five most probable."""
-        return self.among_best / self.count
-
-    @property
-    def class_accuracy(self) -> list[float | None]:
-        """Share of right answers among the images of each class; None where there are none."""
-        counts = self.confusion.sum(1).tolist()
-        right = self.confusion.diagonal().tolist()
-        return [
-            number / count if count else None for number, count in zip(right, counts, strict=True)
-        ]
-
-    def describe(self, classes: Sequence[str]) -> dict[str, Any]:
-        """What the description of a model says of it beside the accuracy."""
-        return {
-            "test_images": self.count,
-            "class_accuracy": dict(zip(classes, self.class_accuracy, strict=True)),
-        }
-
-
-@dataclass
-class Progress:
-    """How far a run is; what JSON can hold of a checkpoint.
-
-    Attributes:
-        epoch: Epoch of the next step, from 0.
-        batch: Batches of it that are done.
-        step: Steps that are done.
-        sums: Of this epoch: the loss times images, right answers, images.
-        seconds: Time that training has taken so far.
-        epoch_seconds: Of that, in this epoch.
-        rows: One for each epoch that is done.
-        class_rows: The epoch, and after it the accuracy of each class or None, for each evaluation.
-        best: ``epoch`` and ``accuracy`` of the epoch that did best on the test images, the earliest
-            of several; None before the first evaluation.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    seconds: float = 0.0
-    epoch_seconds: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    class_rows: list[list[float | None]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-
-    @classmethod
-    def from_json(cls, content: Any) -> Progress:
-        """What a checkpoint holds of it.
-
-        Raises:
-            ValueError: A value is missing, unknown, of another type or out of range.
-        """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        if not isinstance(content, dict) or not content.keys() <= fields.keys():
-            raise ValueError("the progress of the run is malformed")
-        missing = [name for name in (*_COUNTERS, *_SECONDS, "sums", "rows") if name not in content]
-        if missing:
-            raise ValueError(f"the progress of the run has no {', '.join(missing)}")
-        rows, sums, best = content["rows"], content["sums"], content.get("best")
-        class_rows = content.get("class_rows", [])
-        sound = {
-            **{name: _is_count(content[name]) for name in _COUNTERS},
-            **{name: _is_amount(content[name]) for name in _SECONDS},
-            "sums": isinstance(sums, list) and len(sums) == 3 and all(map(_is_amount, sums)),
-            "rows": isinstance(rows, list)
-            and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows),
-            "class_rows": isinstance(class_rows, list)
-            and all(isinstance(row, list) for row in class_rows)
-            and all(cell is None or _is_amount(cell) for row in class_rows for cell in row),
-            "best": best is None
-            or (
-                isinstance(best, dict)
-                and best.keys() == {"epoch", "accuracy"}
-                and _is_count(best["epoch"])
-                and _is_amount(best["accuracy"])
-            ),
-        }
-        for name, good in sound.items():
-            if not good:
-                raise ValueError(f"{name} of the run is {content[name]!r:.80}: expected another")
-        return cls(**content)
-
-    def check(self, steps_per_epoch: int, accumulate: int) -> None:
-        """Raises ValueError where the counters do not belong to one another."""
-        steps, rest = divmod(self.batch, accumulate)
-        if (
-            rest
-            or steps > steps_per_epoch
-            or self.step != self.epoch * steps_per_epoch + steps
-            or len(self.rows) != self.epoch
-            or (self.best is not None and not 1 <= self.best["epoch"] <= self.epoch)
-        ):
-            raise ValueError(
-                f"epoch {self.epoch}, batch {self.batch}, step {self.step} and {len(self.rows)} "
-                f"rows of the log contradict each other at {steps_per_epoch} steps an epoch"
-            )
-
-
-# Of a run's progress, by what they must be.
-_COUNTERS = ("epoch", "batch", "step")
-_SECONDS = ("seconds", "epoch_seconds")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_amount(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value < math.inf
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """In a precision in which a loss can be added up."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: TestBatches, num_classes: int, processes: Processes | None = None
-) -> Evaluation:
-    """Evaluates a network, which is left in evaluation mode.
-
-    Args:
-        model: The network.
-        batches: This process's part of the test images.
-        num_classes: Outputs of the network.
-        processes: Adds up the counts of all processes.
-
-    Raises:
-        ValueError: There are no images.
-    """
-    processes = processes or Processes()
-    model.eval()
-    device = processes.device
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
-    loss = torch.zeros(1, dtype=torch.float64, device=device)
-    among_best = torch.zeros(1, dtype=torch.int64, device=device)
-    for images, labels in batches.all():
-        logits = _wide(model(images))
-        best = logits.topk(min(_BEST, num_classes), 1).indices
-        among_best += (best == labels[:, None]).any(1).sum()
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        pairs = labels * num_classes + logits.argmax(1)
-        confusion += torch.bincount(pairs, minlength=num_classes * num_classes)
-    processes.sum(confusion)
-    processes.sum(loss)
-    processes.sum(among_best)
-    count = int(confusion.sum())
-    if not count:
-        raise ValueError("there are no test images")
-    return Evaluation(
-        loss.item() / count,
-        confusion.view(num_classes, num_classes).cpu(),
-        int(among_best),
-    )
 
 
 class Trainer:
@@ -333,21 +118,15 @@ class Trainer:
         if settings.sync_batchnorm and processes.count > 1:
             model = synchronise_batchnorm(model, processes.device)
         self._model = model
-        self._replica = processes.wrap(model, gathers_buffers=not settings.sync_batchnorm)
+        self._stepper = Stepper(settings, model, processes, class_weights)
         self._train, self._test = train, test
         self._info = info
         self._output = output
         self._options = options
         self._reporter = reporter
         self._processes = processes
-        self._optimizer = make_optimizer(self._recipe, model)
-        self._scaler = torch.amp.GradScaler("cuda", enabled=settings.amp == "float16")
         self._steps_per_epoch = len(train) // settings.accumulate
-        self._sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self._stop_requested = False
-        self._class_weights: Tensor | None = None
-        if class_weights is not None:
-            self._class_weights = class_weights.to(processes.device, torch.get_default_dtype())
 
     @property
     def trained(self) -> nn.Module:
@@ -390,18 +169,18 @@ class Trainer:
         if any(len(row) != 1 + self.settings.num_classes for row in progress.class_rows):
             raise ValueError("its accuracies are those of other classes")
         checkpoint.load_module(self._model, saved.part("model"))
-        checkpoint.restore_optimizer(self._optimizer, saved.part("optimizer"))
+        checkpoint.restore_optimizer(self._stepper.optimizer, saved.part("optimizer"))
         if self._average is not None:
             checkpoint.load_module(self._average.module, saved.part("average"))
             self._average.updates = updates
         try:
-            self._scaler.load_state_dict(scaler)
+            self._stepper.scaler.load_state_dict(scaler)
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"the state of the scaler is malformed: {error}") from error
         self.progress = progress
         if self._processes.first:
             # A checkpoint has those of all processes together.
-            self._sums.copy_(torch.tensor(progress.sums, dtype=torch.float64))
+            self._stepper.sums.copy_(torch.tensor(progress.sums, dtype=torch.float64))
 
     def save(self) -> None:
         """Writes a checkpoint.
@@ -414,11 +193,11 @@ class Trainer:
         if not self._processes.first:
             return
         tensors = {f"model.{name}": value for name, value in self._model.state_dict().items()}
-        for name, value in checkpoint.optimizer_tensors(self._optimizer).items():
+        for name, value in checkpoint.optimizer_tensors(self._stepper.optimizer).items():
             tensors[f"optimizer.{name}"] = value
         state: dict[str, Any] = {
             "progress": vars(self.progress),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self._stepper.scaler.state_dict(),
         }
         if self._average is not None:
             for name, value in self._average.module.state_dict().items():
@@ -496,15 +275,13 @@ class Trainer:
 
     def _epoch(self) -> None:
         progress, accumulate = self.progress, self.settings.accumulate
-        self._replica.train()
+        self._stepper.begin()
         self._reporter.epoch(progress.epoch, progress.batch // accumulate, self._steps_per_epoch)
         batches = self._train.epoch(progress.epoch, progress.batch)
         began = saved = time.perf_counter()
         while progress.batch < self._steps_per_epoch * accumulate:
             rate = learning_rate(self._recipe, progress.step, self._steps_per_epoch)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            loss = self._step(batches)
+            loss = self._stepper.step(progress.step, rate, batches)
             progress.batch += accumulate
             progress.step += 1
             if self._average is not None:
@@ -537,53 +314,8 @@ class Trainer:
         self.progress.seconds += seconds
         self.progress.epoch_seconds += seconds
 
-    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        settings, recipe, progress = self.settings, self._recipe, self.progress
-        device = self._processes.device
-        # A step's random numbers depend on its number alone: that is what resuming repeats.
-        torch.manual_seed(
-            generator(settings.seed, _STEP, progress.step, self._processes.rank).initial_seed()
-        )
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for number in range(1, settings.accumulate + 1):
-            images, labels = next(batches)
-            with self._gradients_stay(number < settings.accumulate):
-                with self._autocast():
-                    logits = self._replica(images)
-                logits = _wide(logits)
-                loss = F.cross_entropy(
-                    logits, labels, self._class_weights, label_smoothing=recipe.label_smoothing
-                )
-                self._scaler.scale(loss / settings.accumulate).backward()
-            with torch.no_grad():
-                right = (logits.argmax(1) == labels).sum()
-                count = len(labels)
-                sums = torch.stack([loss.detach().double() * count, right.double()])
-                self._sums[:2] += sums
-                self._sums[2] += count
-                total += loss.detach() / settings.accumulate
-        if recipe.clip_norm:
-            self._scaler.unscale_(self._optimizer)
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), recipe.clip_norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        return total
-
-    def _gradients_stay(self, stay: bool) -> contextlib.AbstractContextManager[Any]:
-        """Leaves out the averaging over all processes where more gradients are added first."""
-        if stay and isinstance(self._replica, DistributedDataParallel):
-            return self._replica.no_sync()
-        return contextlib.nullcontext()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        amp = self.settings.amp
-        if not amp:
-            return contextlib.nullcontext()
-        return torch.autocast(self._processes.device.type, getattr(torch, amp))
-
     def _read_sums(self) -> None:
-        self.progress.sums = self._processes.sum(self._sums.clone()).tolist()
+        self.progress.sums = self._processes.sum(self._stepper.sums.clone()).tolist()
         if not math.isfinite(self.progress.sums[0]):
             raise self._diverged("the loss")
 
@@ -612,7 +344,7 @@ class Trainer:
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": progress.step,
-            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "learning_rate": self._stepper.optimizer.param_groups[0]["lr"],
             "train_loss": loss / count,
             "train_accuracy": right / count,
             "test_loss": None,
@@ -629,9 +361,9 @@ class Trainer:
                 progress.best = {"epoch": epoch, "accuracy": accuracy}
         progress.rows.append(row)
         progress.epoch, progress.batch, progress.epoch_seconds = epoch, 0, 0.0
-        self._sums.zero_()
+        self._stepper.sums.zero_()
         if self._processes.first:
-            self._write_log()
+            write_log(self._output, progress, self._info.classes)
             if row["test_accuracy"] is not None:
                 self._export(DEFAULT_NAME, epoch, row["test_accuracy"])
         self._reporter.row(row)
@@ -644,18 +376,6 @@ class Trainer:
         if not math.isfinite(result.loss):
             raise self._diverged("the loss on the test images")
         return result
-
-    def _write_log(self) -> None:
-        rows = self.progress.rows
-        self._write_csv("log.csv", list(rows[0]), [list(row.values()) for row in rows])
-        classes = ["epoch", *self._info.classes]
-        self._write_csv("class_accuracy.csv", classes, self.progress.class_rows)
-
-    def _write_csv(self, name: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([head, *rows])
-        write_text(self._output / name, text.getvalue())
 
     def _export(self, name: str, epoch: int, accuracy: float) -> None:
         extra = dict(self._info.extra)

@@ -11,22 +11,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import CommandError
+from ..models import imagenet
 
-__all__ = ["Picture", "as_batch", "find_pictures", "load_picture"]
+__all__ = ["Photograph", "as_batch", "installed_photographs", "load_photograph"]
 
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 _SKIMAGE = ("astronaut", "coffee", "chelsea", "rocket")
 
 
 @dataclass(frozen=True)
-class Picture:
+class Photograph:
     """A photograph.
 
     Attributes:
         name: For people.
         source: Where it is from.
-        pixels: ``(3, H, W)``, uint8; grey ``(1, H, W)``.
+        pixels: ``(3, H, W)``, uint8.
     """
 
     name: str
@@ -34,29 +33,25 @@ class Picture:
     pixels: Tensor
 
 
-def load_picture(path: str, argument: str = "--image", channels: int = 3) -> Picture:
-    """Reads a picture file, as :mod:`threshnet_fast.data.pictures` says.
+def load_photograph(path: str) -> Photograph:
+    """Reads a picture file that ``--image`` names.
 
     Args:
         path: The file.
-        argument: What it was named by, which error messages begin with.
-        channels: 3 for RGB, 1 for grey.
 
     Raises:
         CommandError: The file cannot be read as a picture.
     """
     from ..data.errors import PictureError
-    from ..data.pictures import quiet_decoder, read_picture
+    from ..data.pictures import read_pixels
 
     try:
-        with quiet_decoder():
-            pixels = _to_tensor(read_picture(path, channels))
+        return Photograph(Path(path).name, "--image", read_pixels(path))
     except PictureError as error:
-        raise CommandError(f"{argument} {error}".strip(), status=2) from error
-    return Picture(Path(path).name, argument or path, pixels)
+        raise CommandError(f"--image {error}", status=2) from error
 
 
-def find_pictures() -> list[Picture]:
+def installed_photographs() -> list[Photograph]:
     """The photographs that installed packages carry, possibly none.
 
     scikit-image has several; matplotlib, which this package depends on, has the portrait of Grace
@@ -65,28 +60,28 @@ def find_pictures() -> list[Picture]:
     return _from_skimage() or _from_matplotlib()
 
 
-def _from_skimage() -> list[Picture]:
+def _from_skimage() -> list[Photograph]:
     try:
         from skimage import data
     except ImportError:
         return []
-    pictures = []
+    found = []
     for name in _SKIMAGE:
         try:
             pixels = torch.from_numpy(getattr(data, name)().copy())
         except (AttributeError, OSError, ValueError):
             # Versions differ in which photographs are in the wheel and which need a download.
             continue
-        pictures.append(Picture(name, "scikit-image", pixels.permute(2, 0, 1)))
-    return pictures
+        found.append(Photograph(name, "scikit-image", pixels.permute(2, 0, 1)))
+    return found
 
 
-def _from_matplotlib() -> list[Picture]:
+def _from_matplotlib() -> list[Photograph]:
     try:
         import matplotlib
 
         path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-        whole = load_picture(str(path)).pixels
+        whole = load_photograph(str(path)).pixels
     except (ImportError, CommandError):
         return []
     _, height, width = whole.shape
@@ -95,18 +90,11 @@ def _from_matplotlib() -> list[Picture]:
         "Grace Hopper, upper half": whole[:, : height // 2],
         "Grace Hopper, left half": whole[:, :, : width // 2],
     }
-    return [Picture(name, "matplotlib", pixels) for name, pixels in views.items()]
+    return [Photograph(name, "matplotlib", pixels) for name, pixels in views.items()]
 
 
-def _to_tensor(image: object) -> Tensor:
-    import numpy as np
-
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-
-
-def as_batch(pictures: Sequence[Picture], height: int, width: int, batch: int) -> Tensor:
-    """Pictures, resized to fill the frame and normalised; repeated where the batch is larger.
+def as_batch(photographs: Sequence[Photograph], height: int, width: int, batch: int) -> Tensor:
+    """Photographs, resized to fill the frame and normalised; repeated where the batch is larger.
 
     Every other repetition is mirrored, and each is a little darker than the one before, so that no
     two images of a batch of up to a few hundred are equal.
@@ -116,12 +104,12 @@ def as_batch(pictures: Sequence[Picture], height: int, width: int, batch: int) -
     """
     images = []
     for index in range(batch):
-        repetition, which = divmod(index, len(pictures))
-        image = pictures[which].pixels[None].to(torch.float32) / 255
+        repetition, which = divmod(index, len(photographs))
+        image = photographs[which].pixels[None].to(torch.float32) / 255
         image = F.interpolate(
             image, (height, width), mode="bilinear", antialias=True, align_corners=False
         )
         image = image * 0.97**repetition
         images.append(image.flip(-1) if repetition % 2 else image)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (imagenet.MEAN, imagenet.STD))
     return ((torch.cat(images) - mean) / std).contiguous()
