@@ -115,7 +115,7 @@ def test_unknown_name_suggests_the_nearest(name: str, nearest: str) -> None:
 def test_name_like_no_other_lists_them_all() -> None:
     with pytest.raises(ValueError, match="name is 'xyzzy': expected one of") as caught:
         use_backend("xyzzy")
-    assert all(repr(name) in str(caught.value) for name in select.NAMES)
+    assert all(repr(name) in str(caught.value) for name in select.names())
     assert "did you mean" not in str(caught.value)
 
 
