@@ -99,9 +99,9 @@ def _cpu_isa() -> str:
 def _backend() -> str:
     from .engines import select
 
-    requested = select.requested_backend()
-    if requested != "auto":
-        return f"{requested} (asked for by use_backend)"
+    request = select.request()
+    if not request.automatic:
+        return f"{request.name} (asked for by use_backend)"
     from .engines import cpu, cuda, triton
 
     places = []
