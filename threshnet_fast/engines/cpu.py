@@ -118,23 +118,30 @@ def isa_code(dtype: torch.dtype = torch.float32) -> int:
         ValueError: As :func:`isa`.
         RuntimeError: As :func:`isa`.
     """
-    codes = isa_codes()
-    codes_bfloat16 = isa_codes(torch.bfloat16)
-    wanted = environment.value(environment.CPU_ISA)
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"backend 'cpu' is unavailable: {reason}")
+    return _isa_code(dtype, environment.value(environment.CPU_ISA))
+
+
+@functools.cache
+def _isa_code(dtype: torch.dtype, wanted: str) -> int:
+    """What :func:`isa_code` returns for a value of the variable; found once, as calls need it."""
+    codes, codes_bfloat16 = _supported(torch.float32), _supported(torch.bfloat16)
     if wanted:
         if wanted not in _ISAS:
             raise ValueError(
                 f"{environment.CPU_ISA} is {wanted!r}: expected one of {', '.join(_ISAS)}"
             )
         cap = _ISAS.index(wanted)
-        if cap not in [*codes, *codes_bfloat16]:
-            has = ", ".join(_ISAS[code] for code in [*codes, *codes_bfloat16])
+        if cap not in codes + codes_bfloat16:
+            has = ", ".join(_ISAS[code] for code in codes + codes_bfloat16)
             raise ValueError(f"{environment.CPU_ISA} is {wanted!r}: this processor has only {has}")
         if cap == _AVX512_BF16:
             cap = _AVX512
         else:
-            codes_bfloat16 = []
-        codes = [cap]
+            codes_bfloat16 = ()
+        codes = (cap,)
     return codes_bfloat16[-1] if dtype is torch.bfloat16 and codes_bfloat16 else codes[-1]
 
 
@@ -349,6 +356,10 @@ class CpuSetting(NamedTuple):
     threads: int
 
 
+# Every call needs one, and there are few.
+_setting = functools.lru_cache(maxsize=256)(CpuSetting)
+
+
 class CpuEngine(Engine):
     """The C++ engine for the CPU."""
 
@@ -382,7 +393,7 @@ class CpuEngine(Engine):
     ) -> CpuSetting:
         """See :meth:`.base.Engine.setting`."""
         isa, winograd = (isa_code(dtype), winograd_by_default()) if frozen is None else frozen
-        return CpuSetting(isa, winograd, torch.get_num_threads())
+        return _setting(isa, winograd, torch.get_num_threads())
 
     def freeze(self, dtype: torch.dtype, winograd: int) -> tuple[int, int]:
         """See :meth:`.base.Engine.freeze`."""

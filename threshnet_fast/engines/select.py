@@ -215,10 +215,12 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
         x: The network's input.
     """
     device_type = x.device.type
-    # A question that PyTorch answers for devices that have autocast, and no others.
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
+    try:
+        enabled = torch.is_autocast_enabled(device_type)
+    except RuntimeError:
+        # There is no autocast for such a device.
+        return None
+    return torch.get_autocast_dtype(device_type) if enabled else None
 
 
 def dtypes_of_networks() -> tuple[torch.dtype, ...]:

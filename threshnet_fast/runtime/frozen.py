@@ -268,7 +268,7 @@ def optimize(
 
 def _or_one_image(x: Tensor) -> Tensor:
     """One image of zeros where there is none: a result of its shape is empty in the same way."""
-    if isinstance(x, Tensor) and x.ndim == 4 and not len(x):
+    if isinstance(x, Tensor) and x.ndim == 4 and not x.shape[0]:
         return x.new_zeros(1, *x.shape[1:])
     return x
 
