@@ -146,3 +146,7 @@ def test_network_beyond_a_limit_runs_as_plain_pytorch():
         assert "a kernel has over 64 taps" in str(tf.explain(model, x))
         with tf.use_backend("cpu"), pytest.raises(RuntimeError, match="over 64 taps"):
             model(x)
+        with pytest.warns(UserWarning, match="a kernel has over 64 taps"):
+            frozen = tf.optimize(model, x)
+        assert frozen.backend == "reference"
+        assert frozen(x).equal(expected)

@@ -113,3 +113,17 @@ def test_engines_are_compared_by_name_nowhere_else():
 )
 def test_comparisons_are_found(source, found):
     assert len(list(comparisons_with_engines(source))) == found
+
+
+def test_variables_are_spelled_in_one_file():
+    package = Path(threshnet_fast.__file__).parent
+    places = [*package.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    spelled = {
+        path.name
+        for path in places
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"THRESHNET_FAST_[A-Z_]*", node.value)
+    }
+    assert spelled == {"environment.py"}

@@ -435,13 +435,9 @@ class Mine(cpu.CpuEngine):
         plan.backend = self.name
         return plan
 
-    def cat_bn_relu_conv(self, *arguments):
-        self.calls.append("cat_bn_relu_conv")
-        return super().cat_bn_relu_conv(*arguments)
-
-    def cat_conv_bn_relu(self, *arguments):
-        self.calls.append("cat_conv_bn_relu")
-        return super().cat_conv_bn_relu(*arguments)
+    def operator(self, name, xs, *arguments):
+        self.calls.append(name)
+        return super().operator(name, xs, *arguments)
 
 
 @pytest.fixture
@@ -535,6 +531,17 @@ def test_autocast_is_an_objection_to_networks_and_training() -> None:
         assert texts == {tf.explain(small().eval().requires_grad_(False), x).reason}
     assert "autocast is enabled" in texts.pop()
     assert select.autocast_dtype(x) is None
+
+
+@needs_cpu_backend
+def test_an_engine_for_one_purpose_objects_to_the_others(mine: Mine) -> None:
+    mine.dtypes = {Purpose.OPERATOR: (torch.float32,)}
+    model, x = small().eval(), torch.ones(1, 3, 32, 32)
+    with torch.no_grad(), use_backend("mine"):
+        with pytest.raises(RuntimeError, match="this call: backend 'mine' computes no networks$"):
+            model(x)
+        assert tf.optimize(model, x).reason == "backend 'mine' computes no networks"
+    assert choose([x]).backend == "mine"
 
 
 def test_engines_that_train_single_operations_only(gpu) -> None:

@@ -157,7 +157,10 @@ class Engine(ABC):
     ) -> Exception | None:
         allowed = self.dtypes.get(purpose)
         if allowed is None:
-            return RuntimeError(f"backend {self.name!r} trains single operations only")
+            lacks = "trains single operations only"
+            if purpose is not Purpose.TRAINING:
+                lacks = f"computes no {purpose.value}"
+            return RuntimeError(f"backend {self.name!r} {lacks}")
         if autocast is not None and not self.converts:
             return TypeError(
                 f"backend {self.name!r} computes in the dtype of its tensors, and autocast is "
@@ -269,7 +272,7 @@ class Engine(ABC):
         """
         return tuple(prepared.algorithms)
 
-    # Operators, whose arguments are those of threshnet_fast.ops; every check has been made.
+    # Operators.
 
     def operator_objection(
         self,
@@ -300,29 +303,14 @@ class Engine(ABC):
         """What is limited: how many there are, and how many there may be."""
         return {}
 
-    def cat_bn_relu_conv(
-        self,
-        xs: list[Tensor],
-        scale: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        stride: int,
-        padding: int,
-    ) -> Tensor:
-        """Computes ``conv(relu(cat(xs) * scale + shift), weight)``."""
-        raise NotImplementedError
+    def operator(self, name: str, xs: list[Tensor], *arguments: Any) -> Tensor:
+        """Computes an operator of :mod:`threshnet_fast.ops`, whose arguments have been checked.
 
-    def cat_conv_bn_relu(
-        self,
-        xs: list[Tensor],
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        stride: int,
-        padding: int,
-        relu: bool,
-    ) -> Tensor:
-        """Computes ``act(conv(cat(xs), weight) * scale + shift)``."""
+        Args:
+            name: Of the operator.
+            xs: The segments.
+            *arguments: All others, in the operator's order, an activation as whether it is ReLU.
+        """
         raise NotImplementedError
 
     def gradient_engine(self, x: Tensor) -> Engine | None:
@@ -333,31 +321,16 @@ class Engine(ABC):
         """
         return None
 
-    def cat_bn_relu_conv_gradients(
-        self,
-        grad: Tensor,
-        xs: list[Tensor],
-        scale: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        stride: int,
-        padding: int,
-        needs: list[bool],
+    def operator_gradients(
+        self, name: str, grad: Tensor, xs: list[Tensor], *arguments: Any
     ) -> list[Tensor]:
-        """Computes the gradients that are needed of :meth:`cat_bn_relu_conv`."""
-        raise NotImplementedError
+        """Computes the gradients that are needed of an operator.
 
-    def cat_conv_bn_relu_gradients(
-        self,
-        grad: Tensor,
-        xs: list[Tensor],
-        weight: Tensor,
-        scale: Tensor,
-        output: Tensor,
-        stride: int,
-        padding: int,
-        relu: bool,
-        needs: list[bool],
-    ) -> list[Tensor]:
-        """Computes the gradients that are needed of :meth:`cat_conv_bn_relu`."""
+        Args:
+            name: Of the operator.
+            grad: The gradient of its result.
+            xs: The segments.
+            *arguments: What the operator saved for its backward pass, and which gradients are
+                needed.
+        """
         raise NotImplementedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -445,36 +445,11 @@ class CpuEngine(Engine):
     ) -> dict[str, tuple[int, int]]:
         return of_convolution_on_the_cpu(xs, weight, shape, padding)
 
-    def cat_bn_relu_conv(
-        self,
-        xs: list[Tensor],
-        scale: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        stride: int,
-        padding: int,
-    ) -> Tensor:
-        """See :meth:`.base.Engine.cat_bn_relu_conv`."""
-        y: Tensor = torch.ops.threshnet_fast_cpu.cat_bn_relu_conv(
-            xs, scale, shift, weight, stride, padding, isa_code()
-        )
-        return y
-
-    def cat_conv_bn_relu(
-        self,
-        xs: list[Tensor],
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        stride: int,
-        padding: int,
-        relu: bool,
-    ) -> Tensor:
-        """See :meth:`.base.Engine.cat_conv_bn_relu`."""
-        y: Tensor = torch.ops.threshnet_fast_cpu.cat_conv_bn_relu(
-            xs, weight, scale, shift, stride, padding, relu, isa_code()
-        )
-        return y
+    def operator(self, name: str, xs: list[Tensor], *arguments: Any) -> Tensor:
+        """See :meth:`.base.Engine.operator`."""
+        run = getattr(torch.ops.threshnet_fast_cpu, name)
+        result: Tensor = run(xs, *arguments, isa_code())
+        return result
 
 
 ENGINE = register(CpuEngine(), auto_on="cpu")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,36 +123,11 @@ class CudaEngine(GpuEngine):
 
         return pack_network(whole, target)
 
-    def cat_bn_relu_conv(
-        self,
-        xs: list[Tensor],
-        scale: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        stride: int,
-        padding: int,
-    ) -> Tensor:
-        """See :meth:`.base.Engine.cat_bn_relu_conv`."""
-        y: Tensor = torch.ops.threshnet_fast_cuda.cat_bn_relu_conv(
-            _few_segments(xs), scale, shift, weight, stride, padding
-        )
-        return y
-
-    def cat_conv_bn_relu(
-        self,
-        xs: list[Tensor],
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        stride: int,
-        padding: int,
-        relu: bool,
-    ) -> Tensor:
-        """See :meth:`.base.Engine.cat_conv_bn_relu`."""
-        y: Tensor = torch.ops.threshnet_fast_cuda.cat_conv_bn_relu(
-            _few_segments(xs), weight, scale, shift, stride, padding, relu
-        )
-        return y
+    def operator(self, name: str, xs: list[Tensor], *arguments: Any) -> Tensor:
+        """See :meth:`.base.Engine.operator`."""
+        run = getattr(torch.ops.threshnet_fast_cuda, name)
+        result: Tensor = run(_few_segments(xs), *arguments)
+        return result
 
     def gradient_engine(self, x: Tensor) -> Engine | None:
         """Triton's, where it takes the tensors: the kernels here compute results only."""

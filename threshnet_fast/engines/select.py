@@ -229,7 +229,7 @@ def dtypes_of_networks() -> tuple[torch.dtype, ...]:
         dtype
         for name in registry.names()
         if engine(name).fused
-        for dtype in engine(name).dtypes[Purpose.NETWORK]
+        for dtype in engine(name).dtypes.get(Purpose.NETWORK, ())
     }
     return tuple(sorted(dtypes, key=str))
 

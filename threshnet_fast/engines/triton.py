@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,75 +167,26 @@ class TritonEngine(GpuEngine):
 
         return pack_network(whole, target.dtype)
 
-    def cat_bn_relu_conv(
-        self,
-        xs: list[Tensor],
-        scale: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        stride: int,
-        padding: int,
-    ) -> Tensor:
-        """See :meth:`.base.Engine.cat_bn_relu_conv`."""
-        from ..kernels import cat_bn_relu_conv as kernels
-
-        return _launched(kernels.forward, xs[0], xs, scale, shift, weight, stride, padding)
-
-    def cat_conv_bn_relu(
-        self,
-        xs: list[Tensor],
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        stride: int,
-        padding: int,
-        relu: bool,
-    ) -> Tensor:
-        """See :meth:`.base.Engine.cat_conv_bn_relu`."""
-        from ..kernels import cat_conv_bn_relu as kernels
-
-        return _launched(kernels.forward, xs[0], xs, weight, scale, shift, stride, padding, relu)
+    def operator(self, name: str, xs: list[Tensor], *arguments: Any) -> Tensor:
+        """See :meth:`.base.Engine.operator`."""
+        result: Tensor = _launched(_kernels(name).forward, xs[0], xs, *arguments)
+        return result
 
     def gradient_engine(self, x: Tensor) -> Engine:
         """This one."""
         return self
 
-    def cat_bn_relu_conv_gradients(
-        self,
-        grad: Tensor,
-        xs: list[Tensor],
-        scale: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        stride: int,
-        padding: int,
-        needs: list[bool],
+    def operator_gradients(
+        self, name: str, grad: Tensor, xs: list[Tensor], *arguments: Any
     ) -> list[Tensor]:
-        """See :meth:`.base.Engine.cat_bn_relu_conv_gradients`."""
-        from ..kernels import cat_bn_relu_conv as kernels
+        """See :meth:`.base.Engine.operator_gradients`."""
+        results: list[Tensor] = _launched(_kernels(name).backward, xs[0], grad, xs, *arguments)
+        return results
 
-        return _launched(
-            kernels.backward, xs[0], grad, xs, scale, shift, weight, stride, padding, needs
-        )
 
-    def cat_conv_bn_relu_gradients(
-        self,
-        grad: Tensor,
-        xs: list[Tensor],
-        weight: Tensor,
-        scale: Tensor,
-        output: Tensor,
-        stride: int,
-        padding: int,
-        relu: bool,
-        needs: list[bool],
-    ) -> list[Tensor]:
-        """See :meth:`.base.Engine.cat_conv_bn_relu_gradients`."""
-        from ..kernels import cat_conv_bn_relu as kernels
-
-        return _launched(
-            kernels.backward, xs[0], grad, xs, weight, scale, output, stride, padding, relu, needs
-        )
+def _kernels(operator: str) -> ModuleType:
+    """The file with the launches of an operator."""
+    return importlib.import_module(f"..kernels.{operator}", __package__)
 
 
 def _launched(function: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:

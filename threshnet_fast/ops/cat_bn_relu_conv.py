@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import registration, validate
 
+_NAME = "cat_bn_relu_conv"
+
 _LOWERED = (0, 3)
 """Positions of the arguments that autocast casts to its dtype."""
 
@@ -106,7 +108,7 @@ def _forward(
     if engine is None:
         y = reference(xs, scale, shift, weight, stride, padding)
     else:
-        y = engine.cat_bn_relu_conv(xs, scale, shift, weight, stride, padding)
+        y = engine.operator(_NAME, xs, scale, shift, weight, stride, padding)
     return registration.as_output(y, xs[0])
 
 
@@ -193,8 +195,8 @@ def _gradients(
 ) -> list[Tensor]:
     engine = registration.gradient_engine(xs, weight, grad.shape, padding, backend)
     if engine is not None:
-        return engine.cat_bn_relu_conv_gradients(
-            grad, xs, scale, shift, weight, stride, padding, needs
+        return engine.operator_gradients(
+            _NAME, grad, xs, scale, shift, weight, stride, padding, needs
         )
     # Traced where an engine had the kernels, run where none has.
     grads = _formulas(grad, xs, scale, shift, weight, stride, padding, needs)
@@ -216,7 +218,7 @@ def _fake_gradients(
 
 
 _gradients_operator = registration.register_gradients(
-    "_cat_bn_relu_conv_gradients",
+    f"_{_NAME}_gradients",
     "(Tensor grad, Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
     "int padding, bool[] needs, str? backend) -> Tensor[]",
     gradients=_gradients,
@@ -224,7 +226,7 @@ _gradients_operator = registration.register_gradients(
 )
 
 _operator = registration.register(
-    "cat_bn_relu_conv",
+    _NAME,
     "(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride=1, int padding=0, "
     "str? backend=None) -> Tensor",
     forward=_forward,

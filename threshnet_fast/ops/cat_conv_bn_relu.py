@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import registration, validate
 
+_NAME = "cat_conv_bn_relu"
+
 _LOWERED = (0, 1)
 """Positions of the arguments that autocast casts to its dtype."""
 
@@ -130,7 +132,7 @@ def _forward(
     if engine is None:
         y = reference(xs, weight, scale, shift, stride, padding, act)
     else:
-        y = engine.cat_conv_bn_relu(xs, weight, scale, shift, stride, padding, act == "relu")
+        y = engine.operator(_NAME, xs, weight, scale, shift, stride, padding, act == "relu")
     return registration.as_output(y, xs[0])
 
 
@@ -222,8 +224,8 @@ def _gradients(
 ) -> list[Tensor]:
     engine = registration.gradient_engine(xs, weight, grad.shape, padding, backend)
     if engine is not None:
-        return engine.cat_conv_bn_relu_gradients(
-            grad, xs, weight, scale, output, stride, padding, act == "relu", needs
+        return engine.operator_gradients(
+            _NAME, grad, xs, weight, scale, output, stride, padding, act == "relu", needs
         )
     # Traced where an engine had the kernels, run where none has.
     grads = _formulas(grad, xs, weight, scale, output, stride, padding, act, needs)
@@ -246,7 +248,7 @@ def _fake_gradients(
 
 
 _gradients_operator = registration.register_gradients(
-    "_cat_conv_bn_relu_gradients",
+    f"_{_NAME}_gradients",
     "(Tensor grad, Tensor[] xs, Tensor weight, Tensor scale, Tensor output, int stride, "
     "int padding, str act, bool[] needs, str? backend) -> Tensor[]",
     gradients=_gradients,
@@ -254,7 +256,7 @@ _gradients_operator = registration.register_gradients(
 )
 
 _operator = registration.register(
-    "cat_conv_bn_relu",
+    _NAME,
     "(Tensor[] xs, Tensor weight, Tensor scale, Tensor shift, int stride=1, int padding=1, "
     'str act="relu", str? backend=None) -> Tensor',
     forward=_forward,

@@ -238,7 +238,7 @@ def optimize(
     asked = select.AUTO if select.request().plain else select.requested_backend()
     with select.use_backend(asked):
         engines = [select.engine(name) for name in select.network_backends(weight)]
-    _check_dtype(dtype, engines[0].dtypes[Purpose.NETWORK])
+    _check_dtype(dtype, engines[0].dtypes.get(Purpose.NETWORK, ()))
     if dtype is not None:
         module, example_input = module.to(dtype), example_input.to(dtype)
         head = None if head is None else head.to(dtype)
