@@ -23,14 +23,12 @@ import torch
 import triton
 from triton.errors import TritonError
 
+from .. import environment
 from . import configurations, implicit_gemm, launch, layout
 from .architectures import find_architecture
 from .configurations import Configuration, Problem
 
-__all__ = ["VARIABLE", "Cache", "cache_path", "choose", "configuration_for", "enabled", "measure"]
-
-VARIABLE = "THRESHNET_FAST_AUTOTUNE"
-"""Environment variable that asks for measuring."""
+__all__ = ["Cache", "cache_path", "choose", "configuration_for", "enabled", "measure"]
 
 # Of all configurations, those of the lowest estimates are measured.
 _MEASURED = 8
@@ -40,7 +38,7 @@ _lock = threading.Lock()
 
 def enabled() -> bool:
     """Returns whether tiles are to be measured."""
-    return os.environ.get(VARIABLE, "0") not in ("", "0")
+    return environment.switched_on(environment.AUTOTUNE)
 
 
 def cache_path() -> Path:

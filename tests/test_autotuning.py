@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 from threshnet_fast.kernels import autotuning, configurations
 from threshnet_fast.kernels.autotuning import Cache, choose
 
+from threshnet_fast import environment
+
 CPU = torch.device("cpu")
 PROBLEM = configurations.Problem(196, 160, 512, 9, torch.float16)
 
@@ -172,7 +174,7 @@ def test_the_variable_and_the_argument(
     monkeypatch: pytest.MonkeyPatch, variable: str, argument, device: str, expected: bool
 ) -> None:
     measured = configurations.Configuration(1, 2, 3, 4, 5)
-    monkeypatch.setenv(autotuning.VARIABLE, variable)
+    monkeypatch.setenv(environment.AUTOTUNE, variable)
     monkeypatch.setattr(autotuning, "choose", lambda *_: measured)
     found = autotuning.configuration_for(
         PROBLEM, "sm_90", 132, torch.device(device), measured=argument
@@ -198,11 +200,11 @@ def test_threads_lose_no_entry(cache: Cache) -> None:
 
 
 def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(autotuning.VARIABLE, raising=False)
+    monkeypatch.delenv(environment.AUTOTUNE, raising=False)
     assert not autotuning.enabled()
-    monkeypatch.setenv(autotuning.VARIABLE, "0")
+    monkeypatch.setenv(environment.AUTOTUNE, "0")
     assert not autotuning.enabled()
-    monkeypatch.setenv(autotuning.VARIABLE, "1")
+    monkeypatch.setenv(environment.AUTOTUNE, "1")
     assert autotuning.enabled()
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import threshnet_fast as tf
-from threshnet_fast import cli
+from threshnet_fast import cli, environment
 from threshnet_fast.bench import (
     comparison,
     cpu_engines,
@@ -1316,7 +1316,7 @@ class TestDoctor:
 
     @pytest.mark.usefixtures("needs_engine")
     def test_bad_instruction_set(self, monkeypatch, capsys):
-        monkeypatch.setenv(cpu.ISA_VARIABLE, "mmx")
+        monkeypatch.setenv(environment.CPU_ISA, "mmx")
         assert main(["doctor"]) == 1
         assert "[FAIL] instruction set: THRESHNET_FAST_CPU_ISA is 'mmx'" in capsys.readouterr().out
 

@@ -17,7 +17,10 @@ from test_plan import small
 from torch import nn
 
 import threshnet_fast as tf
+from threshnet_fast import environment
+from threshnet_fast.engines import cache as engine_cache
 from threshnet_fast.engines import cpu
+from threshnet_fast.plan.lower import PlanSource
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -171,7 +174,10 @@ def test_asking_for_the_engine_where_it_cannot_run_is_an_error(model, x):
     with tf.use_backend("cpu"):
         with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run this call: gradients"):
             model(x.clone().requires_grad_())
-        with pytest.raises(RuntimeError, match=r"dtype torch\.float16"), torch.no_grad():
+        with (
+            pytest.raises(RuntimeError, match=r"these tensors are torch\.float16"),
+            torch.no_grad(),
+        ):
             model.eval().half()(x.half())
 
 
@@ -194,12 +200,12 @@ def test_many_shapes_keep_a_bounded_number_of_plans(model):
     for size in range(32, 56):
         x = torch.randn(1, 3, size, 32)
         assert_same(fused(model, x), plain(model, x))
-    assert len(model._fused._snapshot._cpu_plans) <= 16
+    assert len(model._fused._snapshot.plans.of(cpu.ENGINE)) <= 16
 
 
 def test_plans_used_last_are_kept(model, x):
     fused(model, x)
-    plans = model._fused._snapshot._cpu_plans
+    plans = model._fused._snapshot.plans.of(cpu.ENGINE)
     (first,) = plans._plans.values()
     for size in range(32, 60):
         fused(model, torch.randn(1, 3, size, 32))
@@ -214,7 +220,7 @@ def sizes_of_other_layouts(model, count):
     for height in range(32, 500, 12):
         shape = torch.Size((1, 3, height, 40))
         arguments = {"isa": cpu.isa_code(), "threads": torch.get_num_threads(), "winograd": -1}
-        compiled = cpu.compile_network(model, shape, head=True, **arguments)
+        compiled = cpu.compile_network(PlanSource(model), shape, head=True, **arguments)
         if compiled.layout != 0:
             # 0 is that of direct convolution.
             layouts.setdefault(compiled.layout, shape)
@@ -225,16 +231,16 @@ def sizes_of_other_layouts(model, count):
 
 def test_packed_weights_of_many_layouts_are_bounded(model, monkeypatch):
     shapes = sizes_of_other_layouts(model, 3)
-    monkeypatch.setenv(cpu.WINOGRAD_VARIABLE, "auto")
+    monkeypatch.setenv(environment.WINOGRAD, "auto")
     frozen = tf.optimize(model, torch.randn(shapes[0]))
     for cache, call in (
-        (frozen._cpu_plans, frozen),
+        (frozen._plans, frozen),
         (None, lambda x: fused(model, x)),
     ):
         call(torch.randn(shapes[0]))
-        cache = cache or model._fused._snapshot._cpu_plans
+        cache = cache or model._fused._snapshot.plans.of(cpu.ENGINE)
         one = cache.packed_bytes
-        monkeypatch.setattr(cpu, "_MAX_PACKED_BYTES", 2 * one + one // 2)
+        monkeypatch.setattr(engine_cache, "_MAX_PACKED_BYTES", 2 * one + one // 2)
         first = [call(torch.ones(shape)) for shape in shapes]
         # Two that were first, and direct convolution for all others.
         assert len(cache._packed) <= 3
@@ -253,18 +259,18 @@ def test_packed_weights_of_many_layouts_are_bounded(model, monkeypatch):
 def test_packed_weights_that_are_not_used_make_room(model, monkeypatch):
     shapes = sizes_of_other_layouts(model, 3)
     fused(model, torch.randn(shapes[0]))
-    cache = model._fused._snapshot._cpu_plans
+    cache = model._fused._snapshot.plans.of(cpu.ENGINE)
     (first,) = cache._packed
-    monkeypatch.setattr(cpu, "_MAX_PACKED_BYTES", cache.packed_bytes + 1)
-    monkeypatch.setattr(cpu, "_MAX_PLANS", 2)
-    monkeypatch.setattr(cpu, "_UNUSED_PLANS", 4)
+    monkeypatch.setattr(engine_cache, "_MAX_PACKED_BYTES", cache.packed_bytes + 1)
+    monkeypatch.setattr(engine_cache, "_MAX_PLANS", 2)
+    monkeypatch.setattr(engine_cache, "_UNUSED_PLANS", 4)
     fused(model, torch.randn(shapes[1]))
     assert first in cache._packed
     assert len(cache._direct) == 1
-    arguments = {"isa": cpu.isa_code(), "winograd": 0, "head": True}
+    setting = cpu.CpuSetting(cpu.isa_code(), 0, torch.get_num_threads())
     for width in range(41, 46):
-        cache.get(model, torch.Size((1, 3, 40, width)), **arguments)
-    monkeypatch.setattr(cpu, "_MAX_PACKED_BYTES", cache.packed_bytes + 1)
+        cache.get(torch.Size((1, 3, 40, width)), True, setting)
+    monkeypatch.setattr(engine_cache, "_MAX_PACKED_BYTES", cache.packed_bytes + 1)
     fused(model, torch.randn(shapes[2]))
     assert first not in cache._packed
     assert_same(fused(model, torch.ones(shapes[0])), plain(model, torch.ones(shapes[0])))
@@ -272,24 +278,24 @@ def test_packed_weights_that_are_not_used_make_room(model, monkeypatch):
 
 def test_workspaces_are_bounded(model, x, monkeypatch):
     fused(model, x)
-    cache = model._fused._snapshot._cpu_plans
+    cache = model._fused._snapshot.plans.of(cpu.ENGINE)
     (cached,) = cache._plans.values()
-    one = cached.compiled.kept_bytes
+    one = cached.plan.kept_bytes
     monkeypatch.setattr(cpu, "_SPARE_BYTES", 3 * one)
-    spare = [torch.empty_like(workspace) for workspace in cached.compiled._workspaces * 3]
-    cached.compiled._workspaces.extend(spare)
-    assert len(cached.compiled._workspaces) == 4
+    spare = [torch.empty_like(workspace) for workspace in cached.plan._workspaces * 3]
+    cached.plan._workspaces.extend(spare)
+    assert len(cached.plan._workspaces) == 4
     fused(model, x)
-    assert cached.compiled.kept_bytes == 3 * one
-    monkeypatch.setattr(cpu, "_MAX_WORKSPACE_BYTES", 2 * one)
+    assert cached.plan.kept_bytes == 3 * one
+    monkeypatch.setattr(cpu.ENGINE, "max_kept_bytes", 2 * one)
     for width in range(32, 40):
         fused(model, torch.randn(2, 3, 40, width))
     assert len(cache) < 4
 
 
 def test_threads_race_for_more_plans_than_are_kept(model, monkeypatch):
-    monkeypatch.setattr(cpu, "_MAX_PLANS", 2)
-    monkeypatch.setattr(cpu, "_MAX_PACKED_BYTES", 1)
+    monkeypatch.setattr(engine_cache, "_MAX_PLANS", 2)
+    monkeypatch.setattr(engine_cache, "_MAX_PACKED_BYTES", 1)
     inputs = [torch.randn(1, 3, 32 + 12 * i, 40) for i in range(12)]
     expected = [fused(model, x) for x in inputs]
 
@@ -300,7 +306,7 @@ def test_threads_race_for_more_plans_than_are_kept(model, monkeypatch):
         for results in pool.map(work, range(8)):
             for position, output in results:
                 assert output.equal(expected[position])
-    cache = model._fused._snapshot._cpu_plans
+    cache = model._fused._snapshot.plans.of(cpu.ENGINE)
     assert len(cache) <= 2
     assert len(cache._packed) <= 2
 
@@ -309,7 +315,7 @@ def test_large_batches_run_in_parts(randomised):
     model = randomised(small())
     x = torch.randn(301, 3, 64, 64)
     assert_same(fused(model, x), plain(model, x))
-    compiled, _ = model._fused._snapshot.for_cpu(model, x.shape, True, x.dtype)
+    compiled, _ = model._fused._snapshot.prepared(cpu.ENGINE, x, True, x.dtype)
     assert compiled.batch < 301
 
 
@@ -506,7 +512,7 @@ def test_weights_made_in_inference_mode_take_the_plain_path(x):
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
 def test_instruction_set_is_taken_from_the_environment(model, x, isa, monkeypatch):
     expected = plain(model, x)
-    monkeypatch.setenv(cpu.ISA_VARIABLE, isa)
+    monkeypatch.setenv(environment.CPU_ISA, isa)
     try:
         cpu.isa()
     except ValueError as error:
@@ -517,7 +523,7 @@ def test_instruction_set_is_taken_from_the_environment(model, x, isa, monkeypatc
 
 
 def test_wrong_instruction_set_is_an_error(model, x, monkeypatch):
-    monkeypatch.setenv(cpu.ISA_VARIABLE, "avx1024")
+    monkeypatch.setenv(environment.CPU_ISA, "avx1024")
     with pytest.raises(ValueError, match=r"THRESHNET_FAST_CPU_ISA is 'avx1024': expected one of"):
         fused(model, x)
 
@@ -575,10 +581,10 @@ def test_exact_by_the_environment(model, x, monkeypatch):
     with torch.no_grad():
         assert "winograd" in str(tf.explain(model, x))
         assert_same(fused(model, x), expected)
-        monkeypatch.setenv(cpu.EXACT_VARIABLE, "1")
+        monkeypatch.setenv(environment.EXACT, "1")
         assert "winograd" not in str(tf.explain(model, x))
         exact = fused(model, x)
-        monkeypatch.delenv(cpu.EXACT_VARIABLE)
+        monkeypatch.delenv(environment.EXACT)
     assert_same(exact, expected)
     assert not exact.equal(fused(model, x))
     assert tf.optimize(model, x, exact=True)(x).equal(exact)

@@ -27,7 +27,9 @@ from test_plan import small
 from torch import Tensor, nn
 
 import threshnet_fast as tf
-from threshnet_fast.engines import cuda, cuda_graphs, select, triton
+from threshnet_fast import environment
+from threshnet_fast.engines import cuda, select, triton
+from threshnet_fast.runtime.frozen import FrozenNetwork
 
 GPU = torch.device("cuda")
 
@@ -172,8 +174,9 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 def captured_graphs(owner: object) -> int:
     """How many CUDA graphs a model or a frozen network replays."""
-    holder = owner if hasattr(owner, "_gpu_plans") else owner._fused._snapshot
-    plans = [plan for cache in holder._gpu_plans.values() for plan in cache._plans.values()]
+    frozen = isinstance(owner, FrozenNetwork)
+    caches = [owner._plans] if frozen else owner._fused._snapshot.plans._caches.values()
+    plans = [cached.plan for cache in caches for cached in cache._plans.values()]
     workspaces = [workspace for plan in plans for workspace in plan._workspaces.values()]
     return sum(workspace._graph is not None for workspace in workspaces)
 
@@ -597,7 +600,7 @@ def test_replay_equals_launches_bit_by_bit(network, precision, monkeypatch) -> N
     with multiplied(arithmetic):
         replayed = [fused(network, each) for each in inputs * 2]
         assert captured_graphs(network) == 1
-        monkeypatch.setenv(cuda_graphs.VARIABLE, "0")
+        monkeypatch.setenv(environment.CUDA_GRAPHS, "0")
         twin = copy.deepcopy(network)
         launched = [fused(twin, each) for each in inputs * 2]
     assert captured_graphs(twin) == 0
@@ -827,7 +830,7 @@ def allocated() -> int:
 @pytest.mark.parametrize("kind", ["model", "frozen"])
 @pytest.mark.parametrize("graphs", ["1", "0"])
 def test_memory_does_not_grow(network, kind, graphs, monkeypatch) -> None:
-    monkeypatch.setenv(cuda_graphs.VARIABLE, graphs)
+    monkeypatch.setenv(environment.CUDA_GRAPHS, graphs)
     inputs = [photograph_like(2, size, 48).cuda() for size in (32, 48)]
     call = tf.optimize(network, inputs[0]) if kind == "frozen" else network
     with torch.no_grad():

@@ -13,7 +13,7 @@ from training import build
 
 import threshnet_fast as tf
 from threshnet_fast.engines import cpu
-from threshnet_fast.ops import registration, validate
+from threshnet_fast.ops import registration
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -119,7 +119,7 @@ def check_within_the_limits(limit: str) -> None:
     for call in (before, after):
         expected = call([x], weight, stride, padding, "reference")
         torch.testing.assert_close(call([x], weight, stride, padding, "cpu"), expected)
-        assert validate.beyond_limits("cpu", [x], weight, expected.shape, padding) is None
+        assert cpu.ENGINE.operator_objection([x], weight, expected.shape, padding, []) is None
 
 
 def test_slices_that_lie_far_apart():
@@ -146,3 +146,7 @@ def test_network_beyond_a_limit_runs_as_plain_pytorch():
         assert "a kernel has over 64 taps" in str(tf.explain(model, x))
         with tf.use_backend("cpu"), pytest.raises(RuntimeError, match="over 64 taps"):
             model(x)
+        with pytest.warns(UserWarning, match="a kernel has over 64 taps"):
+            frozen = tf.optimize(model, x)
+        assert frozen.backend == "reference"
+        assert frozen(x).equal(expected)

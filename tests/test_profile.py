@@ -13,6 +13,7 @@ import torch
 from test_plan import small
 
 import threshnet_fast as tf
+from threshnet_fast import environment
 from threshnet_fast.bench import profile, results, roofline
 from threshnet_fast.cli import CommandError, main
 from threshnet_fast.engines import cpu
@@ -244,7 +245,7 @@ def tiny(monkeypatch, tmp_path) -> str:
     monkeypatch.setitem(registry._REGISTRY, "tiny", build)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("THRESHNET_FAST_DEBUG", raising=False)
-    monkeypatch.delenv(cpu.EXACT_VARIABLE, raising=False)
+    monkeypatch.delenv(environment.EXACT, raising=False)
     return "tiny"
 
 
@@ -323,7 +324,7 @@ class TestCommand:
         assert list(tmp_path.iterdir()) == []
 
     def test_exact(self, capsys, monkeypatch):
-        monkeypatch.setenv(cpu.EXACT_VARIABLE, "1")
+        monkeypatch.setenv(environment.EXACT, "1")
         assert profiled("--cell", "64:1", "--csv", "a.csv") == 0
         assert ", exact" in capsys.readouterr().out
         rows = read("a.csv")
@@ -331,7 +332,7 @@ class TestCommand:
         assert not any(row["algorithm"].startswith("winograd") for row in rows)
 
     def test_instruction_set(self, monkeypatch):
-        monkeypatch.setenv(cpu.ISA_VARIABLE, "scalar")
+        monkeypatch.setenv(environment.CPU_ISA, "scalar")
         assert profiled("--cell", "32:1", "--csv", "a.csv") == 0
         assert {row["isa"] for row in read("a.csv")} == {"scalar"}
 

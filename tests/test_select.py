@@ -3,15 +3,18 @@
 import asyncio
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from test_plan import small
 
+import threshnet_fast as tf
 from threshnet_fast import extension, ops, show_config, use_backend
 from threshnet_fast import installation as config
-from threshnet_fast.engines import cpu, cuda, select, triton
+from threshnet_fast.engines import cpu, cuda, registry, select, triton
+from threshnet_fast.engines.base import Purpose
 from threshnet_fast.engines.select import Choice, choose, requested_backend
 
 needs_cpu_backend = pytest.mark.skipif(
@@ -115,7 +118,7 @@ def test_unknown_name_suggests_the_nearest(name: str, nearest: str) -> None:
 def test_name_like_no_other_lists_them_all() -> None:
     with pytest.raises(ValueError, match="name is 'xyzzy': expected one of") as caught:
         use_backend("xyzzy")
-    assert all(repr(name) in str(caught.value) for name in select.NAMES)
+    assert all(repr(name) in str(caught.value) for name in select.names())
     assert "did you mean" not in str(caught.value)
 
 
@@ -416,3 +419,144 @@ def test_show_config_survives_a_closed_terminal(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("sys.stdout", Closed())
     assert show_config()["threshnet_fast"]
+
+
+class Mine(cpu.CpuEngine):
+    """Another engine for the CPU, as a package of one's own may have one."""
+
+    name = "mine"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def prepare(self, source, shape, *, head, setting):
+        self.calls.append("prepare")
+        plan = super().prepare(source, shape, head=head, setting=setting)
+        plan.backend = self.name
+        return plan
+
+    def operator(self, name, xs, *arguments):
+        self.calls.append(name)
+        return super().operator(name, xs, *arguments)
+
+
+@pytest.fixture
+def mine() -> Iterator[Mine]:
+    yield registry.register(Mine(), rank=-1, auto_on="cpu")
+    registry.unregister(Mine.name)
+
+
+@needs_cpu_backend
+def test_an_engine_is_taken_everywhere_once_it_is_registered(mine: Mine, ran: list[str]) -> None:
+    assert "mine" in select.names()
+    model, x = small().eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        y = model(x)
+        assert tf.explain(model, x).backend == "mine"
+        frozen = tf.optimize(model, x)
+    assert frozen.backend == "mine"
+    assert frozen(x).equal(y)
+    assert mine.calls == ["prepare", "prepare"]
+    assert tf.explain(model, x).backend == "mine"
+    model(x).sum().backward()
+    run_both()
+    with use_backend("mine"):
+        run_both()
+    run_both(backend="mine")
+    assert mine.calls[2:] == ["cat_bn_relu_conv", "cat_conv_bn_relu"] * 3
+    assert ran == []
+    with pytest.raises(ValueError, match="engine 'mine' is registered"):
+        registry.register(Mine())
+    with use_backend("cpu"), torch.no_grad():
+        assert tf.explain(model, x).backend == "cpu"
+        assert model(x).equal(y)
+
+
+def test_an_engine_that_is_gone_cannot_be_asked_for() -> None:
+    registry.register(Mine(), auto_on="cpu")
+    registry.unregister(Mine.name)
+    assert choose([torch.ones(1)]).backend != "mine"
+    with pytest.raises(ValueError, match="name is 'mine'"):
+        use_backend("mine")
+
+
+def reasons(model: torch.nn.Module, x: torch.Tensor) -> dict[str, str]:
+    """Why the CPU's engine does not run, as everybody who asks it is told."""
+    found = {"operators": choose([x]).reason}
+    with use_backend("cpu"):
+        for name, run in (("model(x)", model), ("explain", lambda x: tf.explain(model, x))):
+            with pytest.raises(RuntimeError) as caught, torch.no_grad():
+                run(x)
+            found[name] = str(caught.value).removeprefix("backend 'cpu' cannot run this call: ")
+    with torch.no_grad():
+        found["explain, auto"] = tf.explain(model, x).reason
+    found["optimize"] = tf.optimize(model, x).reason
+    _, found["training"] = select.training_engine(x)
+    return found
+
+
+@needs_cpu_backend
+def test_tensors_elsewhere_get_one_objection() -> None:
+    x = torch.ones(1, 3, 32, 32, device="meta")
+    found = reasons(small().eval().to("meta"), x)
+    assert set(found.values()) == {"backend 'cpu' needs tensors on the CPU, these are on meta"}
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_an_extension_that_is_missing_gets_one_objection() -> None:
+    found = reasons(small().eval(), torch.ones(1, 3, 32, 32))
+    assert set(found.values()) == {"backend 'cpu' is unavailable: the library is not there"}
+
+
+@needs_cpu_backend
+def test_a_dtype_gets_one_objection_for_each_purpose() -> None:
+    x = torch.ones(1, 3, 32, 32, dtype=torch.float16)
+    found = reasons(small().eval().half(), x)
+    one = "backend 'cpu' needs torch.float32 tensors, these are torch.float16"
+    assert {found.pop("operators"), found.pop("training")} == {one}
+    several = "one of torch.float32, torch.bfloat16: these tensors are torch.float16"
+    assert set(found.values()) == {f"backend 'cpu' needs {several}"}
+
+
+@needs_cpu_backend
+def test_autocast_is_an_objection_to_networks_and_training() -> None:
+    x = torch.ones(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        dtype = select.autocast_dtype(x)
+        assert dtype is torch.bfloat16
+        texts = {
+            str(cpu.ENGINE.objection(x, dtype, purpose))
+            for purpose in (Purpose.NETWORK, Purpose.TRAINING)
+        }
+        assert texts == {tf.explain(small().eval().requires_grad_(False), x).reason}
+    assert "autocast is enabled" in texts.pop()
+    assert select.autocast_dtype(x) is None
+
+
+@needs_cpu_backend
+def test_an_engine_for_one_purpose_objects_to_the_others(mine: Mine) -> None:
+    mine.dtypes = {Purpose.OPERATOR: (torch.float32,)}
+    model, x = small().eval(), torch.ones(1, 3, 32, 32)
+    with torch.no_grad(), use_backend("mine"):
+        with pytest.raises(RuntimeError, match=r"call: backend 'mine' computes no networks$"):
+            model(x)
+        assert tf.optimize(model, x).reason == "backend 'mine' computes no networks"
+    assert choose([x]).backend == "mine"
+
+
+def test_engines_that_train_single_operations_only(gpu) -> None:
+    gpu("triton", "cuda")
+    engine, reason = select.training_engine(OnGPU(torch.float32))
+    assert engine is None
+    assert reason == (
+        "backend 'triton' trains single operations only; "
+        "backend 'cuda' trains single operations only"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device_type", "order"), [("cuda", ("triton", "cuda")), ("cpu", ("cpu",))]
+)
+def test_order_of_auto_is_that_of_the_ranks(device_type: str, order: tuple[str, ...]) -> None:
+    assert registry.automatic(device_type) == order
+    assert registry.automatic("meta") == ("cpu",)

@@ -14,9 +14,10 @@ The package works without any of them (pure PyTorch), so nothing here raises: ca
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
+
+from . import environment
 
 NAMESPACE = "threshnet_fast_cpu"
 """Namespace of the operators of the C++ engine."""
@@ -87,8 +88,8 @@ class _Library:
 
     def left_out_reason(self) -> str | None:
         """Returns why there is nothing to load, or None; loads nothing."""
-        if os.environ.get("THRESHNET_FAST_NO_EXT", "0") not in ("", "0"):
-            return "the C++ extension is switched off by THRESHNET_FAST_NO_EXT"
+        if environment.switched_on(environment.NO_EXTENSION):
+            return f"the C++ extension is switched off by {environment.NO_EXTENSION}"
         if self.path() is None:
             return (
                 f"the {self.title} was not built when threshnet_fast was installed "

@@ -6,6 +6,8 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import environment
+
 
 @dataclass(frozen=True, repr=False)
 class Config:
@@ -89,17 +91,17 @@ def _cpu_isa() -> str:
     reason = cpu.unavailable_reason()
     if reason:
         return f"none: {reason}"
-    cap = os.environ.get("THRESHNET_FAST_CPU_ISA")
-    why = f"THRESHNET_FAST_CPU_ISA={cap}" if cap else "the best that this CPU and the kernels share"
+    cap = environment.value(environment.CPU_ISA)
+    why = f"{environment.CPU_ISA}={cap}" if cap else "the best that this CPU and the kernels share"
     return f"{cpu.isa()} ({why})"
 
 
 def _backend() -> str:
     from .engines import select
 
-    requested = select.requested_backend()
-    if requested != "auto":
-        return f"{requested} (asked for by use_backend)"
+    request = select.request()
+    if not request.automatic:
+        return f"{request.name} (asked for by use_backend)"
     from .engines import cpu, cuda, triton
 
     places = []
@@ -160,8 +162,8 @@ def _threads() -> str:
 
 
 def _environment() -> str:
-    names = sorted(name for name in os.environ if name.startswith("THRESHNET_FAST_"))
-    return " ".join(f"{name}={os.environ[name]}" for name in names) or "no THRESHNET_FAST_* is set"
+    found = (f"{name}={value}" for name, value in environment.values().items())
+    return " ".join(found) or "no THRESHNET_FAST_* is set"
 
 
 _QUESTIONS: dict[str, Callable[[], str]] = {

@@ -21,9 +21,11 @@ from torch import Tensor
 
 import threshnet_fast as tf
 from emulation import cuda_operators
-from threshnet_fast.engines import cuda, cuda_graphs, cuda_plan, gpu_plan, triton
+from threshnet_fast import environment
+from threshnet_fast.engines import cache, cuda, cuda_graphs, cuda_plan, gpu_plan, triton
 from threshnet_fast.engines.gpu_plan import GpuPlan, Workspace
 from threshnet_fast.plan import Plan, lower
+from threshnet_fast.plan.lower import PlanSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,7 +210,7 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
 def device(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     standin = Torch(device)
-    modules = [cuda_graphs, gpu_plan]
+    modules = [cache, cuda_graphs, gpu_plan]
     if executor.name == "cuda":
         standin.ops = SimpleNamespace(threshnet_fast_cuda=operators(device))
         modules.append(cuda_plan)
@@ -408,9 +410,9 @@ def test_without_graphs(executor, model, x, device) -> None:
 
 @pytest.mark.parametrize(("value", "wanted"), [("0", False), ("", False), ("1", True)])
 def test_switch(monkeypatch, value: str, wanted: bool) -> None:
-    monkeypatch.setenv(cuda_graphs.VARIABLE, value)
+    monkeypatch.setenv(environment.CUDA_GRAPHS, value)
     assert cuda_graphs.enabled() is wanted
-    monkeypatch.delenv(cuda_graphs.VARIABLE)
+    monkeypatch.delenv(environment.CUDA_GRAPHS)
     assert cuda_graphs.enabled() is True
 
 
@@ -462,25 +464,26 @@ def test_one_capture_at_a_time(executor, model, x, device, monkeypatch) -> None:
 
 def test_weights_are_not_packed_within_a_capture(executor, model, x, device, monkeypatch) -> None:
     monkeypatch.setattr(executor.backend, "target", lambda _, dtype: executor.target(dtype))
-    cache = executor.backend.PlanCache()
+    engine = executor.backend.ENGINE
+    plans, setting = cache.PlanCache(engine, PlanSource(model)), engine.setting(GPU, torch.float16)
     with (
         device.capture(Graph()),
         pytest.raises(
             RuntimeError, match=r"packed in torch\.float16 while .*call the network once"
         ),
     ):
-        cache.get(model, x, head=True, dtype=torch.float16)
-    _, packed = cache.get(model, x, head=True, dtype=torch.float16)
+        plans.get(x.shape, True, setting)
+    _, packed = plans.get(x.shape, True, setting)
     with device.capture(Graph()):
-        assert cache.get(model, x, head=True, dtype=torch.float16)[1] is packed
+        assert plans.get(x.shape, True, setting)[1] is packed
 
 
 def test_weights_of_a_captured_call_are_kept(executor, model, x, monkeypatch) -> None:
     """The caller's graph goes on reading them after the model has changed: from one memory."""
 
     def tensors() -> list[Tensor]:
-        plans = model._fused._snapshot._gpu_plans[executor.name]
-        return gpu_plan._tensors(plans._packed[torch.float32])
+        plans = model._fused._snapshot.plans.of(executor.backend.ENGINE)
+        return cache.tensors_of(plans._packed[torch.float32])
 
     with torch.no_grad(), tf.use_backend(executor.name):
         model(x)
@@ -511,25 +514,25 @@ def test_weights_of_a_captured_call_are_kept(executor, model, x, monkeypatch) ->
 def test_weights_that_nobody_captured_are_packed_into_new_memory(executor, model, x) -> None:
     with torch.no_grad(), tf.use_backend(executor.name):
         model(x)
-        plans = model._fused._snapshot._gpu_plans[executor.name]
+        plans = model._fused._snapshot.plans.of(executor.backend.ENGINE)
         packed = plans._packed[torch.float32]
         model.base[1].conv.weight.mul_(-2)
         model(x)
-        plans = model._fused._snapshot._gpu_plans[executor.name]
+        plans = model._fused._snapshot.plans.of(executor.backend.ENGINE)
         assert plans._packed[torch.float32] is not packed
 
 
 def test_plans_used_last_are_kept(executor, model, x, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_plan, "_MAX_PLANS", 3)
+    monkeypatch.setattr(cache, "_MAX_PLANS", 3)
     with torch.no_grad(), tf.use_backend(executor.name):
         model(x)
-        plans = model._fused._snapshot._gpu_plans[executor.name]
+        plans = model._fused._snapshot.plans.of(executor.backend.ENGINE)
         (first,) = plans._plans.values()
         for width in (33, 34, 35, 36):
             model(torch.randn(1, 3, 32, width))
             model(x)
         assert len(plans) == 3
         assert first in plans._plans.values()
-        monkeypatch.setattr(gpu_plan, "_MAX_BYTES", first.arena_bytes - 1)
+        monkeypatch.setattr(executor.backend.ENGINE, "max_kept_bytes", first.plan.arena_bytes - 1)
         model(torch.randn(1, 3, 32, 37))
         assert len(plans) == 1

@@ -19,10 +19,12 @@ from torch import Tensor
 import threshnet_fast as tf
 from emulation.cuda_operators import emulated_cuda, skip_reason
 from emulation.networks import check_steps, first_blocks_of_threshnet79, odd
+from threshnet_fast import environment
 from threshnet_fast.engines import base, cuda, cuda_graphs, samples, select, triton
 from threshnet_fast.engines.cuda_plan import CudaPlan, Target, pack_network
 from threshnet_fast.plan import UnsupportedModule, limits, lower
 from threshnet_fast.plan.ir import Segment
+from threshnet_fast.plan.lower import PlanSource
 
 pytestmark = [
     pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason())),
@@ -225,7 +227,7 @@ def test_changed_weights_are_packed_again(model) -> None:
 def test_weights_are_packed_once_for_all_shapes(model) -> None:
     for size in (32, 40, 48):
         check(model, torch.randn(1, 3, size, 32))
-    plans = model._fused._snapshot._gpu_plans["cuda"]
+    plans = model._fused._snapshot.plans.of(cuda.ENGINE)
     assert len(plans) == 3
     assert list(plans._packed) == [torch.float32]
 
@@ -385,7 +387,7 @@ def test_plain_pytorch_where_neither_can(model, monkeypatch) -> None:
     monkeypatch.setattr(select, "_fused_backends", lambda name, x: ("triton", "cuda"))
     monkeypatch.setattr(limits, "MAX_PIXELS", 100)
     for module in (triton, cuda):
-        monkeypatch.setattr(module, "objection", lambda x, dtype=None: None)
+        monkeypatch.setattr(module.ENGINE, "objection", lambda *_: None)
     monkeypatch.setattr(triton, "target", lambda *_: Target(CPU, torch.float32, 90, 132, 0))
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad(), emulated_cuda():
@@ -400,7 +402,7 @@ def test_kernels_that_do_not_start_are_an_objection(monkeypatch) -> None:
     x = torch.ones(1, 1, 1, 1)
     with emulated_cuda():
         cuda._first_launch_failure.cache_clear()
-        assert cuda.objection(x) is None
+        assert cuda.ENGINE.objection(x) is None
         cuda._first_launch_failure.cache_clear()
         operator = mock.Mock(side_effect=RuntimeError("no kernel image is available\nhere"))
         monkeypatch.setattr(torch.ops.threshnet_fast_cuda, "cat_conv_bn_relu", operator)
@@ -409,10 +411,10 @@ def test_kernels_that_do_not_start_are_an_objection(monkeypatch) -> None:
                 with pytest.raises(
                     RuntimeError, match=r"do not start on cpu: no kernel image .*e$"
                 ):
-                    raise cuda.objection(x)
+                    raise cuda.ENGINE.objection(x)
             operator.assert_called_once()
             monkeypatch.setattr(cuda_graphs, "capturing", lambda device: True)
-            assert cuda.objection(x) is None
+            assert cuda.ENGINE.objection(x) is None
         finally:
             cuda._first_launch_failure.cache_clear()
 
@@ -426,6 +428,7 @@ import torch
 from emulation.cuda_operators import emulated_cuda
 from test_plan import small
 import threshnet_fast as tf
+from threshnet_fast import environment
 from threshnet_fast.engines import triton
 assert triton.unavailable_reason() == "triton is not installed"
 model, x = small(), torch.randn(1, 3, 32, 32)
@@ -469,10 +472,11 @@ def test_samples_notice_what_is_written(randomised) -> None:
 
 
 def test_graphs_follow_the_switch(monkeypatch) -> None:
-    monkeypatch.setenv(cuda_graphs.VARIABLE, "0")
-    plan = lower(small(), (1, 3, 32, 32), fold=False)
+    monkeypatch.setenv(environment.CUDA_GRAPHS, "0")
+    source = PlanSource(small())
     with emulated_cuda():
-        target = Target(torch.device("cuda", 0), torch.float16, 90, 132, 227 * 1024)
-        assert not cuda.PlanCache()._prepare(plan, target)._graphs
-        monkeypatch.delenv(cuda_graphs.VARIABLE)
-        assert cuda.PlanCache()._prepare(plan, target)._graphs
+        for graphs in (False, True):
+            setting = cuda.ENGINE.setting(torch.device("cuda", 0), torch.float16)
+            prepared = cuda.ENGINE.prepare(source, (1, 3, 32, 32), head=True, setting=setting)
+            assert prepared._graphs == graphs
+            monkeypatch.delenv(environment.CUDA_GRAPHS, raising=False)

@@ -228,7 +228,7 @@ def test_auto_passes_over_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("on_cuda")
 def test_tensors_elsewhere_are_refused() -> None:
     x = torch.empty(1, 1, 1, 1, device="meta")
-    objection = cuda.objection(x)
+    objection = cuda.ENGINE.objection(x)
     assert isinstance(objection, ValueError)
     assert "needs tensors on cpu, these are on meta" in str(objection)
 

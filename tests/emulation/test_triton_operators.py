@@ -341,7 +341,7 @@ def test_tensors_elsewhere_are_refused(operator: Operator) -> None:
     xs, parameters = tensors[:-3], tensors[-3:]
     with interpreted():
         assert operator(xs, *parameters, backend="triton").is_meta
-        objection = triton.objection(tensors[0])
+        objection = triton.ENGINE.objection(tensors[0])
     assert isinstance(objection, ValueError)
     assert "needs tensors on cpu, these are on meta" in str(objection)
 

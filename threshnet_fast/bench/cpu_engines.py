@@ -272,21 +272,23 @@ def _executorch(job: Job) -> Provider:
 
 
 def _fused(job: Job) -> Provider:
+    from ..engines.select import is_plain
     from ..runtime.frozen import optimize
 
     call = optimize(job.model, job.x, dtype=job.x.dtype)
-    if call.backend != "cpu":
+    if is_plain(call.backend):
         raise Unavailable(call.reason)
     return Provider(lambda: call(job.x))
 
 
 def _drop_in(job: Job) -> Provider:
+    from ..engines.select import is_plain
     from ..runtime.explain import explain
 
     model = job.model
     with torch.no_grad():
         explanation = explain(model, job.x)
-    if explanation.backend != "cpu":
+    if is_plain(explanation.backend):
         raise Unavailable(explanation.reason)
 
     def run() -> Tensor:

@@ -21,7 +21,6 @@ from .job import Job, Provider, Spec, Unavailable, plain_module
 __all__ = ["CUDA_PROVIDERS", "graphed"]
 
 _WARM_UP_CALLS = 3
-_FUSED_BACKENDS = ("triton", "cuda")
 
 
 def graphed(
@@ -130,10 +129,11 @@ def _compile_in_graph(job: Job) -> Provider:
 
 
 def _fused(job: Job) -> Provider:
+    from ..engines.select import is_plain
     from ..runtime.frozen import optimize
 
     call = optimize(job.model, job.x)
-    if call.backend not in _FUSED_BACKENDS:
+    if is_plain(call.backend):
         raise Unavailable(call.reason)
     return _warm(lambda: call(job.x))
 
@@ -146,12 +146,13 @@ def _fused_cuda(job: Job) -> Provider:
 
 
 def _drop_in(job: Job) -> Provider:
+    from ..engines.select import is_plain
     from ..runtime.explain import explain
 
     model, x = job.model, job.x
     with torch.no_grad():
         explanation = explain(model, x)
-    if explanation.backend not in _FUSED_BACKENDS:
+    if is_plain(explanation.backend):
         raise Unavailable(explanation.reason)
 
     def run() -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines import cpu
+from ..engines.select import is_plain
 from ..errors import CommandError
 from ..models import create_model
 from ..plan import lower
@@ -246,7 +247,7 @@ def _engine(job: Job) -> str:
         reason = cpu.unavailable_reason()
         return f"fused on {cpu.isa()}" if reason is None else "not fused"
     backend = explain(job.model, job.x).backend
-    return "not fused" if backend == "reference" else f"fused by {backend} on {job.x.device}"
+    return "not fused" if is_plain(backend) else f"fused by {backend} on {job.x.device}"
 
 
 def _balance(model: nn.Module, x: Tensor, reference: Tensor) -> Tensor:

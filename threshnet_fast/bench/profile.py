@@ -14,6 +14,7 @@ from ..engines import cpu
 from ..errors import CommandError
 from ..models.network import Network
 from ..plan import FusedConv, Head, Plan, Pool, lower
+from ..plan.lower import PlanSource
 from . import machine
 from .report import thread_count
 from .timing import percentile, progress_bar
@@ -292,9 +293,14 @@ def profile(
     """
     if (seconds is None) == (calls is None):
         raise ValueError("expected exactly one of seconds and calls")
-    compiled, packed = cpu.PlanCache().get(module, x.shape, head=True, isa=isa, winograd=winograd)
+    source = PlanSource(module)
+    threads = torch.get_num_threads()
+    compiled = cpu.compile_network(
+        source, x.shape, head=True, isa=isa, threads=threads, winograd=winograd
+    )
+    packed = cpu.pack_network(source, compiled)
     operators = torch.ops.threshnet_fast_cpu
-    workspace = operators.create_workspace(compiled.program, torch.get_num_threads())
+    workspace = operators.create_workspace(compiled.program, threads)
 
     def profiled() -> tuple[Tensor, Tensor]:
         output, times = operators.profile_plan(x, compiled.program, packed, workspace)

@@ -138,7 +138,7 @@ def _provider(
         # torch annotates only the other forms of Module.to.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = x.contiguous(memory_format=torch.channels_last)
-    compute = with_loss(plain_module(model) if backend == "reference" else model)
+    compute = with_loss(plain_module(model) if select.is_plain(backend) else model)
     if compiled is not None:
         compute = torch.compile(compute, dynamic=False, options=compiled)
     optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9, fused=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .. import environment
 from ..errors import CommandError, print_error
 from ..text import printable
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 where the command failed, 2 where its arguments are wrong.
     """
-    debug = os.environ.get("THRESHNET_FAST_DEBUG", "0") not in ("", "0")
+    debug = environment.switched_on(environment.DEBUG)
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal's encoding lacks must not cost the other results.
         sys.stdout.reconfigure(errors="backslashreplace")

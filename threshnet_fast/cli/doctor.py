@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import extension
+from .. import environment, extension
 from ..bench import machine
 from ..bench.job import Job, Unavailable
 from ..bench.networks import random_model, randomise, reference_output, worst_error
@@ -89,7 +88,7 @@ def _extension() -> Iterator[_Finding]:
     reason = extension.unavailable_reason()
     if reason is None:
         yield _Finding("ok", "C++ extension", str(extension.library_path()))
-    elif "THRESHNET_FAST_NO_EXT" in os.environ and "switched off" in reason:
+    elif environment.switched_on(environment.NO_EXTENSION):
         yield _Finding("warn", "C++ extension", reason)
     else:
         yield _Finding("FAIL", "C++ extension", reason)
@@ -108,9 +107,9 @@ def _instructions() -> Iterator[_Finding]:
     except ValueError as error:
         yield _Finding("FAIL", "instruction set", str(error))
         return
-    cap = os.environ.get("THRESHNET_FAST_CPU_ISA")
+    cap = environment.value(environment.CPU_ISA)
     if cap:
-        yield _Finding("note", "instruction set", f"{isa}, capped by THRESHNET_FAST_CPU_ISA={cap}")
+        yield _Finding("note", "instruction set", f"{isa}, capped by {environment.CPU_ISA}={cap}")
     elif isa == "scalar":
         yield _Finding("warn", "instruction set", "scalar: no AVX2 here, the engine will be slow")
     else:

@@ -1,28 +1,31 @@
-"""The C++ CPU backend: which instruction set it uses, and compiled plans ready to run."""
+"""The C++ engine for the CPU: which instruction set it uses, and compiled plans ready to run."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import os
-import threading
 from collections import deque
 from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import extension
-from ..models.network import Network
-from ..plan.ir import FusedConv, Plan
-from ..plan.lower import UnsupportedModule, lower
+from .. import environment, extension
+from ..environment import AUTOMATIC_WINOGRAD, winograd_by_default
+from ..graph.ir import UnsupportedModule
+from ..plan.ir import FusedConv, Plan, Step
+from ..plan.limits import of_convolution_on_the_cpu
 from ..plan.memory import plan_memory
 from ..plan.serialize import serialize
+from .base import Engine, PreparedPlan, Purpose, Source
+from .registry import register
 
 __all__ = [
     "DTYPES",
+    "ENGINE",
     "CompiledPlan",
-    "PlanCache",
+    "CpuEngine",
+    "CpuSetting",
     "compile_network",
     "describe",
     "isa",
@@ -30,37 +33,14 @@ __all__ = [
     "isa_codes",
     "pack_network",
     "unavailable_reason",
+    "winograd_by_default",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What networks may be of."""
 
-ISA_VARIABLE = "THRESHNET_FAST_CPU_ISA"
-"""Environment variable that caps the instruction set."""
-
-EXACT_VARIABLE = "THRESHNET_FAST_EXACT"
-"""Environment variable that keeps to direct convolution."""
-
-WINOGRAD_VARIABLE = "THRESHNET_FAST_WINOGRAD"
-"""Environment variable that overrides the choice of the algorithm of 3x3 convolutions."""
-
-# Those that it makes faster.
-_AUTOMATIC = -1
-_WINOGRAD = {"": _AUTOMATIC, "auto": _AUTOMATIC, "0": 0, "2": 2, "4": 4}
-
-# Compiled plans kept for a network, one for each input shape and number of threads; and what their
-# workspaces may take together.
-_MAX_PLANS = 16
+# What the workspaces of a network's compiled plans may take together.
 _MAX_WORKSPACE_BYTES = 1 << 30
-
-# What the packed weights of a network may take together, in different layouts.
-_MAX_PACKED_BYTES = 1 << 30
-
-# Weights that none of the last so many compiled plans used make room for others.
-_UNUSED_PLANS = 64
-
-# Input shapes of which is remembered that they keep to direct convolution.
-_MAX_DIRECT = 4096
 
 # Of the workspaces that concurrent calls of a plan have left, as many are kept as fit in this.
 _SPARE_BYTES = 256 << 20
@@ -138,21 +118,30 @@ def isa_code(dtype: torch.dtype = torch.float32) -> int:
         ValueError: As :func:`isa`.
         RuntimeError: As :func:`isa`.
     """
-    codes = isa_codes()
-    codes_bfloat16 = isa_codes(torch.bfloat16)
-    wanted = os.environ.get(ISA_VARIABLE)
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"backend 'cpu' is unavailable: {reason}")
+    return _isa_code(dtype, environment.value(environment.CPU_ISA))
+
+
+@functools.cache
+def _isa_code(dtype: torch.dtype, wanted: str) -> int:
+    """What :func:`isa_code` returns for a value of the variable; found once, as calls need it."""
+    codes, codes_bfloat16 = _supported(torch.float32), _supported(torch.bfloat16)
     if wanted:
         if wanted not in _ISAS:
-            raise ValueError(f"{ISA_VARIABLE} is {wanted!r}: expected one of {', '.join(_ISAS)}")
+            raise ValueError(
+                f"{environment.CPU_ISA} is {wanted!r}: expected one of {', '.join(_ISAS)}"
+            )
         cap = _ISAS.index(wanted)
-        if cap not in [*codes, *codes_bfloat16]:
-            has = ", ".join(_ISAS[code] for code in [*codes, *codes_bfloat16])
-            raise ValueError(f"{ISA_VARIABLE} is {wanted!r}: this processor has only {has}")
+        if cap not in codes + codes_bfloat16:
+            has = ", ".join(_ISAS[code] for code in codes + codes_bfloat16)
+            raise ValueError(f"{environment.CPU_ISA} is {wanted!r}: this processor has only {has}")
         if cap == _AVX512_BF16:
             cap = _AVX512
         else:
-            codes_bfloat16 = []
-        codes = [cap]
+            codes_bfloat16 = ()
+        codes = (cap,)
     return codes_bfloat16[-1] if dtype is torch.bfloat16 and codes_bfloat16 else codes[-1]
 
 
@@ -174,11 +163,14 @@ class CompiledPlan:
         batch: Images that are worked on at once.
         flat_output: Whether the result is ``[N, channels]``.
         arena_bytes: Memory for features.
-        layout: Number that is the same for plans that can share packed weights.
+        layout: Number that is the same for plans of one instruction set that can share packed
+            weights.
         dtype: What it computes in.
+        device: The CPU.
     """
 
     backend = "cpu"
+    device = torch.device("cpu")
 
     def __init__(self, plan: Plan, isa: int, threads: int, winograd: int) -> None:
         arena = plan_memory(plan)
@@ -217,6 +209,11 @@ class CompiledPlan:
         return [_ALGORITHMS[code] for code in codes.tolist()]
 
     @property
+    def packing(self) -> tuple[int, int]:
+        """Equal for plans of one network that can share packed weights."""
+        return self._isa, self.layout
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes of the workspaces that are kept for the next calls."""
         return sum(workspace.nbytes for workspace in self._workspaces.copy())
@@ -244,7 +241,7 @@ class CompiledPlan:
 
 
 def compile_network(
-    module: Network,
+    source: Source,
     input_shape: Sequence[int],
     *,
     head: bool,
@@ -257,7 +254,7 @@ def compile_network(
     Large batches are compiled in equal parts that fit in a bounded arena.
 
     Args:
-        module: The network.
+        source: Makes the network's plans.
         input_shape: ``(N, C, H, W)``.
         head: Whether to end with the logits rather than with the last features.
         isa: As :func:`isa_code` returns it.
@@ -268,150 +265,29 @@ def compile_network(
         UnsupportedModule: The network cannot be lowered.
     """
     batch, *image = input_shape
-    plan = lower(module, (1, *image), head=head, fold=False)
+    plan = source((1, *image), head=head, values=False)
     if batch > 1:
         image_bytes = plan_memory(plan).size * _dtype_of(isa).itemsize
         at_once = max(1, _ARENA_BYTES // image_bytes)
         parts = -(-batch // at_once)
-        plan = lower(module, (-(-batch // parts), *image), head=head, fold=False)
+        plan = source((-(-batch // parts), *image), head=head, values=False)
     return CompiledPlan(plan, isa, threads, winograd)
 
 
-_Key = tuple[Sequence[int], bool, int, int, int]
-
-
-class _Cached:
-    """A compiled plan, its packed weights, and when it was used last."""
-
-    __slots__ = ("compiled", "packed", "used")
-
-    def __init__(self, compiled: CompiledPlan, packed: Tensor, used: int) -> None:
-        self.compiled = compiled
-        self.packed = packed
-        self.used = used
-
-
-class PlanCache:
-    """Compiled plans and packed weights of a network that does not change.
-
-    The sixteen plans that were used last are kept, fewer where their workspaces would take more
-    than 1 GB. The layout of packed weights depends on the steps that take Winograd's algorithm, so
-    on the input shape. Where weights in another layout would exceed 1 GB together, a shape keeps to
-    direct convolution, whose one layout serves all of them, and goes on to do so.
-
-    Calls may come from several threads at once.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._plans: dict[_Key, _Cached] = {}
-        # By instruction set and layout: the weights, and which compilation used them last.
-        self._packed: dict[tuple[int, int], tuple[Tensor, int]] = {}
-        self._direct: dict[_Key, None] = {}
-        self._calls = itertools.count()
-        self._compilations = 0
-
-    def __len__(self) -> int:
-        return len(self._plans)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of all packed weights."""
-        return sum(packed.nbytes for packed, _ in self._packed.copy().values())
-
-    def get(
-        self, module: Network, shape: torch.Size, *, head: bool, isa: int, winograd: int
-    ) -> tuple[CompiledPlan, Tensor]:
-        """Returns the plan for an input shape and the number of threads in use, and its weights.
-
-        Args:
-            module: The network, always the same.
-            shape: ``(N, C, H, W)`` of the input.
-            head: Whether to end with the logits rather than with the last features.
-            isa: As :func:`isa_code` returns it.
-            winograd: As :func:`winograd_by_default` returns it.
-
-        Raises:
-            UnsupportedModule: The network cannot be lowered.
-        """
-        key = (shape, head, isa, torch.get_num_threads(), winograd)
-        # Without the lock, which is held while another thread packs weights.
-        cached = self._plans.get(key)
-        if cached is None:
-            with self._lock:
-                cached = self._plans.get(key) or self._add(module, key)
-        cached.used = next(self._calls)
-        return cached.compiled, cached.packed
-
-    def _add(self, module: Network, key: _Key) -> _Cached:
-        shape, head, isa, threads, winograd = key
-
-        def compile_with(winograd: int, head: bool) -> CompiledPlan:
-            return compile_network(
-                module, shape, head=head, isa=isa, threads=threads, winograd=winograd
-            )
-
-        self._compilations += 1
-        if key in self._direct:
-            winograd = 0
-        compiled = compile_with(winograd, head)
-        if winograd == _AUTOMATIC and not self._has_room((isa, compiled.layout)):
-            if len(self._direct) >= _MAX_DIRECT:
-                self._direct.pop(next(iter(self._direct)))
-            self._direct[key] = None
-            compiled = compile_with(0, head)
-        layout = (isa, compiled.layout)
-        if layout in self._packed:
-            packed = self._packed[layout][0]
-        else:
-            whole = compiled if head else compile_with(0 if key in self._direct else winograd, True)
-            packed = pack_network(module, whole)
-        self._packed[layout] = packed, self._compilations
-        cached = self._plans[key] = _Cached(compiled, packed, next(self._calls))
-        self._forget()
-        return cached
-
-    def _has_room(self, layout: tuple[int, int]) -> bool:
-        """Whether weights in a layout are there or may be added; removes those long unused."""
-        if layout in self._packed or not self._packed:
-            return True
-        # About as much as those that are there.
-        needed = max(packed.nbytes for packed, _ in self._packed.values())
-        in_use = {id(cached.packed) for cached in self._plans.values()}
-        oldest_first = sorted(self._packed, key=lambda layout: self._packed[layout][1])
-        for other in oldest_first:
-            if self.packed_bytes + needed <= _MAX_PACKED_BYTES:
-                break
-            packed, used = self._packed[other]
-            if id(packed) not in in_use and self._compilations - used > _UNUSED_PLANS:
-                del self._packed[other]
-        return self.packed_bytes + needed <= _MAX_PACKED_BYTES
-
-    def _forget(self) -> None:
-        """Lets go of the plans that were used least recently."""
-        oldest_first = sorted(self._plans, key=lambda key: self._plans[key].used)
-        kept = sum(cached.compiled.kept_bytes for cached in self._plans.values())
-        for key in oldest_first[:-1]:
-            if len(self._plans) <= _MAX_PLANS and kept <= _MAX_WORKSPACE_BYTES:
-                break
-            kept -= self._plans.pop(key).compiled.kept_bytes
-
-
-def pack_network(module: Network, compiled: CompiledPlan) -> Tensor:
+def pack_network(source: Source, compiled: CompiledPlan) -> Tensor:
     """Folds a network's BatchNorms into its weights and packs them for the micro-kernels.
 
     One packing serves every compiled plan of the same instruction set and ``layout``, whatever its
     input shape, and its beginning the network without its head.
 
     Args:
-        module: The network.
+        source: Makes the network's plans.
         compiled: A plan of it, with its head.
 
     Raises:
         UnsupportedModule: The network cannot be lowered, or has a weight that is not finite.
     """
-    size = module.min_size
-    plan = lower(module, (1, module.in_chans, size, size))
+    plan = source(None, head=True, values=True)
     for step in plan.steps:
         if isinstance(step, FusedConv) and skips_products([step.weight], step.padding):
             raise UnsupportedModule(
@@ -454,21 +330,127 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def winograd_by_default() -> int:
-    """Returns which 3x3 convolutions use Winograd's F(m x m, 3x3), as the environment has it.
+def _algorithm(step: Step, name: str) -> str:
+    if not isinstance(step, FusedConv):
+        return "direct"
+    if name.startswith("winograd"):
+        return name
+    if name == "packed":
+        prologue = step.prologue is not None
+        return "direct, input packed" + (" with its prologue" if prologue else "")
+    skipped = 1 - step.valid_macs / step.macs
+    return f"direct, {skipped:.0%} of the taps skipped" if skipped >= 0.005 else "direct"
 
-    Returns:
-        -1: those that it makes faster, by what each is expected to take; 0: none, by
-        ``THRESHNET_FAST_EXACT=1`` or ``THRESHNET_FAST_WINOGRAD=0``; 2 or 4: all that can, with that
-        m, by ``THRESHNET_FAST_WINOGRAD``.
 
-    Raises:
-        ValueError: If ``THRESHNET_FAST_WINOGRAD`` is none of these.
+class CpuSetting(NamedTuple):
+    """What a plan is compiled for.
+
+    Attributes:
+        isa: As :func:`isa_code` returns it, which decides on the dtype.
+        winograd: As :func:`winograd_by_default` returns it.
+        threads: How many threads to split the work for.
     """
-    if os.environ.get(EXACT_VARIABLE, "0") not in ("", "0"):
-        return 0
-    wanted = os.environ.get(WINOGRAD_VARIABLE, "")
-    if wanted not in _WINOGRAD:
-        values = ", ".join(filter(None, _WINOGRAD))
-        raise ValueError(f"{WINOGRAD_VARIABLE} is {wanted!r}: expected one of {values}")
-    return _WINOGRAD[wanted]
+
+    isa: int
+    winograd: int
+    threads: int
+
+
+# Every call needs one, and there are few.
+_setting = functools.lru_cache(maxsize=256)(CpuSetting)
+
+
+class CpuEngine(Engine):
+    """The C++ engine for the CPU."""
+
+    name = "cpu"
+    place = "the CPU"
+    dtypes: ClassVar = {
+        Purpose.NETWORK: DTYPES,
+        Purpose.OPERATOR: (torch.float32,),
+        Purpose.TRAINING: (torch.float32,),
+    }
+    remembers_unsupported = True
+    max_kept_bytes = _MAX_WORKSPACE_BYTES
+
+    def unavailable_reason(self) -> str | None:
+        """See :meth:`.base.Engine.unavailable_reason`."""
+        return unavailable_reason()
+
+    def device_type(self) -> str:
+        """See :meth:`.base.Engine.device_type`."""
+        return "cpu"
+
+    def describe(self, x: Tensor) -> str:
+        """See :meth:`.base.Engine.describe`."""
+        return describe(x.dtype)
+
+    def _place_objection(self, x: Tensor, dtype: torch.dtype) -> Exception | None:
+        return self._elsewhere(x) or self._unavailability()
+
+    def setting(
+        self, device: torch.device, dtype: torch.dtype, frozen: tuple[int, int] | None = None
+    ) -> CpuSetting:
+        """See :meth:`.base.Engine.setting`."""
+        isa, winograd = (isa_code(dtype), winograd_by_default()) if frozen is None else frozen
+        return _setting(isa, winograd, torch.get_num_threads())
+
+    def freeze(self, dtype: torch.dtype, winograd: int) -> tuple[int, int]:
+        """See :meth:`.base.Engine.freeze`."""
+        return isa_code(dtype), winograd
+
+    def direct(self, setting: CpuSetting) -> CpuSetting | None:
+        """See :meth:`.base.Engine.direct`."""
+        return setting._replace(winograd=0) if setting.winograd == AUTOMATIC_WINOGRAD else None
+
+    def prepare(
+        self, source: Source, shape: Sequence[int], *, head: bool, setting: CpuSetting
+    ) -> CompiledPlan:
+        """See :meth:`.base.Engine.prepare`."""
+        return compile_network(source, shape, head=head, **setting._asdict())
+
+    def pack(
+        self,
+        source: Source,
+        prepared: CompiledPlan,
+        shape: Sequence[int],
+        *,
+        head: bool,
+        setting: CpuSetting,
+    ) -> Tensor:
+        """See :meth:`.base.Engine.pack`."""
+        whole = prepared if head else self.prepare(source, shape, head=True, setting=setting)
+        return pack_network(source, whole)
+
+    def algorithms(self, prepared: PreparedPlan, plan: Plan) -> tuple[str, ...]:
+        """See :meth:`.base.Engine.algorithms`."""
+        return tuple(map(_algorithm, plan.steps, prepared.algorithms))
+
+    def operator_objection(
+        self,
+        xs: Sequence[Tensor],
+        weight: Tensor,
+        shape: Sequence[int],
+        padding: int,
+        factors: Sequence[Tensor],
+    ) -> str | None:
+        """See :meth:`.base.Engine.operator_objection`."""
+        problem = super().operator_objection(xs, weight, shape, padding, factors)
+        if problem is None and skips_products(factors, padding):
+            problem = "backend 'cpu' leaves out products of padding, and takes finite weights only"
+        return problem
+
+    def _limits(
+        self, xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
+    ) -> dict[str, tuple[int, int]]:
+        return of_convolution_on_the_cpu(xs, weight, shape, padding)
+
+    def operator(self, name: str, xs: list[Tensor], *arguments: Any) -> Tensor:
+        """See :meth:`.base.Engine.operator`."""
+        run = getattr(torch.ops.threshnet_fast_cpu, name)
+        result: Tensor = run(xs, *arguments, isa_code())
+        return result
+
+
+ENGINE = register(CpuEngine(), auto_on="cpu")
+"""The one engine of this file."""

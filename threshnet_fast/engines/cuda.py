@@ -1,4 +1,4 @@
-"""The CUDA C++ backend: whether it can run, and networks prepared for it.
+"""The engine of CUDA C++: whether it can run, and networks prepared for it.
 
 Its kernels need neither Triton nor a compiler where they run. They compute results only: the
 gradients of an operator come from Triton where that is available, else from PyTorch.
@@ -7,23 +7,26 @@ gradients of an operator come from Triton where that is available, else from PyT
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import extension
 from ..plan.ir import Plan
-from . import cuda_graphs
-from .gpu_plan import GpuPlanCache
+from . import cuda_graphs, triton
+from .base import Engine
+from .gpu_plan import DTYPES, GpuEngine
+from .registry import register
 
 if TYPE_CHECKING:
     from .cuda_plan import CudaPlan, Target
 
-__all__ = ["DTYPES", "PlanCache", "architecture", "objection", "target", "unavailable_reason"]
+__all__ = ["DTYPES", "ENGINE", "CudaEngine", "architecture", "target", "unavailable_reason"]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""Dtypes that the kernels compute in; bfloat16 from sm_80 on."""
+# As many segments as one launch of csrc/cuda reads where they lie.
+_MOST_SEGMENTS = 16
 
 _OLDEST = 75
 _OLDEST_WITH_BFLOAT16 = 80
@@ -61,38 +64,6 @@ def architecture(device: torch.device) -> str:
     return f"sm_{_properties(device).architecture}"
 
 
-def objection(x: Tensor, dtype: torch.dtype | None = None) -> Exception | None:
-    """Returns the error that this backend would raise for a tensor, or None.
-
-    Args:
-        x: A tensor that a kernel would read.
-        dtype: What to compute in; None means the dtype of ``x``.
-    """
-    dtype = x.dtype if dtype is None else dtype
-    if dtype not in DTYPES:
-        names = ", ".join(map(str, DTYPES))
-        return TypeError(f"backend 'cuda' needs one of {names}: these tensors are {dtype}")
-    reason = unavailable_reason()
-    if reason is not None:
-        return RuntimeError(f"backend 'cuda' is unavailable: {reason}")
-    if x.device.type != _device_type():
-        return ValueError(
-            f"backend 'cuda' needs tensors on {_device_type()}, these are on {x.device}"
-        )
-    number = _properties(x.device).architecture
-    if number < _OLDEST:
-        return RuntimeError(f"backend 'cuda' is unavailable: {x.device} is sm_{number}, too old")
-    if dtype is torch.bfloat16 and number < _OLDEST_WITH_BFLOAT16:
-        return TypeError(
-            f"backend 'cuda' needs sm_{_OLDEST_WITH_BFLOAT16} or newer for torch.bfloat16: "
-            f"{x.device} is sm_{number}"
-        )
-    failure = _launch_failure(x.device)
-    if failure is not None:
-        return RuntimeError(f"backend 'cuda' is unavailable: {failure}")
-    return None
-
-
 def target(device: torch.device, dtype: torch.dtype) -> Target:
     """Returns what to prepare plans for on a device.
 
@@ -105,24 +76,67 @@ def target(device: torch.device, dtype: torch.dtype) -> Target:
     return Target(device, dtype, *_properties(device))
 
 
-class PlanCache(GpuPlanCache["Target", "CudaPlan", Tensor]):
-    """Prepared plans and packed weights of a network that does not change.
+class CudaEngine(GpuEngine):
+    """The kernels of csrc/cuda, which take bfloat16 from sm_80 on."""
 
-    Calls may come from several threads at once.
-    """
+    name = "cuda"
+
+    def unavailable_reason(self) -> str | None:
+        """See :meth:`.base.Engine.unavailable_reason`."""
+        return unavailable_reason()
+
+    def device_type(self) -> str:
+        """See :meth:`.base.Engine.device_type`."""
+        return _device_type()
+
+    def describe(self, x: Tensor) -> str:
+        """See :meth:`.base.Engine.describe`."""
+        return f"{x.dtype} on {x.device}, CUDA C++ kernels for {architecture(x.device)}"
+
+    def _place_objection(self, x: Tensor, dtype: torch.dtype) -> Exception | None:
+        return super()._place_objection(x, dtype) or self._too_old(x.device, dtype)
+
+    def _too_old(self, device: torch.device, dtype: torch.dtype) -> Exception | None:
+        number = _properties(device).architecture
+        if number < _OLDEST:
+            return RuntimeError(f"backend 'cuda' is unavailable: {device} is sm_{number}, too old")
+        if dtype is torch.bfloat16 and number < _OLDEST_WITH_BFLOAT16:
+            return TypeError(
+                f"backend 'cuda' needs sm_{_OLDEST_WITH_BFLOAT16} or newer for torch.bfloat16: "
+                f"{device} is sm_{number}"
+            )
+        failure = _launch_failure(device)
+        if failure is not None:
+            return RuntimeError(f"backend 'cuda' is unavailable: {failure}")
+        return None
 
     def _target(self, device: torch.device, dtype: torch.dtype) -> Target:
         return target(device, dtype)
 
-    def _prepare(self, plan: Plan, target: Target) -> CudaPlan:
+    def _prepare(self, plan: Plan, target: Target, *, graphs: bool) -> CudaPlan:
         from .cuda_plan import CudaPlan
 
-        return CudaPlan(plan, target, graphs=cuda_graphs.enabled())
+        return CudaPlan(plan, target, graphs=graphs)
 
     def _pack(self, whole: Plan, target: Target) -> Tensor:
         from .cuda_plan import pack_network
 
         return pack_network(whole, target)
+
+    def operator(self, name: str, xs: list[Tensor], *arguments: Any) -> Tensor:
+        """See :meth:`.base.Engine.operator`."""
+        run = getattr(torch.ops.threshnet_fast_cuda, name)
+        result: Tensor = run(_few_segments(xs), *arguments)
+        return result
+
+    def gradient_engine(self, x: Tensor) -> Engine | None:
+        """Triton's, where it takes the tensors: the kernels here compute results only."""
+        return triton.ENGINE if triton.ENGINE.objection(x) is None else None
+
+
+def _few_segments(xs: Sequence[Tensor]) -> list[Tensor]:
+    """The segments as the kernels take them: more than sixteen are concatenated."""
+    return list(xs) if len(xs) <= _MOST_SEGMENTS else [torch.cat(list(xs), 1)]
 
 
 def _launch_failure(device: torch.device) -> str | None:
@@ -163,3 +177,7 @@ def _properties_of(index: int) -> Properties:
         found.multi_processor_count,
         getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
     )
+
+
+ENGINE = register(CudaEngine(), rank=2, auto_on="cuda")
+"""The one engine of this file."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["VARIABLE", "Graph", "capturing", "enabled"]
+from .. import environment
 
-VARIABLE = "THRESHNET_FAST_CUDA_GRAPHS"
-"""Environment variable that, at 0, keeps to launching the kernels one by one."""
+__all__ = ["Graph", "capturing", "enabled"]
 
 # PyTorch captures one graph at a time in a process.
 _one_capture = threading.Lock()
@@ -20,7 +18,7 @@ _one_capture = threading.Lock()
 
 def enabled() -> bool:
     """Returns whether prepared networks capture their launches in CUDA graphs."""
-    return os.environ.get(VARIABLE, "1") not in ("", "0")
+    return environment.switched_on(environment.CUDA_GRAPHS, default=True)
 
 
 def capturing(device: torch.device) -> bool:

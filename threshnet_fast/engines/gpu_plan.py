@@ -9,50 +9,89 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
-from dataclasses import fields, is_dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..models.network import Network
 from ..plan.ir import Plan
-from ..plan.limits import check_gpu
-from ..plan.lower import lower
+from ..plan.limits import check_gpu, of_convolution_on_a_gpu
 from ..plan.memory import Arena, plan_memory
 from . import cuda_graphs
+from .base import Engine, GpuTarget, Purpose, Source
 
-__all__ = [
-    "CapturedWeights",
-    "GpuPlan",
-    "GpuPlanCache",
-    "GpuTarget",
-    "Workspace",
-]
+__all__ = ["DTYPES", "GpuEngine", "GpuPlan", "GpuSetting", "Workspace"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes that the kernels compute in."""
 
 
 # Workspaces kept for a plan, one for each stream that it was called on.
 _MAX_WORKSPACES = 4
 
-# Prepared plans kept for a network: one for each input shape, dtype and precision; and what their
-# features may take together.
-_MAX_PLANS = 16
+# What the features of a network's prepared plans may take together.
 _MAX_BYTES = 4 << 30
 
 
-class GpuTarget(Protocol):
-    """What a plan is prepared for; equal where one prepared plan can serve for another."""
+class GpuSetting(NamedTuple):
+    """What a plan is prepared for.
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
+    Attributes:
+        target: The device, the dtype, and what else decides on the kernels.
+        graphs: Whether launches are captured in CUDA graphs.
+    """
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of features and weights."""
+    target: GpuTarget
+    graphs: bool
 
-    def __hash__(self) -> int: ...
+
+class GpuEngine(Engine):
+    """What the engines for GPUs have in common."""
+
+    dtypes: ClassVar = {Purpose.NETWORK: DTYPES, Purpose.OPERATOR: DTYPES}
+    converts = True
+    max_kept_bytes = _MAX_BYTES
+
+    def setting(self, device: torch.device, dtype: torch.dtype, frozen: Any = None) -> GpuSetting:
+        """See :meth:`.base.Engine.setting`."""
+        return GpuSetting(self._target(device, dtype), cuda_graphs.enabled())
+
+    def prepare(
+        self, source: Source, shape: Sequence[int], *, head: bool, setting: GpuSetting
+    ) -> GpuPlan:
+        """See :meth:`.base.Engine.prepare`."""
+        plan = source(shape, head=head, values=False)
+        return self._prepare(plan, setting.target, graphs=setting.graphs)
+
+    def pack(
+        self,
+        source: Source,
+        prepared: GpuPlan,
+        shape: Sequence[int],
+        *,
+        head: bool,
+        setting: GpuSetting,
+    ) -> Any:
+        """See :meth:`.base.Engine.pack`."""
+        return self._pack(source(None, head=True, values=True), setting.target)
+
+    @abstractmethod
+    def _target(self, device: torch.device, dtype: torch.dtype) -> GpuTarget:
+        """What to prepare for on a device."""
+
+    @abstractmethod
+    def _prepare(self, plan: Plan, target: Any, *, graphs: bool) -> GpuPlan:
+        """Prepares a plan without the values of its weights."""
+
+    @abstractmethod
+    def _pack(self, whole: Plan, target: Any) -> Any:
+        """Packs the weights of a plan with its head, for every input shape."""
+
+    def _limits(
+        self, xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
+    ) -> dict[str, tuple[int, int]]:
+        return of_convolution_on_a_gpu(xs, weight, shape, padding)
 
 
 class GpuPlan(ABC):
@@ -101,6 +140,16 @@ class GpuPlan(ABC):
 
     @abstractmethod
     def _new_workspace(self, packed: Any, *, graphs: bool) -> Workspace: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._device
+
+    @property
+    def packing(self) -> Hashable:
+        """Packed weights serve all plans of one dtype."""
+        return self._dtype
 
     @property
     def arena_bytes(self) -> int:
@@ -199,150 +248,3 @@ class Workspace(ABC):
     def _static_input(self) -> Tensor:
         with torch.inference_mode(False):
             return torch.empty(self._input_shape, dtype=self._dtype, device=self._device)
-
-
-Target = TypeVar("Target", bound=GpuTarget)
-Prepared = TypeVar("Prepared", bound=GpuPlan)
-Packed = TypeVar("Packed")
-
-
-class CapturedWeights:
-    """Packed weights that graphs of the caller read whenever they are replayed.
-
-    Nobody tells when such a graph is gone, so the weights stay as long as the model. Weights that
-    are packed anew, in the same dtype and for the same shapes, are written over them: there is one
-    copy, however often a model changes and is captured again.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[Hashable, ...], Any] = {}
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def keep(self, packed: Any) -> None:
-        """Keeps weights that a graph of the caller has begun to read.
-
-        Args:
-            packed: A tensor, or tuples and dataclasses of tensors.
-        """
-        self._kept[_form(packed)] = packed
-
-    def renewed(self, packed: Packed) -> Packed:
-        """Returns packed weights in the memory that graphs read, where there is such.
-
-        Args:
-            packed: Weights that were packed just now.
-        """
-        kept: Packed | None = self._kept.get(_form(packed))
-        if kept is None:
-            return packed
-        old, new = _tensors(kept), _tensors(packed)
-        for device in {tensor.device for tensor in old if tensor.device.type == "cuda"}:
-            # Whatever has been launched before may still read them.
-            torch.cuda.synchronize(device)
-        with torch.inference_mode():
-            for tensor, values in zip(old, new, strict=True):
-                tensor.copy_(values)
-        return kept
-
-
-def _tensors(packed: Any) -> list[Tensor]:
-    return [leaf for leaf in _leaves(packed) if isinstance(leaf, Tensor)]
-
-
-def _form(packed: Any) -> tuple[Hashable, ...]:
-    """What packed weights are apart from their values."""
-    return tuple(
-        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
-        for leaf in _leaves(packed)
-    )
-
-
-def _leaves(packed: Any) -> Iterator[Any]:
-    if isinstance(packed, tuple):
-        for item in packed:
-            yield from _leaves(item)
-    elif is_dataclass(packed):
-        for field in fields(packed):
-            yield from _leaves(getattr(packed, field.name))
-    else:
-        yield packed
-
-
-class GpuPlanCache(ABC, Generic[Target, Prepared, Packed]):
-    """Prepared plans and packed weights of a network that does not change.
-
-    The plans that were used last are kept, sixteen at most, and as many as have their features in
-    4 GB. Calls may come from several threads at once.
-
-    Args:
-        captured: Where to look for memory that graphs of the caller read; None for nowhere.
-    """
-
-    def __init__(self, captured: CapturedWeights | None = None) -> None:
-        self._lock = threading.Lock()
-        self._plans: OrderedDict[tuple[torch.Size, bool, Target], Prepared] = OrderedDict()
-        self._packed: dict[torch.dtype, Packed] = {}
-        self._captured = captured
-
-    def __len__(self) -> int:
-        return len(self._plans)
-
-    @abstractmethod
-    def _target(self, device: torch.device, dtype: torch.dtype) -> Target:
-        """What to prepare for on a device."""
-
-    @abstractmethod
-    def _prepare(self, plan: Plan, target: Target) -> Prepared:
-        """Prepares a plan without the values of its weights."""
-
-    @abstractmethod
-    def _pack(self, whole: Plan, target: Target) -> Packed:
-        """Packs the weights of a plan with its head, for every input shape."""
-
-    def get(
-        self, module: Network, x: Tensor, *, head: bool, dtype: torch.dtype
-    ) -> tuple[Prepared, Packed]:
-        """Returns the plan for an input and the weights, packed once for each dtype.
-
-        Args:
-            module: The network, always the same.
-            x: The input.
-            head: Whether to end with the logits rather than with the last features.
-            dtype: What to compute in.
-
-        Raises:
-            UnsupportedModule: The network cannot be lowered, or the kernels cannot execute it.
-            RuntimeError: Weights would have to be packed while a CUDA graph is captured.
-        """
-        key = (x.shape, head, self._target(x.device, dtype))
-        with self._lock:
-            plan = self._plans.get(key) or self._add(module, key)
-            self._plans.move_to_end(key)
-            return plan, self._packed[dtype]
-
-    def _add(self, module: Network, key: tuple[torch.Size, bool, Target]) -> Prepared:
-        shape, head, target = key
-        plan = self._prepare(lower(module, shape, head=head, fold=False), target)
-        if target.dtype not in self._packed:
-            if cuda_graphs.capturing(target.device):
-                raise RuntimeError(
-                    f"weights cannot be packed in {target.dtype} while a CUDA graph is captured: "
-                    "call the network once before"
-                )
-            size = module.min_size
-            whole = lower(module, (1, module.in_chans, size, size))
-            packed = self._pack(whole, target)
-            if self._captured is not None:
-                packed = self._captured.renewed(packed)
-            self._packed[target.dtype] = packed
-            if target.device.type == "cuda":
-                # The next call may be on another stream.
-                torch.cuda.current_stream(target.device).synchronize()
-        self._plans[key] = plan
-        kept = sum(each.kept_bytes for each in self._plans.values())
-        while len(self._plans) > 1 and (len(self._plans) > _MAX_PLANS or kept > _MAX_BYTES):
-            _, oldest = self._plans.popitem(last=False)
-            kept -= oldest.kept_bytes
-        return plan

@@ -1,27 +1,74 @@
-"""Chooses the backend, and says why.
+"""Chooses the engine, and says why.
 
 A request comes from an argument (``backend="cpu"``) or from :func:`use_backend`. An explicit
-request is served or refused with an error; ``"auto"`` takes the first backend that has no objection
-and keeps the objections of those it passed over: on a GPU ``"triton"``, then ``"cuda"``.
+request is served or refused with an error; ``"auto"`` takes the first engine that has no objection
+and keeps the objections of those it passed over, in the order in which they are registered for the
+device: on a GPU ``"triton"``, then ``"cuda"``.
 """
+
+from __future__ import annotations
 
 import contextlib
 import contextvars
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from . import cpu, cuda, triton
-from .gpu_plan import CapturedWeights, GpuPlanCache
+from . import cpu, cuda, reference, registry, triton  # noqa: F401  Engines register themselves.
+from .base import Engine, Purpose
+from .registry import engine
 
-NAMES = ("auto", "reference", "cpu", "triton", "cuda")
-"""Every name that can be asked for."""
+__all__ = [
+    "AUTO",
+    "Choice",
+    "Request",
+    "autocast_dtype",
+    "check_name",
+    "choose",
+    "dtypes_of_networks",
+    "engine",
+    "is_plain",
+    "names",
+    "network_backends",
+    "request",
+    "requested_backend",
+    "training_engine",
+    "use_backend",
+]
 
-_requested: contextvars.ContextVar[str] = contextvars.ContextVar(
-    "threshnet_fast_backend", default="auto"
+AUTO = "auto"
+"""What is asked for where nothing is."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        name: An engine's, or :data:`AUTO`.
+        automatic: Whether nothing is asked for, so that plain PyTorch runs what no engine can.
+        plain: Whether plain PyTorch is asked for.
+    """
+
+    name: str
+    automatic: bool
+    plain: bool
+
+    def refusal(self, reason: object) -> RuntimeError:
+        """Returns the error of a call that cannot run as it was asked for.
+
+        Args:
+            reason: Why.
+        """
+        return RuntimeError(f"backend {self.name!r} cannot run this call: {reason}")
+
+
+_NOTHING = Request(AUTO, True, False)
+
+_requested: contextvars.ContextVar[Request] = contextvars.ContextVar(
+    "threshnet_fast_backend", default=_NOTHING
 )
 
 
@@ -53,11 +100,11 @@ def check_name(name: object, argument: str = "backend") -> str:
         ValueError: If no backend has that name; the nearest one is suggested.
     """
     if not isinstance(name, str):
-        raise TypeError(f"{argument} is a {type(name).__name__}: expected one of {_names()}")
-    if name not in NAMES:
-        nearest = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.5)
+        raise TypeError(f"{argument} is a {type(name).__name__}: expected one of {_listed()}")
+    if name not in names():
+        nearest = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{argument} is {name!r}: expected one of {_names()}{hint}")
+        raise ValueError(f"{argument} is {name!r}: expected one of {_listed()}{hint}")
     return name
 
 
@@ -84,7 +131,7 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _scope(name: str) -> Iterator[None]:
-    token = _requested.set(name)
+    token = _requested.set(_request_for(name))
     try:
         yield
     finally:
@@ -93,44 +140,30 @@ def _scope(name: str) -> Iterator[None]:
 
 def requested_backend() -> str:
     """Returns what :func:`use_backend` asks for here, ``"auto"`` outside of any."""
-    return _requested.get()
+    return _requested.get().name
 
 
-def objection(backend: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> Exception | None:
-    """Returns the error that a fused backend would raise for a tensor, or None.
-
-    Args:
-        backend: ``"cpu"``, ``"triton"`` or ``"cuda"``.
-        x: A tensor that a kernel would read.
-        dtype: What to compute in; None means the dtype of ``x``.
-    """
-    if backend == "triton":
-        return triton.objection(x, dtype)
-    if backend == "cuda":
-        return cuda.objection(x, dtype)
-    if x.device.type != "cpu":
-        return ValueError(f"backend 'cpu' needs tensors on the CPU, these are on {x.device}")
-    dtype = x.dtype if dtype is None else dtype
-    if dtype != torch.float32:
-        return TypeError(f"backend 'cpu' needs torch.float32 tensors, these are {dtype}")
-    reason = cpu.unavailable_reason()
-    if reason is not None:
-        return RuntimeError(f"backend 'cpu' is unavailable: {reason}")
-    return None
-
-
-def describe(backend: str, x: torch.Tensor) -> str:
-    """Returns what a fused backend computes with, in one line.
+def request(backend: str | None = None) -> Request:
+    """Returns what is asked for here.
 
     Args:
-        backend: One that has no objection to ``x``.
-        x: A tensor that a kernel would read.
+        backend: A name that goes before what :func:`use_backend` asks for.
     """
-    if backend == "cpu":
-        return cpu.describe(x.dtype)
-    if backend == "triton":
-        return f"{x.dtype} on {x.device}, {triton.architecture()} kernels"
-    return f"{x.dtype} on {x.device}, CUDA C++ kernels for {cuda.architecture(x.device)}"
+    return _requested.get() if backend is None else _request_for(backend)
+
+
+def is_plain(name: str) -> bool:
+    """Returns whether a name is that of plain PyTorch.
+
+    Args:
+        name: One of :func:`names`.
+    """
+    return _request_for(name).plain
+
+
+def names() -> tuple[str, ...]:
+    """Returns every name that can be asked for."""
+    return (AUTO, *registry.names())
 
 
 def choose(xs: Sequence[torch.Tensor], requested: str | None = None) -> Choice:
@@ -149,49 +182,80 @@ def choose(xs: Sequence[torch.Tensor], requested: str | None = None) -> Choice:
         RuntimeError: If the backend asked for is not built or cannot be loaded.
     """
     asked_by = "use_backend" if requested is None else "the argument backend"
-    name = check_name(requested_backend() if requested is None else requested)
-    if name == "reference":
-        return Choice("reference", f"asked for by {asked_by}")
+    wanted = request(None if requested is None else check_name(requested))
+    if wanted.plain:
+        return Choice(wanted.name, f"asked for by {asked_by}")
     passed_over: list[str] = []
-    for backend in _fused_backends(name, xs[0]):
-        error = objection(backend, xs[0])
+    for name in _fused_backends(wanted.name, xs[0]):
+        error = engine(name).objection(xs[0])
         if error is None:
-            how = f"asked for by {asked_by}" if name != "auto" else "first of 'auto'"
+            how = "first of 'auto'" if wanted.automatic else f"asked for by {asked_by}"
             if passed_over:
                 how = f"{'; '.join(passed_over)}; next of 'auto'"
-            return Choice(backend, f"{how}; {describe(backend, xs[0])}")
-        if name != "auto":
+            return Choice(name, f"{how}; {engine(name).describe(xs[0])}")
+        if not wanted.automatic:
             raise error
         passed_over.append(str(error))
-    return Choice("reference", "; ".join(passed_over))
+    return Choice(reference.ENGINE.name, "; ".join(passed_over))
 
 
 def network_backends(x: torch.Tensor) -> tuple[str, ...]:
-    """Returns the fused backends to try for a network's input, in order.
+    """Returns the fused engines to try for a network's input, in order, by name.
 
     Args:
         x: The input; :func:`use_backend` does not ask for ``"reference"``.
     """
-    return _fused_backends(requested_backend(), x)
+    return _fused_backends(_requested.get().name, x)
 
 
-def gpu_plan_caches(
-    captured: CapturedWeights | None = None,
-) -> dict[str, GpuPlanCache[Any, Any, Any]]:
-    """Returns empty caches of one network's plans, by the name of the backend for a GPU.
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Returns what autocast has a network compute in, or None where that is not enabled.
 
     Args:
-        captured: Where to look for weights that graphs of the caller read.
+        x: The network's input.
     """
-    return {"triton": triton.PlanCache(captured), "cuda": cuda.PlanCache(captured)}
+    device_type = x.device.type
+    try:
+        enabled = torch.is_autocast_enabled(device_type)
+    except RuntimeError:
+        # There is no autocast for such a device.
+        return None
+    return torch.get_autocast_dtype(device_type) if enabled else None
+
+
+def dtypes_of_networks() -> tuple[torch.dtype, ...]:
+    """Returns what any engine computes networks in, by name."""
+    dtypes = {
+        dtype
+        for name in registry.names()
+        if engine(name).fused
+        for dtype in engine(name).dtypes.get(Purpose.NETWORK, ())
+    }
+    return tuple(sorted(dtypes, key=str))
+
+
+def training_engine(x: torch.Tensor) -> tuple[Engine | None, str]:
+    """Returns the engine that trains a network, or None and why none does.
+
+    Args:
+        x: The network's input; :func:`use_backend` does not ask for ``"reference"``.
+    """
+    objections = []
+    for name in network_backends(x):
+        error = engine(name).objection(x, autocast_dtype(x), Purpose.TRAINING)
+        if error is None:
+            return engine(name), ""
+        objections.append(str(error))
+    return None, "; ".join(objections)
 
 
 def _fused_backends(name: str, x: torch.Tensor) -> tuple[str, ...]:
-    # An emulated or interpreted GPU has its tensors on the CPU: there, "auto" means the CPU.
-    if name == "auto":
-        return ("triton", "cuda") if x.device.type == "cuda" else ("cpu",)
-    return (name,)
+    return registry.automatic(x.device.type) if name == AUTO else (name,)
 
 
-def _names() -> str:
-    return ", ".join(repr(name) for name in NAMES)
+def _request_for(name: str) -> Request:
+    return _NOTHING if name == AUTO else Request(name, False, not engine(name).fused)
+
+
+def _listed() -> str:
+    return ", ".join(map(repr, names()))

@@ -1,4 +1,4 @@
-"""The Triton backend: whether it can run, and networks prepared for it.
+"""The engine of Triton: whether it can run, and networks prepared for it.
 
 Nothing here imports triton before a question or a call needs it.
 """
@@ -7,32 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..plan.ir import Plan
-from . import cuda_graphs
-from .gpu_plan import GpuPlanCache
+from .base import Engine
+from .gpu_plan import DTYPES, GpuEngine
+from .registry import register
 
 if TYPE_CHECKING:
     from .triton_plan import PackedNetwork, Target, TritonPlan
 
 __all__ = [
     "DTYPES",
-    "PlanCache",
+    "ENGINE",
+    "TritonEngine",
     "architecture",
     "float32_precision",
     "interpreting",
-    "objection",
+    "target",
     "unavailable_reason",
     "version",
 ]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""Dtypes that the kernels compute in."""
 
 _LEAST_VERSION = (3, 7)
 
@@ -90,26 +92,6 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def objection(x: Tensor, dtype: torch.dtype | None = None) -> Exception | None:
-    """Returns the error that this backend would raise for a tensor, or None.
-
-    Args:
-        x: A tensor that a kernel would read.
-        dtype: What to compute in; None means the dtype of ``x``.
-    """
-    dtype = x.dtype if dtype is None else dtype
-    if dtype not in DTYPES:
-        names = ", ".join(map(str, DTYPES))
-        return TypeError(f"backend 'triton' needs one of {names}: these tensors are {dtype}")
-    reason = unavailable_reason()
-    if reason is not None:
-        return RuntimeError(f"backend 'triton' is unavailable: {reason}")
-    device = _device_type()
-    if x.device.type != device:
-        return ValueError(f"backend 'triton' needs tensors on {device}, these are on {x.device}")
-    return None
-
-
 def float32_precision() -> str:
     """Returns how float32 is multiplied: ``"ieee"``, or ``"tf32"`` where PyTorch may do so.
 
@@ -155,24 +137,63 @@ def _multiprocessors(device: torch.device, architecture: str) -> int:
     return int(properties["multiprocessor_count"])
 
 
-class PlanCache(GpuPlanCache["Target", "TritonPlan", "PackedNetwork"]):
-    """Prepared plans and packed weights of a network that does not change.
+class TritonEngine(GpuEngine):
+    """The kernels of threshnet_fast.kernels."""
 
-    Calls may come from several threads at once.
-    """
+    name = "triton"
+
+    def unavailable_reason(self) -> str | None:
+        """See :meth:`.base.Engine.unavailable_reason`."""
+        return unavailable_reason()
+
+    def device_type(self) -> str:
+        """See :meth:`.base.Engine.device_type`."""
+        return _device_type()
+
+    def describe(self, x: Tensor) -> str:
+        """See :meth:`.base.Engine.describe`."""
+        return f"{x.dtype} on {x.device}, {architecture()} kernels"
 
     def _target(self, device: torch.device, dtype: torch.dtype) -> Target:
         return target(device, dtype)
 
-    def _prepare(self, plan: Plan, target: Target) -> TritonPlan:
+    def _prepare(self, plan: Plan, target: Target, *, graphs: bool) -> TritonPlan:
         from .triton_plan import TritonPlan
 
-        return TritonPlan(plan, target, graphs=cuda_graphs.enabled())
+        return TritonPlan(plan, target, graphs=graphs)
 
     def _pack(self, whole: Plan, target: Target) -> PackedNetwork:
         from .triton_plan import pack_network
 
         return pack_network(whole, target.dtype)
+
+    def operator(self, name: str, xs: list[Tensor], *arguments: Any) -> Tensor:
+        """See :meth:`.base.Engine.operator`."""
+        result: Tensor = _launched(_kernels(name).forward, xs[0], xs, *arguments)
+        return result
+
+    def gradient_engine(self, x: Tensor) -> Engine:
+        """This one."""
+        return self
+
+    def operator_gradients(
+        self, name: str, grad: Tensor, xs: list[Tensor], *arguments: Any
+    ) -> list[Tensor]:
+        """See :meth:`.base.Engine.operator_gradients`."""
+        results: list[Tensor] = _launched(_kernels(name).backward, xs[0], grad, xs, *arguments)
+        return results
+
+
+def _kernels(operator: str) -> ModuleType:
+    """The file with the launches of an operator."""
+    return importlib.import_module(f"..kernels.{operator}", __package__)
+
+
+def _launched(function: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:
+    """Calls an operator's function with a target last, on the device of ``x``."""
+    prepared_for = target(x.device, x.dtype)
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+        return function(*arguments, prepared_for)
 
 
 def _device_type() -> str:
@@ -181,3 +202,7 @@ def _device_type() -> str:
     import triton
 
     return str(triton.runtime.driver.active.get_active_torch_device().type)
+
+
+ENGINE = register(TritonEngine(), rank=1, auto_on="cuda")
+"""The one engine of this file."""

@@ -24,7 +24,9 @@ _GLOBAL_POOLS = ("avg", "")
 
 # What features and logits are made of; a subclass, or an instance, may have its own.
 _FEATURE_METHODS = ("_plain_features", "_stages")
-_HEAD_METHODS = ("forward_features", "forward_head", "get_classifier", "_run_head")
+_METHODS = (*_FEATURE_METHODS, "forward_features", "forward_head", "get_classifier", "_run_head")
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 class Options(TypedDict, total=False):
@@ -232,8 +234,12 @@ class Network(nn.Module):
         Args:
             head: Whether to look at those that make logits, too.
         """
-        names = _FEATURE_METHODS + _HEAD_METHODS if head else _FEATURE_METHODS
-        return next((name for name in names if not self._is_own(name)), None)
+        own, kind = self.__dict__, type(self)
+        # Written out, as every call comes here.
+        for name in _METHODS if head else _FEATURE_METHODS:
+            if name in own or not _is_ours(getattr(kind, name)):
+                return name
+        return None
 
     @torch.jit.unused
     def _is_own(self, method: str) -> bool:
@@ -398,10 +404,9 @@ def records_shapes(x: Any) -> bool:
 
 def _is_ours(method: Any) -> bool:
     """Whether a method was written in this package; wrappers that take its name were not."""
-    package = __name__.partition(".")[0]
     return (
         isinstance(method, FunctionType)
-        and method.__globals__["__name__"].partition(".")[0] == package
+        and method.__globals__["__name__"].partition(".")[0] == _PACKAGE
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engines import cpu
 from . import registration, validate
+
+_NAME = "cat_bn_relu_conv"
 
 _LOWERED = (0, 3)
 """Positions of the arguments that autocast casts to its dtype."""
@@ -103,23 +104,11 @@ def _forward(
     backend: str | None = None,
 ) -> Tensor:
     shape = validate.check_tensors(xs, weight, scale, shift, stride, padding, affine_of="input")
-    chosen = registration.choose(xs, weight, shape, padding, backend, [weight])
-    if chosen == "cpu":
-        y = torch.ops.threshnet_fast_cpu.cat_bn_relu_conv(
-            xs, scale, shift, weight, stride, padding, cpu.isa_code()
-        )
-    elif chosen == "cuda":
-        y = torch.ops.threshnet_fast_cuda.cat_bn_relu_conv(
-            registration.few_segments(xs), scale, shift, weight, stride, padding
-        )
-    elif chosen == "triton":
-        from ..kernels import cat_bn_relu_conv as kernels
-
-        target = registration.triton_target(xs[0])
-        with registration.on_device(xs[0]):
-            y = kernels.forward(xs, scale, shift, weight, stride, padding, target)
-    else:
+    engine = registration.fused_engine(xs, weight, shape, padding, backend, [weight])
+    if engine is None:
         y = reference(xs, scale, shift, weight, stride, padding)
+    else:
+        y = engine.operator(_NAME, xs, scale, shift, weight, stride, padding)
     return registration.as_output(y, xs[0])
 
 
@@ -204,13 +193,12 @@ def _gradients(
     needs: list[bool],
     backend: str | None,
 ) -> list[Tensor]:
-    if registration.has_gradient_kernels(xs, weight, grad.shape, padding, backend):
-        from ..kernels import cat_bn_relu_conv as kernels
-
-        target = registration.triton_target(xs[0])
-        with registration.on_device(xs[0]):
-            return kernels.backward(grad, xs, scale, shift, weight, stride, padding, needs, target)
-    # Traced where Triton had the kernels, run where it has not.
+    engine = registration.gradient_engine(xs, weight, grad.shape, padding, backend)
+    if engine is not None:
+        return engine.operator_gradients(
+            _NAME, grad, xs, scale, shift, weight, stride, padding, needs
+        )
+    # Traced where an engine had the kernels, run where none has.
     grads = _formulas(grad, xs, scale, shift, weight, stride, padding, needs)
     return registration.as_gradients(grads, xs, (scale, shift, weight), needs)
 
@@ -230,7 +218,7 @@ def _fake_gradients(
 
 
 _gradients_operator = registration.register_gradients(
-    "_cat_bn_relu_conv_gradients",
+    f"_{_NAME}_gradients",
     "(Tensor grad, Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
     "int padding, bool[] needs, str? backend) -> Tensor[]",
     gradients=_gradients,
@@ -238,7 +226,7 @@ _gradients_operator = registration.register_gradients(
 )
 
 _operator = registration.register(
-    "cat_bn_relu_conv",
+    _NAME,
     "(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride=1, int padding=0, "
     "str? backend=None) -> Tensor",
     forward=_forward,

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engines import cpu
 from . import registration, validate
+
+_NAME = "cat_conv_bn_relu"
 
 _LOWERED = (0, 1)
 """Positions of the arguments that autocast casts to its dtype."""
@@ -127,23 +128,11 @@ def _forward(
     backend: str | None = None,
 ) -> Tensor:
     shape = _check(xs, weight, scale, shift, stride, padding, act)
-    chosen = registration.choose(xs, weight, shape, padding, backend, [weight, scale])
-    if chosen == "cpu":
-        y = torch.ops.threshnet_fast_cpu.cat_conv_bn_relu(
-            xs, weight, scale, shift, stride, padding, act == "relu", cpu.isa_code()
-        )
-    elif chosen == "cuda":
-        y = torch.ops.threshnet_fast_cuda.cat_conv_bn_relu(
-            registration.few_segments(xs), weight, scale, shift, stride, padding, act == "relu"
-        )
-    elif chosen == "triton":
-        from ..kernels import cat_conv_bn_relu as kernels
-
-        target = registration.triton_target(xs[0])
-        with registration.on_device(xs[0]):
-            y = kernels.forward(xs, weight, scale, shift, stride, padding, act == "relu", target)
-    else:
+    engine = registration.fused_engine(xs, weight, shape, padding, backend, [weight, scale])
+    if engine is None:
         y = reference(xs, weight, scale, shift, stride, padding, act)
+    else:
+        y = engine.operator(_NAME, xs, weight, scale, shift, stride, padding, act == "relu")
     return registration.as_output(y, xs[0])
 
 
@@ -233,16 +222,12 @@ def _gradients(
     needs: list[bool],
     backend: str | None,
 ) -> list[Tensor]:
-    if registration.has_gradient_kernels(xs, weight, grad.shape, padding, backend):
-        from ..kernels import cat_conv_bn_relu as kernels
-
-        relu = act == "relu"
-        target = registration.triton_target(xs[0])
-        with registration.on_device(xs[0]):
-            return kernels.backward(
-                grad, xs, weight, scale, output, stride, padding, relu, needs, target
-            )
-    # Traced where Triton had the kernels, run where it has not.
+    engine = registration.gradient_engine(xs, weight, grad.shape, padding, backend)
+    if engine is not None:
+        return engine.operator_gradients(
+            _NAME, grad, xs, weight, scale, output, stride, padding, act == "relu", needs
+        )
+    # Traced where an engine had the kernels, run where none has.
     grads = _formulas(grad, xs, weight, scale, output, stride, padding, act, needs)
     return registration.as_gradients(grads, xs, (weight, scale, scale), needs)
 
@@ -263,7 +248,7 @@ def _fake_gradients(
 
 
 _gradients_operator = registration.register_gradients(
-    "_cat_conv_bn_relu_gradients",
+    f"_{_NAME}_gradients",
     "(Tensor grad, Tensor[] xs, Tensor weight, Tensor scale, Tensor output, int stride, "
     "int padding, str act, bool[] needs, str? backend) -> Tensor[]",
     gradients=_gradients,
@@ -271,7 +256,7 @@ _gradients_operator = registration.register_gradients(
 )
 
 _operator = registration.register(
-    "cat_conv_bn_relu",
+    _NAME,
     "(Tensor[] xs, Tensor weight, Tensor scale, Tensor shift, int stride=1, int padding=1, "
     'str act="relu", str? backend=None) -> Tensor',
     forward=_forward,

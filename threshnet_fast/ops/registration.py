@@ -9,7 +9,6 @@ no kernel that is given its tensors in a tuple, as these are given their segment
 The gradients that Triton computes are operators of their own, so that a traced backward holds them.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..engines import cpu, select, triton
-from . import validate
+from ..engines import select
+from ..engines.base import Engine
 
 LIBRARY = torch.library.Library("threshnet_fast", "FRAGMENT")
 """Owner of the registrations of ``torch.ops.threshnet_fast``."""
-
-# As many as one launch of csrc/cuda reads where they lie.
-_CUDA_SEGMENTS = 16
 
 _AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
@@ -101,7 +97,7 @@ def choose(
     backend: str | None,
     factors: Sequence[Tensor] = (),
 ) -> str:
-    """Chooses the backend of an operator, as :func:`..backends.select.choose` does.
+    """Chooses the engine of an operator, as :func:`..engines.select.choose` does.
 
     Args:
         xs: The segments.
@@ -113,24 +109,36 @@ def choose(
             a backward may be traced.
 
     Returns:
-        The backend's name.
+        The engine's name.
 
     Raises:
-        ValueError: If a fused backend was asked for, and the sizes are beyond its limits, or it is
-            ``"cpu"`` and a weight is not finite where there is padding; others as from
-            :func:`..backends.select.choose`.
+        ValueError: If a fused engine was asked for that has an objection to the sizes, or to a
+            weight; others as from :func:`..engines.select.choose`.
     """
     chosen = select.choose(xs, backend).backend
-    if chosen != "reference":
-        problem = validate.beyond_limits(chosen, xs, weight, shape, padding)
-        if problem is None and chosen == "cpu" and cpu.skips_products(factors, padding):
-            problem = "backend 'cpu' leaves out products of padding, and takes finite weights only"
-        if problem is not None:
-            if (backend or select.requested_backend()) == chosen:
-                raise ValueError(problem)
-            # On a GPU, what is too large for Triton is for CUDA C++ too.
-            return "reference"
-    return chosen
+    if select.is_plain(chosen):
+        return chosen
+    engine = select.engine(chosen)
+    problem = engine.operator_objection(xs, weight, shape, padding, factors)
+    if problem is None:
+        return chosen
+    if not select.request(backend).automatic:
+        raise ValueError(problem)
+    # On a GPU, what is too large for Triton is for CUDA C++ too.
+    return "reference"
+
+
+def fused_engine(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    shape: Sequence[int],
+    padding: int,
+    backend: str | None,
+    factors: Sequence[Tensor] = (),
+) -> Engine | None:
+    """Returns the engine that :func:`choose` chooses, None for plain PyTorch; as there."""
+    engine = select.engine(choose(xs, weight, shape, padding, backend, factors))
+    return engine if engine.fused else None
 
 
 def backend_of_backward(backend: str | None, output: Tensor) -> str | None:
@@ -146,10 +154,11 @@ def backend_of_backward(backend: str | None, output: Tensor) -> str | None:
 def takes_kernels(
     grad: Tensor, xs: Sequence[Tensor], weight: Tensor, padding: int, backend: str | None
 ) -> bool:
-    """Returns whether Triton's kernels compute the gradients, rather than formulas in PyTorch.
+    """Returns whether kernels compute the gradients, rather than formulas in PyTorch.
 
-    Formulas are for other backends, for gradients that are to be differentiated once more, and for
-    a batch of them (``is_grads_batched``), for which operators of this library have no rule.
+    Formulas are for engines that have none, for gradients that are to be differentiated once more,
+    and for a batch of them (``is_grads_batched``), for which operators of this library have no
+    rule.
     """
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
         return False
@@ -163,13 +172,26 @@ def has_gradient_kernels(
     padding: int,
     backend: str | None,
 ) -> bool:
-    """Returns whether there are kernels for the gradients of an operator: Triton's.
+    """Returns whether an engine has kernels for the gradients of an operator.
 
-    They serve the backend ``"cuda"`` too, which has none of its own, where Triton is available.
     Arguments are those of :func:`choose`.
     """
-    chosen = choose(xs, weight, shape, padding, backend)
-    return chosen == "triton" or (chosen == "cuda" and triton.objection(xs[0]) is None)
+    return gradient_engine(xs, weight, shape, padding, backend) is not None
+
+
+def gradient_engine(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    shape: Sequence[int],
+    padding: int,
+    backend: str | None,
+) -> Engine | None:
+    """Returns the engine with kernels for the gradients of an operator, None for formulas.
+
+    Arguments are those of :func:`choose`.
+    """
+    engine = fused_engine(xs, weight, shape, padding, backend)
+    return None if engine is None else engine.gradient_engine(xs[0])
 
 
 def differentiates_formulas(tensors: Sequence[Tensor], backend: str | None) -> bool:
@@ -190,12 +212,9 @@ def differentiates_formulas(tensors: Sequence[Tensor], backend: str | None) -> b
         return False
     if not torch._C._are_functorch_transforms_active() and not _has_tangents(tensors):
         return False
-    requested = backend or select.requested_backend()
-    if requested not in ("auto", "reference"):
-        raise RuntimeError(
-            f"backend {requested!r} cannot run this call: a functorch transform or forward-mode "
-            "differentiation is active"
-        )
+    request = select.request(backend)
+    if not (request.automatic or request.plain):
+        raise request.refusal("a functorch transform or forward-mode differentiation is active")
     return True
 
 
@@ -216,23 +235,6 @@ def autocast(arguments: Sequence[Any], lowered: Sequence[int]) -> list[Any]:
     if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return list(arguments)
     return _cast_all(arguments, device_type, lowered)
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of ``x`` the current one, on which kernels are launched."""
-    if x.device.type == "cuda":
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
-def few_segments(xs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the segments as the CUDA kernels take them: more than sixteen are concatenated."""
-    return list(xs) if len(xs) <= _CUDA_SEGMENTS else [torch.cat(list(xs), 1)]
-
-
-def triton_target(x: Tensor) -> Any:
-    """Returns what Triton's launches for ``x`` are prepared for."""
-    return triton.target(x.device, x.dtype)
 
 
 def _backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

@@ -18,11 +18,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The C++ side counts in 32 bits; a larger number is a mistake in any case.
 _LARGEST = 2**31 - 1
 
-# Kernels for a GPU count pixels in 32 bits, up to the end of a tile that they do not fill.
-_LARGEST_ON_A_GPU = 2**31 - 1024
-
-_MOST_CHANNELS = 2**24
-
 
 def check_arguments(
     xs: object,
@@ -146,66 +141,6 @@ def check_tensors(
             f"{first.shape[2]}x{first.shape[3]} images of xs padded by {padding}"
         )
     return [first.shape[0], weight.shape[0], *size]
-
-
-def beyond_limits(
-    backend: str, xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
-) -> str | None:
-    """Returns what is beyond the limits of a fused backend, or None.
-
-    Its kernels check the same before they touch any memory, but what they refuse is an error.
-    Offsets within a feature map have 64 bits, so that a map may have any number of elements.
-
-    Args:
-        backend: ``"cpu"``, or ``"triton"`` or ``"cuda"``, which have the same limits.
-        xs: The segments.
-        weight: The convolution's weight.
-        shape: Of the result.
-        padding: The convolution's zero padding.
-    """
-    limits = _cpu_limits if backend == "cpu" else _gpu_limits
-    for what, (count, most) in limits(xs, weight, shape, padding).items():
-        if count > most:
-            return f"backend {backend!r} takes at most {most} {what}, these are {count}"
-    return None
-
-
-def _cpu_limits(
-    xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
-) -> dict[str, tuple[int, int]]:
-    batch, _, height, width = xs[0].shape
-    out_channels, channels, rows, columns = weight.shape
-    # Windows begin at a pixel that may lie on the padding, before or behind all of the map's own.
-    before = padding * (width + 1)
-    row, column = max(height + padding - rows, 0), max(width + padding - columns, 0)
-    behind = ((batch - 1) * height + row) * width + column
-    return {
-        "taps of a kernel": (rows * columns, 64),
-        "channels of xs": (channels, _MOST_CHANNELS),
-        "channels of the result": (out_channels, _MOST_CHANNELS),
-        "segments": (len(xs), 2**20 - 2),
-        "rows and columns of padding": (padding, 2**20 - 1),
-        "pixels of xs": (batch * height * width, _LARGEST),
-        "output pixels": (batch * shape[2] * shape[3], 2**27),
-        "pixels to where a window begins": (max(before, behind), _LARGEST - 14),
-    }
-
-
-def _gpu_limits(
-    xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
-) -> dict[str, tuple[int, int]]:
-    batch, _, height, width = xs[0].shape
-    rows, columns = weight.shape[2:]
-    whole_groups = (weight.shape[0] + 15) * (weight.shape[1] + 15 * len(xs)) * rows * columns
-    sizes = {
-        "pixels of xs": batch * height * width,
-        "output pixels": batch * shape[2] * shape[3],
-        "padded rows": height + 2 * padding,
-        "padded columns": width + 2 * padding,
-        "pixels under a window": rows * (width + columns),
-        "elements of weight, channels in groups of 16": whole_groups,
-    }
-    return {what: (count, _LARGEST_ON_A_GPU) for what, count in sizes.items()}
 
 
 def _check_layout(name: str, tensor: Tensor) -> None:

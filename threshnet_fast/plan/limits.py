@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from ..graph.ir import UnsupportedModule
 from ..kernels.layout import GROUP
 from .ir import FusedConv, Plan, Step
 
-__all__ = ["GROUP", "MAX_PIXELS", "check_gpu", "reads_input"]
+__all__ = [
+    "GROUP",
+    "MAX_PIXELS",
+    "check_gpu",
+    "of_convolution_on_a_gpu",
+    "of_convolution_on_the_cpu",
+    "reads_input",
+]
 
 # Indices of pixels are 32-bit in the kernels, those behind the last pixel in the last tile too;
 # offsets are 64-bit.
 MAX_PIXELS = 2**31 - 1024
+
+# The C++ engine for the CPU counts pixels in 32 bits, and reads the channels of a plan up to these.
+_MAX_CPU_PIXELS = 2**31 - 1
+_MAX_CHANNELS = 2**24
 
 
 def check_gpu(plan: Plan) -> None:
@@ -58,3 +73,55 @@ def check_gpu(plan: Plan) -> None:
 def reads_input(step: Step) -> bool:
     """Returns whether a step reads the network's input."""
     return any(segment.buffer == 0 for segment in step.inputs)
+
+
+def of_convolution_on_the_cpu(
+    xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
+) -> dict[str, tuple[int, int]]:
+    """Returns what is limited of an operator on the CPU, how many there are and may be.
+
+    Its kernels check the same before they touch any memory, but what they refuse is an error.
+    Offsets within a feature map have 64 bits, so that a map may have any number of elements.
+
+    Args:
+        xs: The segments of the convolution's input.
+        weight: ``[C_out, channels of xs, kernel height, kernel width]``.
+        shape: Of the result.
+        padding: The zero padding.
+    """
+    batch, _, height, width = xs[0].shape
+    out_channels, channels, rows, columns = weight.shape
+    # Windows begin at a pixel that may lie on the padding, before or behind all of the map's own.
+    before = padding * (width + 1)
+    row, column = max(height + padding - rows, 0), max(width + padding - columns, 0)
+    behind = ((batch - 1) * height + row) * width + column
+    return {
+        "taps of a kernel": (rows * columns, 64),
+        "channels of xs": (channels, _MAX_CHANNELS),
+        "channels of the result": (out_channels, _MAX_CHANNELS),
+        "segments": (len(xs), 2**20 - 2),
+        "rows and columns of padding": (padding, 2**20 - 1),
+        "pixels of xs": (batch * height * width, _MAX_CPU_PIXELS),
+        "output pixels": (batch * shape[2] * shape[3], 2**27),
+        "pixels to where a window begins": (max(before, behind), _MAX_CPU_PIXELS - 14),
+    }
+
+
+def of_convolution_on_a_gpu(
+    xs: Sequence[Tensor], weight: Tensor, shape: Sequence[int], padding: int
+) -> dict[str, tuple[int, int]]:
+    """Returns the same of one on a GPU; see :func:`of_convolution_on_the_cpu`."""
+    batch, _, height, width = xs[0].shape
+    rows, columns = weight.shape[2:]
+    out_channels = weight.shape[0] + GROUP - 1
+    channels = weight.shape[1] + (GROUP - 1) * len(xs)
+    elements = out_channels * channels * rows * columns
+    sizes = {
+        "pixels of xs": batch * height * width,
+        "output pixels": batch * shape[2] * shape[3],
+        "padded rows": height + 2 * padding,
+        "padded columns": width + 2 * padding,
+        "pixels under a window": rows * (width + columns),
+        f"elements of weight, channels in groups of {GROUP}": elements,
+    }
+    return {what: (count, MAX_PIXELS) for what, count in sizes.items()}

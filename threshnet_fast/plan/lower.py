@@ -12,7 +12,7 @@ from ..models.network import Network
 from .fuse import fuse
 from .ir import Plan
 
-__all__ = ["UnsupportedModule", "lower"]
+__all__ = ["PlanSource", "UnsupportedModule", "lower"]
 
 
 def lower(
@@ -45,6 +45,35 @@ def lower(
             f"input_shape is {shape}: expected a height and width of at least {module.min_size}"
         )
     return fuse(graph, (batch, channels, height, width), fold=fold)
+
+
+class PlanSource:
+    """Makes the plans of one network, as it is when it is called.
+
+    Args:
+        module: A model of this package.
+    """
+
+    def __init__(self, module: Network) -> None:
+        self._module = module
+
+    def __call__(self, shape: Sequence[int] | None, *, head: bool, values: bool) -> Plan:
+        """Lowers the network.
+
+        Args:
+            shape: ``(N, C, H, W)`` of the input; None for the smallest one, as weights are the same
+                for all.
+            head: Whether to end with the logits rather than with the last features.
+            values: Whether to calculate the weights.
+
+        Raises:
+            UnsupportedModule: As :func:`lower`.
+        """
+        module = self._module
+        if shape is None:
+            size = module.min_size
+            shape = (1, module.in_chans, size, size)
+        return lower(module, shape, head=head, fold=values)
 
 
 def _four(input_shape: Sequence[int], module: Network) -> tuple[int, ...]:

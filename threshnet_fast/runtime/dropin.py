@@ -13,11 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..engines import cpu, cuda_graphs, select
-from ..engines.base import CompilationFailed, Objection, PreparedPlan, WantsGradients
-from ..engines.gpu_plan import CapturedWeights
+from ..engines import cuda_graphs, select
+from ..engines.base import (
+    CompilationFailed,
+    Engine,
+    Objection,
+    PreparedPlan,
+    Purpose,
+    WantsGradients,
+)
+from ..engines.cache import CapturedWeights, NetworkPlans
 from ..models.validate import check_memory
-from ..plan.lower import UnsupportedModule
+from ..plan.lower import PlanSource, UnsupportedModule
 from .fingerprint import Fingerprint
 from .training import CannotTrain, FusedTraining
 
@@ -40,7 +47,7 @@ class FusedForward:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._snapshot: _Snapshot | None = None
+        self._snapshot: _PackedModel | None = None
         self._captured = CapturedWeights()
         self._training = FusedTraining()
 
@@ -61,59 +68,59 @@ class FusedForward:
         Raises:
             RuntimeError: A fused backend was asked for by name, and it cannot run this.
         """
-        requested = select.requested_backend()
-        if requested == "reference" or not (torch.jit.is_tracing() or x.shape[0]):
+        request = select.request()
+        if request.plain or not (torch.jit.is_tracing() or x.shape[0]):
             return None
         while True:
             try:
                 plan, packed = self.prepare(model, x, head=head)
-                self._training.release()
-                if cuda_graphs.capturing(x.device):
-                    self._captured.keep(packed)
-                return plan(x, packed)
             except WantsGradients as objection:
                 try:
-                    return self._train(model, x, requested, head=head)
+                    return self._train(model, x, head=head)
                 except CannotTrain as error:
-                    if requested != "auto":
-                        raise RuntimeError(
-                            f"backend {requested!r} cannot run this call: {objection}; {error}"
-                        ) from None
+                    if request.automatic:
+                        return None
+                    raise request.refusal(f"{objection}; {error}") from None
+            except Objection as objection:
+                if request.automatic:
                     return None
-            except (Objection, CompilationFailed) as objection:
-                if requested != "auto":
-                    raise RuntimeError(
-                        f"backend {requested!r} cannot run this call: {objection}"
-                    ) from objection.__cause__
+                raise request.refusal(objection) from objection.__cause__
+            self._training.release()
+            if cuda_graphs.capturing(x.device):
+                self._captured.keep(packed)
+            try:
+                return plan(x, packed)
+            except CompilationFailed as error:
+                if not request.automatic:
+                    raise request.refusal(error) from error.__cause__
+                # Another round takes the next engine.
                 snapshot = self._snapshot
-                if isinstance(objection, Objection) or snapshot is None:
+                if snapshot is None:
                     return None
-                # Another round takes the next backend.
-                snapshot.unsupported["triton"] = str(objection)
+                snapshot.unsupported[plan.backend] = str(error)
 
-    def explain_training(self, model: Network, x: Tensor) -> list[str]:
-        """Returns why parts of a model run plain in a call that wants gradients, a line for each.
+    def explain_training(self, model: Network, x: Tensor) -> tuple[Engine, list[str]]:
+        """Returns what would run a call that wants gradients.
 
         Args:
             model: The model that this belongs to.
             x: Its input, already checked.
 
+        Returns:
+            The engine, and why parts of the model run plain, a line for each.
+
         Raises:
             CannotTrain: All of it does, for the reason that the message gives.
         """
-        requested = select.requested_backend()
-        if requested not in ("auto", "cpu"):
-            raise CannotTrain(f"backend {requested!r} trains single operations only")
-        return self._training.prepare(model, x, model.checkpoint).reasons
+        engine, parts = self._training.prepare(model, x, model.checkpoint)
+        return engine, parts.reasons
 
-    def _train(self, model: Network, x: Tensor, requested: str, *, head: bool) -> Tensor:
+    def _train(self, model: Network, x: Tensor, *, head: bool) -> Tensor:
         """Runs the model with a history for autograd.
 
         Raises:
             CannotTrain: The plain path must run.
         """
-        if requested not in ("auto", "cpu"):
-            raise CannotTrain(f"backend {requested!r} trains single operations only")
         features = self._training.features(model, x, model.checkpoint)
         return model.forward_head(features) if head else features
 
@@ -133,26 +140,26 @@ class FusedForward:
             raise Objection(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
         if _transformed():
             raise Objection("a tracer, a transform or a tensor mode is active")
-        if x.device.type not in ("cpu", "cuda"):
-            raise Objection(f"x is on {x.device}, which no fused backend computes on")
-        check_memory("x", x)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        snapshot: _Snapshot | None = None
+        if x.device.type in ("cpu", "cuda"):
+            check_memory("x", x)
+        autocast = select.autocast_dtype(x)
+        dtype, weights_dtype = (x.dtype, x.dtype) if autocast is None else (autocast, torch.float32)
+        snapshot: _PackedModel | None = None
         objections: list[str] = []
-        for backend in select.network_backends(x):
-            objection = _objection(backend, x, dtype, autocast)
+        for name in select.network_backends(x):
+            engine = select.engine(name)
+            objection: Exception | None = engine.objection(x, autocast, Purpose.NETWORK)
             if objection is None:
                 if snapshot is None:
-                    snapshot = self._checked(model, x, torch.float32 if autocast else x.dtype)
+                    snapshot = self._checked(model, x, weights_dtype)
                 try:
-                    return snapshot.prepared(backend, model, x, head, dtype)
+                    return snapshot.prepared(engine, x, head, dtype)
                 except Objection as error:
-                    objection = str(error)
-            objections.append(objection)
+                    objection = error
+            objections.append(str(objection))
         raise Objection("; ".join(objections))
 
-    def _checked(self, model: Network, x: Tensor, dtype: torch.dtype) -> _Snapshot:
+    def _checked(self, model: Network, x: Tensor, dtype: torch.dtype) -> _PackedModel:
         """Returns the model's snapshot, where nothing about the model keeps it from running fused.
 
         Args:
@@ -175,13 +182,13 @@ class FusedForward:
         snapshot.check(dtype, unchanged)
         return snapshot
 
-    def _current(self, model: Network) -> _Snapshot:
+    def _current(self, model: Network) -> _PackedModel:
         snapshot = self._snapshot
         if snapshot is None or not snapshot.matches(model):
             with self._lock:
                 snapshot = self._snapshot
                 if snapshot is None or not snapshot.matches(model):
-                    snapshot = self._snapshot = _Snapshot(model, self._captured)
+                    snapshot = self._snapshot = _PackedModel(model, self._captured)
         return snapshot
 
 
@@ -196,25 +203,10 @@ def fused_forward(model: Network) -> FusedForward:
     return run
 
 
-def _objection(backend: str, x: Tensor, dtype: torch.dtype, autocast: bool) -> str | None:
-    """Returns what a backend has against an input to be computed in a dtype, or None."""
-    if backend != "cpu":
-        error = select.objection(backend, x, dtype)
-        return None if error is None else str(error)
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, and backend 'cpu' needs it on the CPU"
-    if autocast:
-        return "autocast is enabled"
-    if x.dtype not in cpu.DTYPES:
-        dtypes = " and ".join(map(str, cpu.DTYPES))
-        return f"x has dtype {x.dtype}, and the CPU backend takes {dtypes}"
-    return cpu.unavailable_reason()
-
-
 class _Snapshot:
-    """What a model was when its weights were packed, and all that was made from it."""
+    """What a model was when its weights were packed."""
 
-    def __init__(self, model: Network, captured: CapturedWeights) -> None:
+    def __init__(self, model: Network) -> None:
         self._model = model
         self._fingerprint = Fingerprint(model.named_modules(), _HOOKS, contents=True, outer=model)
         tensors = self._fingerprint.tensors
@@ -232,10 +224,6 @@ class _Snapshot:
             raise Objection(f"{self._fingerprint.without_memory} has no memory")
         self._parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
         self._dtypes = {tensor.dtype for tensor in tensors}
-
-        self._cpu_plans = cpu.PlanCache()
-        self._gpu_plans = select.gpu_plan_caches(captured)
-        self.unsupported: dict[str, str] = {}
 
     def unchanged(self, model: Network) -> bool:
         """Whether :meth:`matches` is true, as far as a quick look tells."""
@@ -263,31 +251,33 @@ class _Snapshot:
             others = ", ".join(sorted(str(other) for other in self._dtypes - {dtype}))
             raise Objection(f"the model has weights of dtype {others}, expected {dtype}")
 
-    def prepared(
-        self, backend: str, model: Network, x: Tensor, head: bool, dtype: torch.dtype
-    ) -> tuple[PreparedPlan, Any]:
-        """The prepared plan of a backend for an input, and the packed weights."""
-        if backend in self.unsupported:
-            raise Objection(self.unsupported[backend])
-        if backend == "cpu":
-            return self.for_cpu(model, x.shape, head, x.dtype)
-        try:
-            return self._gpu_plans[backend].get(model, x, head=head, dtype=dtype)
-        except UnsupportedModule as error:
-            # Of this shape, or of this device, perhaps; another may do.
-            raise Objection(str(error)) from None
 
-    def for_cpu(
-        self, model: Network, shape: torch.Size, head: bool, dtype: torch.dtype
-    ) -> tuple[cpu.CompiledPlan, Tensor]:
-        """The compiled plan for an input's shape and dtype, and the packed weights."""
-        isa = cpu.isa_code(dtype)
+class _PackedModel(_Snapshot):
+    """A model's snapshot, with the plans and packed weights that were made of it.
+
+    Attributes:
+        plans: Those of every engine.
+        unsupported: Why there will be none of an engine, by its name.
+    """
+
+    def __init__(self, model: Network, captured: CapturedWeights) -> None:
+        super().__init__(model)
+        self.plans = NetworkPlans(PlanSource(model), captured)
+        self.unsupported: dict[str, str] = {}
+
+    def prepared(
+        self, engine: Engine, x: Tensor, head: bool, dtype: torch.dtype
+    ) -> tuple[PreparedPlan, Any]:
+        """The prepared plan of an engine for an input, and the packed weights."""
+        if engine.name in self.unsupported:
+            raise Objection(self.unsupported[engine.name])
+        setting = engine.setting(x.device, dtype)
         try:
-            return self._cpu_plans.get(
-                model, shape, head=head, isa=isa, winograd=cpu.winograd_by_default()
-            )
-        except UnsupportedModule as error:
-            self.unsupported["cpu"] = str(error)
+            return self.plans.of(engine).get(x.shape, head, setting)
+        except (CompilationFailed, UnsupportedModule) as error:
+            # On some engines it is of this shape, or of this device, and another may do.
+            if engine.remembers_unsupported or isinstance(error, CompilationFailed):
+                self.unsupported[engine.name] = str(error)
             raise Objection(str(error)) from None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..plan.ir import FusedConv, Plan, Step, table
+from ..plan.ir import Plan, table
 from ..plan.lower import UnsupportedModule, lower
 
 __all__ = ["Explanation", "explain"]
@@ -70,49 +70,33 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         with contextlib.suppress(UnsupportedModule):
             plan = lower(model, x.shape, fold=False)
     nothing = () if plan is None else (None,) * len(plan.steps)
-    requested = select.requested_backend()
+    request = select.request()
     method = model._overridden(head=True)
     if method is not None:
         return Explanation("reference", f"the model has a {method} of its own", nothing, plan)
     if not len(x):
         return Explanation("reference", "x has no images", nothing, plan)
-    if requested == "reference":
+    if request.plain:
         return Explanation("reference", "asked for by use_backend", nothing, plan)
     try:
         prepared, _ = fused_forward(model).prepare(model, x, head=True)
     except WantsGradients as wanted:
         try:
-            parts = fused_forward(model).explain_training(model, x)
+            engine, parts = fused_forward(model).explain_training(model, x)
         except CannotTrain as error:
             reason = str(error)
         else:
             how = f"{wanted}: chains of fused steps, forward and back"
             if parts:
                 how += f"; as plain PyTorch: {'; '.join(parts)}"
-            return Explanation("cpu", how, nothing, plan)
-        if requested != "auto":
-            raise RuntimeError(
-                f"backend {requested!r} cannot run this call: {wanted}; {reason}"
-            ) from None
+            return Explanation(engine.name, how, nothing, plan)
+        if not request.automatic:
+            raise request.refusal(f"{wanted}; {reason}") from None
         return Explanation("reference", f"{wanted}; {reason}", nothing, plan)
     except Objection as objection:
-        if requested != "auto":
-            raise RuntimeError(f"backend {requested!r} cannot run this call: {objection}") from None
+        if not request.automatic:
+            raise request.refusal(objection) from None
         return Explanation("reference", str(objection), nothing, plan)
     assert plan is not None
-    algorithms = tuple(prepared.algorithms)
-    if prepared.backend == "cpu":
-        algorithms = tuple(map(_cpu_algorithm, plan.steps, algorithms))
+    algorithms = select.engine(prepared.backend).algorithms(prepared, plan)
     return Explanation(prepared.backend, prepared.describe(), algorithms, plan)
-
-
-def _cpu_algorithm(step: Step, name: str) -> str:
-    if not isinstance(step, FusedConv):
-        return "direct"
-    if name.startswith("winograd"):
-        return name
-    if name == "packed":
-        prologue = step.prologue is not None
-        return "direct, input packed" + (" with its prologue" if prologue else "")
-    skipped = 1 - step.valid_macs / step.macs
-    return f"direct, {skipped:.0%} of the taps skipped" if skipped >= 0.005 else "direct"

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..engines import cpu, select, triton
-from ..engines.base import CompilationFailed
+from .. import environment
+from ..engines import select
+from ..engines.base import CompilationFailed, Engine, Purpose
+from ..engines.cache import PlanCache
 from ..models.network import Network
 from ..models.validate import check_input, check_memory
-from ..plan.lower import UnsupportedModule, lower
+from ..plan.lower import PlanSource, UnsupportedModule, lower
 from .adoption import NotAdopted, adopt
 
 __all__ = ["FrozenNetwork", "optimize"]
@@ -52,6 +54,7 @@ class FrozenNetwork(nn.Module):
         self.reason = reason
         self.training = False
         self._winograd = winograd
+        self._engine = select.engine(backend)
         # Beside the modules, as their names are to be those of the module that was frozen.
         whole = module if head is None else nn.ModuleDict({"network": module, "head": head})
         self.__dict__.update(_module=module, _head=head)
@@ -60,14 +63,13 @@ class FrozenNetwork(nn.Module):
         self._non_persistent_buffers_set = whole._non_persistent_buffers_set
         for parameter in self.parameters():
             parameter.requires_grad_(False)
-        self._cpu_plans = cpu.PlanCache()
-        self._gpu_plans = select.gpu_plan_caches()
         if isinstance(module, Network):
             self.__dict__["_weight"] = module._first_weight
             # Found in the settings of all modules, which takes as long as a small network.
             self._min_size = module.min_size
-        if backend == "cpu":
-            self._isa = cpu.isa_code(self._weight.dtype)
+            if self._engine.fused:
+                self._plans = PlanCache(self._engine, PlanSource(module))
+                self._frozen = self._engine.freeze(self._weight.dtype, winograd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the network.
@@ -107,17 +109,14 @@ class FrozenNetwork(nn.Module):
             return output
 
     def _run(self, module: Network, x: Tensor) -> Tensor:
-        if self.backend == "reference":
-            with torch.no_grad(), select.use_backend("reference"):
+        engine = self._engine
+        if not engine.fused:
+            with torch.no_grad(), select.use_backend(engine.name):
                 output: Tensor = module(x)
                 return output
-        if self.backend != "cpu":
-            plan, weights = self._gpu_plans[self.backend].get(module, x, head=True, dtype=x.dtype)
-            return plan(x, weights)
-        compiled, packed = self._cpu_plans.get(
-            module, x.shape, head=True, isa=self._isa, winograd=self._winograd
-        )
-        return compiled(x, packed)
+        setting = engine.setting(x.device, x.dtype, self._frozen)
+        plan, packed = self._plans.get(x.shape, True, setting)
+        return plan(x, packed)
 
     def train(self, mode: bool = True) -> FrozenNetwork:
         """Stays in evaluation mode.
@@ -133,7 +132,7 @@ class FrozenNetwork(nn.Module):
         Raises:
             RuntimeError: It would change one of them.
         """
-        if self.backend == "reference":
+        if not self._engine.fused:
             self._module._apply(fn)
             if self._head is not None:
                 self._head._apply(fn)
@@ -224,7 +223,7 @@ def optimize(
         if tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda"):
             check_memory(name, tensor)
     head: nn.Module | None = None
-    winograd = 0 if exact else cpu.winograd_by_default()
+    winograd = 0 if exact else environment.winograd_by_default()
     if isinstance(module, Network):
         module = _baked(copy.deepcopy(module)).eval()
     else:
@@ -235,29 +234,30 @@ def optimize(
     assert isinstance(module, Network)
     module._check_input(_or_one_image(example_input))
     weight = module._first_weight
-    backends = select.network_backends(weight)
-    if backends == ("reference",):
-        with select.use_backend("auto"):
-            backends = select.network_backends(weight)
-    _check_dtype(dtype, cpu.DTYPES if backends == ("cpu",) else triton.DTYPES)
+    # Who asks for plain PyTorch around it still wants what is made here to be fast.
+    asked = select.AUTO if select.request().plain else select.requested_backend()
+    with select.use_backend(asked):
+        engines = [select.engine(name) for name in select.network_backends(weight)]
+    _check_dtype(dtype, engines[0].dtypes.get(Purpose.NETWORK, ()))
     if dtype is not None:
         module, example_input = module.to(dtype), example_input.to(dtype)
         head = None if head is None else head.to(dtype)
     objections: list[str] = []
-    for backend in backends:
-        objection = _objection(module, backend)
+    unsupported: str | None = None
+    for engine in engines:
+        objection = _objection(module, engine)
         if objection is None:
-            reason = "; ".join([*objections, select.describe(backend, module._first_weight)])
-            frozen = FrozenNetwork(module, backend, reason, winograd, head)
+            reason = "; ".join([*objections, engine.describe(module._first_weight)])
+            frozen = FrozenNetwork(module, engine.name, reason, winograd, head)
             try:
                 frozen(example_input)
                 return frozen
             except (UnsupportedModule, CompilationFailed) as error:
-                if backend == "cpu":
-                    raise
                 objection = str(error)
+                if engine.remembers_unsupported:
+                    unsupported = objection
         objections.append(objection)
-    unsupported = _unsupported(module)
+    unsupported = unsupported or _unsupported(module)
     if unsupported is not None:
         _warn(unsupported)
     reason = "; ".join(dict.fromkeys(objections))
@@ -268,7 +268,7 @@ def optimize(
 
 def _or_one_image(x: Tensor) -> Tensor:
     """One image of zeros where there is none: a result of its shape is empty in the same way."""
-    if isinstance(x, Tensor) and x.ndim == 4 and not len(x):
+    if isinstance(x, Tensor) and x.ndim == 4 and not x.shape[0]:
         return x.new_zeros(1, *x.shape[1:])
     return x
 
@@ -315,7 +315,7 @@ def _as_it_is(
     module: nn.Module, example: Any, dtype: torch.dtype | None, reason: str, winograd: int
 ) -> FrozenNetwork:
     """Freezes a module of another package that plain PyTorch runs."""
-    _check_dtype(dtype, triton.DTYPES)
+    _check_dtype(dtype, select.dtypes_of_networks())
     module = copy.deepcopy(module).eval()
     if dtype is not None:
         module = module.to(dtype)
@@ -344,21 +344,12 @@ def _unsupported(module: Network) -> str | None:
     return None
 
 
-def _objection(module: Network, backend: str) -> str | None:
+def _objection(module: Network, engine: Engine) -> str | None:
     weight = module._first_weight
-    if backend != "cpu":
-        error = select.objection(backend, weight)
-        if error is not None:
-            return str(error)
-    elif weight.device.type != "cpu":
-        return f"the module is on {weight.device}, and backend 'cpu' needs it on the CPU"
-    elif cpu.unavailable_reason() is not None:
-        return cpu.unavailable_reason()
-    dtype = weight.dtype
-    if backend == "cpu" and dtype not in cpu.DTYPES:
-        dtypes = " and ".join(map(str, cpu.DTYPES))
-        return f"the module has weights of dtype {dtype}, and the backend takes {dtypes}"
-    other = next((p.dtype for p in module.parameters() if p.dtype is not dtype), None)
+    error = engine.objection(weight, purpose=Purpose.NETWORK)
+    if error is not None:
+        return str(error)
+    other = next((p.dtype for p in module.parameters() if p.dtype is not weight.dtype), None)
     if other is not None:
-        return f"the module has weights of dtype {other}, and the backend takes {dtype}"
+        return f"the model has weights of dtype {other}, expected {weight.dtype}"
     return _unsupported(module)

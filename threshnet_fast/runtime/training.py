@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.chain import CHECKPOINTS, Chain
-from ..engines import cpu
+from ..engines import select
+from ..engines.base import Engine
 from ..graph.ir import UnsupportedModule
 from ..graph.modules import split_stages
 from ..plan.raw import Convolution
@@ -56,7 +57,7 @@ class FusedTraining:
             ValueError: ``checkpoint`` is neither None nor ``"features"``, or a norm in training
                 mode has only one value for each channel.
         """
-        parts = self.prepare(model, x, checkpoint)
+        _, parts = self.prepare(model, x, checkpoint)
         self._has_run = True
         return parts.run(x, checkpoint)
 
@@ -72,7 +73,7 @@ class FusedTraining:
         """Bytes of the memory that is kept for the next step."""
         return 0 if self._parts is None else self._parts.kept_bytes
 
-    def prepare(self, model: Network, x: Tensor, checkpoint: str | None) -> _Parts:
+    def prepare(self, model: Network, x: Tensor, checkpoint: str | None) -> tuple[Engine, _Parts]:
         """Makes sure that :meth:`features` can run, and runs nothing.
 
         Args:
@@ -80,21 +81,17 @@ class FusedTraining:
             x: As there.
             checkpoint: As there.
 
+        Returns:
+            What runs the chains, and the chains with the modules between them.
+
         Raises:
             CannotTrain: As there.
             ValueError: ``checkpoint`` is neither None nor ``"features"``.
         """
         if checkpoint not in CHECKPOINTS:
             raise ValueError(f"checkpoint is {checkpoint!r}: expected one of {CHECKPOINTS}")
-        if x.device.type != "cpu" or x.dtype is not torch.float32:
-            raise CannotTrain(
-                f"gradients are calculated fused in float32 on the CPU, and x is {x.dtype} on "
-                f"{x.device}"
-            )
-        if torch.is_autocast_enabled("cpu"):
-            raise CannotTrain("gradients are wanted and autocast is enabled")
-        reason = cpu.unavailable_reason()
-        if reason is not None:
+        engine, reason = select.training_engine(x)
+        if engine is None:
             raise CannotTrain(reason)
         parts = self._parts
         if parts is None or not parts.unchanged(model):
@@ -103,7 +100,7 @@ class FusedTraining:
                     parts = self._parts = _Parts(model)
             parts.check()
         parts.check_input(x)
-        return parts
+        return engine, parts
 
 
 class _Parts:
