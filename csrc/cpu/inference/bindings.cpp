@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/machine.h"
 #include "profile.h"
 #include "program.h"
 #include "tensors.h"

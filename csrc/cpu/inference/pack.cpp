@@ -22,12 +22,8 @@ void require_count(const Weight& weight, int64_t expected, const char* what, int
 void transform_kernel(int64_t size, const float* kernel, float* transformed) {
   double taps[9], positions[kMaxWinogradPositions];
   std::copy_n(kernel, 9, taps);
-  if (size == 2) {
-    winograd_kernel_2x2(taps, positions);
-  } else {
-    winograd_kernel_4x4<double>(taps, positions);
-  }
-  for (int64_t i = 0; i < (size + 2) * (size + 2); ++i)
+  winograd_kernel<double>(size, taps, positions);
+  for (int64_t i = 0; i < winograd_positions(size); ++i)
     transformed[i] = static_cast<float>(positions[i]);
 }
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/inference/program.h"
+#include "cpu/tiles.h"
 #include "packing.h"
 #include "steps.h"
 
@@ -23,11 +23,6 @@ constexpr int64_t kWinogradChannels = 12;
 // that taps on padding cost nothing and tiles are full.
 constexpr int64_t kFewPixels = 64;
 constexpr int64_t kManyImages = 8;
-
-// Splits [0, count) into as many parts as asked for, as equal as possible.
-inline int64_t part_begin(int64_t count, int64_t parts, int64_t part) {
-  return count * part / parts;
-}
 
 // Floats between pixels in scratch memory, not a multiple of a page's fraction that would put many
 // of them into the same set of L1.

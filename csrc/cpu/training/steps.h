@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/inference/program.h"
+#include "cpu/parallel_for.h"
 #include "cpu/ukernels/training.h"
 
 namespace threshnet_fast::cpu {

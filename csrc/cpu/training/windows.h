@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/inference/program.h"
 #include "cpu/team.h"
+#include "cpu/tiles.h"
 #include "steps.h"
 
 namespace threshnet_fast::cpu {
