@@ -6,132 +6,15 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/ukernels/ukernels.h"
-
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "cpu/ukernels/kinds.h"
 
 namespace threshnet_fast::cpu {
 namespace {
 
 constexpr int64_t kRounds = 20;
 constexpr int64_t kRoundNanoseconds = 8'000'000;
-constexpr int64_t kIterations = 1024;
 constexpr int64_t kLoopsPerWindow = 32;
 constexpr int64_t kFloatsPerWindow = 1 << 18;
-
-// A value that the compiler cannot know.
-float hidden(float value) {
-  volatile float place = value;
-  return place;
-}
-
-// Neither sum * kFactor + kTerm nor sum + kFactor * kTerm, again and again, meets a denormal
-// number.
-constexpr float kFactor = 0.75f;
-constexpr float kTerm = 0.25f;
-
-// Each loop runs kIterations times over as many independent sums as hide the latency of an
-// operation and fit in registers, and returns its floating-point operations.
-using PeakLoop = int64_t (*)();
-
-int64_t loop_scalar() {
-  constexpr int64_t kSums = 12;
-  // What the micro-kernels without a named instruction set compute with.
-  typedef float Lanes __attribute__((vector_size(16)));
-  const float factor_value = hidden(kFactor);
-  const float term_value = hidden(kTerm);
-  const Lanes factor = {factor_value, factor_value, factor_value, factor_value};
-  const Lanes term = {term_value, term_value, term_value, term_value};
-  Lanes sums[kSums];
-  for (Lanes& sum : sums) sum = term;
-  for (int64_t i = 0; i < kIterations; ++i) {
-    for (Lanes& sum : sums) sum = sum * factor + term;
-  }
-  for (int64_t s = 1; s < kSums; ++s) sums[0] += sums[s];
-  hidden(sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3]);
-  return 2 * 4 * kSums * kIterations;
-}
-
-#if defined(__x86_64__) || defined(_M_X64)
-__attribute__((target("avx2,fma"))) int64_t loop_avx2() {
-  constexpr int64_t kSums = 12;
-  const __m256 factor = _mm256_set1_ps(hidden(kFactor));
-  const __m256 term = _mm256_set1_ps(hidden(kTerm));
-  __m256 sums[kSums];
-  for (__m256& sum : sums) sum = term;
-  for (int64_t i = 0; i < kIterations; ++i) {
-    for (__m256& sum : sums) sum = _mm256_fmadd_ps(sum, factor, term);
-  }
-  for (int64_t s = 1; s < kSums; ++s) sums[0] = _mm256_add_ps(sums[0], sums[s]);
-  float lanes[8];
-  _mm256_storeu_ps(lanes, sums[0]);
-  for (const float lane : lanes) hidden(lane);
-  return 2 * 8 * kSums * kIterations;
-}
-
-__attribute__((target("avx512f"))) int64_t loop_avx512() {
-  constexpr int64_t kSums = 16;
-  const __m512 factor = _mm512_set1_ps(hidden(kFactor));
-  const __m512 term = _mm512_set1_ps(hidden(kTerm));
-  __m512 sums[kSums];
-  for (__m512& sum : sums) sum = term;
-  for (int64_t i = 0; i < kIterations; ++i) {
-    for (__m512& sum : sums) sum = _mm512_fmadd_ps(sum, factor, term);
-  }
-  for (int64_t s = 1; s < kSums; ++s) sums[0] = _mm512_add_ps(sums[0], sums[s]);
-  float lanes[16];
-  _mm512_storeu_ps(lanes, sums[0]);
-  for (const float lane : lanes) hidden(lane);
-  return 2 * 16 * kSums * kIterations;
-}
-
-__attribute__((target("avx512f,avx512bf16"))) int64_t loop_avx512_bf16() {
-  constexpr int64_t kSums = 16;
-  // A pair of bfloat16 in each lane, 0.25 both.
-  const __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3e803e80);
-  __m512 sums[kSums];
-  for (__m512& sum : sums) sum = _mm512_set1_ps(hidden(kTerm));
-  for (int64_t i = 0; i < kIterations; ++i) {
-    for (__m512& sum : sums) sum = _mm512_dpbf16_ps(sum, factor, factor);
-  }
-  for (int64_t s = 1; s < kSums; ++s) sums[0] = _mm512_add_ps(sums[0], sums[s]);
-  float lanes[16];
-  _mm512_storeu_ps(lanes, sums[0]);
-  for (const float lane : lanes) hidden(lane);
-  return 2 * 32 * kSums * kIterations;
-}
-#elif defined(__aarch64__)
-int64_t loop_neon() {
-  constexpr int64_t kSums = 16;
-  const float32x4_t factor = vdupq_n_f32(hidden(kFactor));
-  const float32x4_t term = vdupq_n_f32(hidden(kTerm));
-  float32x4_t sums[kSums];
-  for (float32x4_t& sum : sums) sum = term;
-  for (int64_t i = 0; i < kIterations; ++i) {
-    // The instruction adds to what it overwrites, as in the micro-kernels.
-    for (float32x4_t& sum : sums) sum = vfmaq_f32(sum, factor, term);
-  }
-  for (int64_t s = 1; s < kSums; ++s) sums[0] = vaddq_f32(sums[0], sums[s]);
-  hidden(vaddvq_f32(sums[0]));
-  return 2 * 4 * kSums * kIterations;
-}
-#endif
-
-PeakLoop peak_loop(int64_t isa) {
-#if defined(__x86_64__) || defined(_M_X64)
-  if (isa == kAvx512Bf16) return loop_avx512_bf16;
-  if (isa == kAvx512) return loop_avx512;
-  if (isa == kAvx2) return loop_avx2;
-#elif defined(__aarch64__)
-  if (isa == kNeon) return loop_neon;
-#endif
-  (void)isa;
-  return loop_scalar;
-}
 
 // Work that one thread did in windows of time, one after the other.
 struct alignas(64) Log {
@@ -187,7 +70,7 @@ double measure_peak(int64_t isa, int64_t threads, ParallelFor parallel_for) {
   struct Context {
     PeakLoop loop;
     std::vector<Log> logs;
-  } context{peak_loop(isa), {}};
+  } context{kind_of(isa)->peak_loop, {}};
   double best = 0.0;
   for (int64_t round = 0; round < kRounds; ++round) {
     context.logs.assign(threads, Log());
@@ -236,7 +119,8 @@ double measure_bandwidth(const float* data, int64_t count, int64_t threads,
               std::memcpy(&bits, context.data + i, sizeof bits);
               sum += bits;
             }
-            hidden(static_cast<float>(sum));
+            volatile const uint32_t used = sum;
+            (void)used;
             log.add(static_cast<double>((next - first) * static_cast<int64_t>(sizeof(float))));
             first = next;
           }

@@ -37,6 +37,7 @@ from typing import TypeVar
 import torch
 
 from ..plan.ir import FusedConv, Head, Plan, Pool, Step
+from ..plan.limits import GROUP, live_taps
 
 __all__ = [
     "DEVICES",
@@ -57,7 +58,6 @@ float32 in memory and rounds what it multiplies; all of them add in float32."""
 
 _ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
-_GROUP = 16
 _TILE_SIZES = (16, 32, 64, 128, 256)
 _LARGEST_TILE = 128 * 256
 _SPLITS = (1, 2, 4, 8, 16)
@@ -625,9 +625,12 @@ class _Model:
     def _live_taps(self, step: FusedConv) -> int:
         source = self.plan.buffers[step.inputs[0].buffer]
         target = self.plan.buffers[step.output.buffer]
-        rows = _live(source.height, target.height, step.kernel[0], step.stride, step.padding)
-        columns = _live(source.width, target.width, step.kernel[1], step.stride, step.padding)
-        return rows * columns
+        sizes = ((source.height, target.height), (source.width, target.width))
+        rows, columns = (
+            live_taps(*size, kernel, step.stride, step.padding)
+            for size, kernel in zip(sizes, step.kernel, strict=True)
+        )
+        return (rows[1] - rows[0]) * (columns[1] - columns[0])
 
     def _stream(self, operation: str, traffic: _Traffic) -> Kernel:
         """A kernel that only moves bytes, all multiprocessors at work."""
@@ -661,11 +664,11 @@ class _Model:
             pooled: Bytes that are averaged into its rows first; it is then one kernel.
         """
         rows, columns = shape
-        splits = (1,) if pooled else tuple(s for s in _SPLITS if s == 1 or depth >= 4 * _GROUP * s)
+        splits = (1,) if pooled else tuple(s for s in _SPLITS if s == 1 or depth >= 4 * GROUP * s)
         candidates = (
             self._tiled(operation, shape, (m, n, split), depth, loaded_depth, traffic, pooled)
             for m, n, split in itertools.product(_TILE_SIZES, _TILE_SIZES, splits)
-            if m * n <= _LARGEST_TILE and m < 2 * max(rows, _GROUP) and n < 2 * max(columns, _GROUP)
+            if m * n <= _LARGEST_TILE and m < 2 * max(rows, GROUP) and n < 2 * max(columns, GROUP)
         )
         return min(candidates, key=lambda kernels: self._execution(*kernels).seconds)
 
@@ -683,7 +686,7 @@ class _Model:
         (rows, columns), (m, n, split) = shape, tile
         tiles = _blocks(rows, m) * _blocks(columns, n) * split
         waves = _blocks(tiles, device.multiprocessors)
-        part = _GROUP * _blocks(depth, _GROUP * split)
+        part = GROUP * _blocks(depth, GROUP * split)
         written = m * n * (_PARTIAL_BYTES if split > 1 else self.size)
         loaded = self.size * (m + n) * loaded_depth / split
         share = device.multiprocessors / device.cache_bandwidth
@@ -721,16 +724,8 @@ def _appended(plan: Plan) -> frozenset[int]:
     )
 
 
-def _live(size: int, out_size: int, kernel: int, stride: int, padding: int) -> int:
-    """Taps of a window, in one direction, that meet a pixel somewhere."""
-    return sum(
-        any(0 <= position * stride + tap - padding < size for position in range(out_size))
-        for tap in range(kernel)
-    )
-
-
 def _whole_groups(channels: int) -> int:
-    return _GROUP * _blocks(channels, _GROUP)
+    return GROUP * _blocks(channels, GROUP)
 
 
 def _blocks(size: int, block: int) -> int:

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from ..engines.select import check_name
+from ..plan.limits import GROUP, MAX_PIXELS, MAX_TAPS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that the operators compute in."""
 
 # The C++ side counts in 32 bits; a larger number is a mistake in any case.
 _LARGEST = 2**31 - 1
-
-# Kernels for a GPU count pixels in 32 bits, up to the end of a tile that they do not fill.
-_LARGEST_ON_A_GPU = 2**31 - 1024
 
 _MOST_CHANNELS = 2**24
 
@@ -180,7 +178,7 @@ def _cpu_limits(
     row, column = max(height + padding - rows, 0), max(width + padding - columns, 0)
     behind = ((batch - 1) * height + row) * width + column
     return {
-        "taps of a kernel": (rows * columns, 64),
+        "taps of a kernel": (rows * columns, MAX_TAPS),
         "channels of xs": (channels, _MOST_CHANNELS),
         "channels of the result": (out_channels, _MOST_CHANNELS),
         "segments": (len(xs), 2**20 - 2),
@@ -196,7 +194,9 @@ def _gpu_limits(
 ) -> dict[str, tuple[int, int]]:
     batch, _, height, width = xs[0].shape
     rows, columns = weight.shape[2:]
-    whole_groups = (weight.shape[0] + 15) * (weight.shape[1] + 15 * len(xs)) * rows * columns
+    whole_groups = (
+        (weight.shape[0] + GROUP - 1) * (weight.shape[1] + (GROUP - 1) * len(xs)) * rows * columns
+    )
     sizes = {
         "pixels of xs": batch * height * width,
         "output pixels": batch * shape[2] * shape[3],
@@ -205,7 +205,7 @@ def _gpu_limits(
         "pixels under a window": rows * (width + columns),
         "elements of weight, channels in groups of 16": whole_groups,
     }
-    return {what: (count, _LARGEST_ON_A_GPU) for what, count in sizes.items()}
+    return {what: (count, MAX_PIXELS) for what, count in sizes.items()}
 
 
 def _check_layout(name: str, tensor: Tensor) -> None:

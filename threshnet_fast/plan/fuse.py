@@ -29,14 +29,12 @@ from ..graph.ir import (
     UnsupportedModule,
 )
 from ..graph.ir import Pool as PoolNode
+from .codes import ACTIVATIONS
 from .concatenations import find_blocks
 from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
+from .limits import GROUP
 
 __all__ = ["fuse"]
-
-# Slots of a block's buffer start at multiples of a cache line of fp32.
-_SLOT = 16
-_ACTIVATIONS = ("relu", "relu6")
 
 
 def fuse(graph: Graph, input_shape: tuple[int, int, int, int], *, fold: bool = True) -> Plan:
@@ -91,7 +89,7 @@ class _Fusion:
         self.bare_norms: dict[int, Norm] = {}
         for foreign in graph.foreign():
             raise UnsupportedModule(foreign.reason)
-        self.blocks, self.slots = find_blocks(graph, _SLOT)
+        self.blocks, self.slots = find_blocks(graph, GROUP)
         # The buffer of each block, once its first value has been written.
         self.block_buffers: dict[int, int] = {}
         # Nodes that an earlier one took in.
@@ -195,7 +193,7 @@ class _Fusion:
             if isinstance(activate, Activate):
                 activation, last = activate.kind, activate.output
                 self.done.add(last)
-                if activation not in _ACTIVATIONS:
+                if activation not in ACTIVATIONS:
                     raise UnsupportedModule(f"{activate.name} has activation {activation!r}")
         elif self._pools_before(node, norm):
             assert isinstance(norm, PoolNode)

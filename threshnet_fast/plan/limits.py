@@ -5,13 +5,19 @@ from __future__ import annotations
 from ..graph.ir import UnsupportedModule
 from .ir import FusedConv, Plan, Step
 
-__all__ = ["GROUP", "MAX_PIXELS", "check_gpu", "reads_input"]
+__all__ = ["GROUP", "MAX_PIXELS", "MAX_TAPS", "check_gpu", "live_taps", "reads_input"]
 
-# Channels come in groups of as many, see kernels/layout.py and csrc/cuda/operands.h.
+# csrc/kernel_limits.h has the same numbers, and kernels/layout.py the first.
 GROUP = 16
+"""Channels come in groups of as many, and buffers are aligned to as many elements."""
+
 # Indices of pixels are 32-bit in the kernels, those behind the last pixel in the last tile too;
 # offsets are 64-bit.
 MAX_PIXELS = 2**31 - 1024
+"""The most pixels of a map on a GPU."""
+
+MAX_TAPS = 64
+"""The most taps of a kernel on the CPU."""
 
 
 def check_gpu(plan: Plan) -> None:
@@ -59,3 +65,27 @@ def check_gpu(plan: Plan) -> None:
 def reads_input(step: Step) -> bool:
     """Returns whether a step reads the network's input."""
     return any(segment.buffer == 0 for segment in step.inputs)
+
+
+def live_taps(size: int, out_size: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
+    """Returns the taps, in one direction, that can meet a pixel, from the first to the last.
+
+    A padded 3x3 window on a map of one pixel has one such tap, not nine.
+
+    Args:
+        size: Pixels of the input.
+        out_size: Pixels of the output.
+        kernel: Taps of the window.
+        stride: Distance of windows.
+        padding: Zeros before the first pixel and behind the last.
+
+    Returns:
+        The first of them, and the one behind the last; ``(0, 0)`` where there are none.
+    """
+    live = [
+        tap
+        for tap in range(kernel)
+        if (first := max(0, -(-(padding - tap) // stride))) < out_size
+        and first * stride - padding + tap < size
+    ]
+    return (live[0], live[-1] + 1) if live else (0, 0)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..graph import ir
 from ..graph.ir import UnsupportedModule
+from .codes import ACTIVATIONS
 from .concatenations import Block, find_blocks
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "raw",
 ]
 
-ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2}
 # Largest side of a window.
 _MAX_WINDOW = 8
 

@@ -23,16 +23,15 @@ void pool(const Operands<Element>& operands, const Step& step, int64_t block, fl
   for (int64_t row = range.first; row < range.last; ++row) {
     const int64_t n = row / to.height;
     const int64_t top = row % to.height * step.stride - step.padding;
+    const TapRange taps = valid_taps(top, from.height, step.kernel_height);
     for (int64_t x = 0; x < to.width; ++x) {
       const int64_t left = x * step.stride - step.padding;
       int64_t count = 0;
-      for (int64_t ky = 0; ky < step.kernel_height; ++ky) {
-        for (int64_t kx = 0; kx < step.kernel_width; ++kx) {
-          const int64_t y = top + ky;
-          const int64_t column = left + kx;
-          if (y >= 0 && y < from.height && column >= 0 && column < from.width)
-            offsets[count++] = ((n * from.height + y) * from.width + column) * from.pitch;
-        }
+      const TapRange columns = valid_taps(left, from.width, step.kernel_width);
+      for (int64_t ky = taps.begin; ky < taps.end; ++ky) {
+        const int64_t first = (n * from.height + top + ky) * from.width + left;
+        for (int64_t kx = columns.begin; kx < columns.end; ++kx)
+          offsets[count++] = (first + kx) * from.pitch;
       }
       Element* const pixel = output + (row * to.width + x) * to.pitch;
       const float factor = 1.0f / static_cast<float>(count);
@@ -52,15 +51,16 @@ void pool(const Operands<Element>& operands, const Step& step, int64_t block, fl
 // there, then those of their weights. Returns how many there are.
 inline int64_t window_taps(const Step& step, const Panel& panel, const Buffer& from, int64_t top,
                            int64_t left, int64_t* offsets) {
-  const int64_t taps = step.kernel_height * step.kernel_width;
+  const TapRange rows = valid_taps(top, from.height, step.kernel_height);
+  const TapRange columns = valid_taps(left, from.width, step.kernel_width);
+  int64_t* const weight_offsets = offsets + step.kernel_height * step.kernel_width;
   int64_t count = 0;
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const int64_t y = top + tap / step.kernel_width;
-    const int64_t x = left + tap % step.kernel_width;
-    if (y < 0 || y >= from.height || x < 0 || x >= from.width) continue;
-    offsets[count] = tap_shift(tap, step.kernel_width, from.width) * from.pitch;
-    offsets[taps + count] = tap * panel.pitch;
-    ++count;
+  for (int64_t ky = rows.begin; ky < rows.end; ++ky) {
+    for (int64_t kx = columns.begin; kx < columns.end; ++kx) {
+      offsets[count] = (ky * from.width + kx) * from.pitch;
+      weight_offsets[count] = (ky * step.kernel_width + kx) * panel.pitch;
+      ++count;
+    }
   }
   return count;
 }

@@ -4,6 +4,7 @@
 #include "channelwise.h"
 #include "cpu/fetch.h"
 #include "cpu/team.h"
+#include "cpu/ukernels/kinds.h"
 #include "direct.h"
 #include "gathered.h"
 #include "image.h"
@@ -101,9 +102,10 @@ static void run_elements(const Program& program, const float* packed, float* wor
 
 void run(const Program& program, const float* packed, float* workspace, const Binding& binding,
          int64_t threads, ParallelFor parallel_for, const TaskObserver* observer) {
-  const auto run_program =
-      program.header().isa == kAvx512Bf16 ? run_elements<Bfloat16> : run_elements<float>;
-  run_program(program, packed, workspace, binding, threads, parallel_for, observer);
+  with_element(kind_of(program.header().isa)->dtype, [&](auto element) {
+    run_elements<decltype(element)>(program, packed, workspace, binding, threads, parallel_for,
+                                    observer);
+  });
 }
 
 }  // namespace threshnet_fast::cpu

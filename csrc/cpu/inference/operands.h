@@ -6,7 +6,7 @@
 
 #include "cpu/fetch.h"
 #include "cpu/tiles.h"
-#include "cpu/ukernels/ukernels.h"
+#include "cpu/ukernels/kinds.h"
 #include "program.h"
 
 namespace threshnet_fast::cpu {

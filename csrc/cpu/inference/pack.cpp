@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cpu/team.h"
+#include "cpu/ukernels/kinds.h"
 #include "cpu/winograd.h"
 #include "program.h"
 
@@ -122,7 +123,8 @@ void pack(const Program& program, const std::vector<Weight>& weights, float* pac
     if (step.kind == kDepthwise)
       pack_depthwise(step, *program.at<Panel>(step.panels), weights, packed);
   }
-  const auto pack_one = header.isa == kAvx512Bf16 ? pack_panel<Bfloat16> : pack_panel<float>;
+  const auto pack_one = with_element(kind_of(header.isa)->dtype,
+                                     [](auto element) { return pack_panel<decltype(element)>; });
   run_team(threads, parallel_for, {static_cast<int64_t>(jobs.size())},
            [&](int64_t, int64_t job, int64_t) {
              const Step& step = *jobs[job].step;

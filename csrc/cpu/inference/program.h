@@ -11,7 +11,7 @@
 
 #include "cpu/parallel_for.h"
 #include "cpu/tiles.h"
-#include "cpu/ukernels/ukernels.h"
+#include "cpu/ukernels/kinds.h"
 #include "cpu/winograd.h"
 #include "plan.h"
 
@@ -166,7 +166,6 @@ std::vector<std::byte> compile(const int64_t* description, int64_t length, int64
                                int64_t threads, int64_t winograd);
 
 // How a step of the description is computed.
-enum Algorithm : int64_t { kDirect = 0, kPacked = 1, kWinograd2 = 2, kWinograd4 = 3 };
 Algorithm algorithm_of(const Step& step);
 
 struct Weight {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bands.h"
+#include "cpu/costs.h"
 #include "cpu/fetch.h"
 #include "cpu/tiles.h"
 #include "cpu/winograd.h"
@@ -12,15 +13,9 @@
 
 namespace threshnet_fast::cpu {
 
-// Floats of one panel's weights that pass by while a band stays.
-constexpr int64_t kPanelFloats = 32 * 1024;
-// Input channels whose tiles are there at once.
-constexpr int64_t kTileChannels = 64;
-// Floats of a weight's gradient that stay in L2 while pixels pass by.
-constexpr int64_t kGradientFloats = 80 * 1024;
-
 // As long as the channels that are transformed at a time: those of a chunk, or of a small gradient.
-constexpr float kZeros[kGradientFloats / (winograd_positions(2) * kWinogradChannels) + 64] = {};
+constexpr float kZeros[kGradientFloats / (winograd_positions(2) * kTrainingWinogradChannels) + 64] =
+    {};
 
 // The pixels of a patch from row y and column x on; what lies beyond the patch is zero.
 inline TilePixels<const float> tile_of(const Patch& patch, int64_t extent, int64_t y, int64_t x,
