@@ -1,4 +1,4 @@
-"""Builds the package's shared libraries and maps kernels/ into the package.
+"""Builds the package's shared libraries and maps kernels/ and the schemas into the package.
 
 - ``threshnet_fast/_C``: the CPU engine and the operators' schemas.
 - ``threshnet_fast/_fingerprint``: a Python module that compares a model with what it was.
@@ -33,6 +33,10 @@ package_dir = {}
 if (ROOT / "kernels").is_dir():
     packages.append(f"{PACKAGE}.kernels")
     package_dir[f"{PACKAGE}.kernels"] = "kernels"
+if (ROOT / "csrc").is_dir():
+    # Only the schemas, by which the package checks what it loads.
+    packages.append(f"{PACKAGE}.csrc")
+    package_dir[f"{PACKAGE}.csrc"] = "csrc"
 
 arguments = setup_arguments(ROOT) if COMPILING & set(sys.argv[1:]) else {}
 if "editable_wheel" in sys.argv[1:] and not arguments:
@@ -42,6 +46,9 @@ if "editable_wheel" in sys.argv[1:] and not arguments:
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={PACKAGE: ["py.typed", "models/weights/*.safetensors", "models/weights/*.json"]},
+    package_data={
+        PACKAGE: ["py.typed", "models/weights/*.safetensors", "models/weights/*.json"],
+        f"{PACKAGE}.csrc": ["schemas.cpp"],
+    },
     **arguments,
 )

@@ -78,7 +78,8 @@ class Reader {
     require_plan(plan_.external_count >= 0 && plan_.external_count < 1 << 20, "external inputs");
     require_plan(plan_.arena_size >= 0 && plan_.arena_size < int64_t{1} << 48,
                  "the arena's size is not between 0 and 2^48 floats");
-    require_plan(plan_.arena_size % 16 == 0, "the arena is not a multiple of 16 floats");
+    require_plan(plan_.arena_size % kGroupChannels == 0,
+                 "the arena is not a multiple of 16 floats");
     require_plan(buffer_count > 0 && buffer_count < 1 << 20, "number of buffers");
     require_plan(step_count_ > 0 && step_count_ < 1 << 20, "number of steps");
     for (int64_t i = 0; i < buffer_count; ++i) read_buffer();
@@ -95,7 +96,8 @@ class Reader {
     require_plan(pixels <= std::numeric_limits<int32_t>::max(), "a buffer has over 2^31 pixels");
     const int64_t elements = product_of_sizes({pixels, buffer.pitch}, name);
     if (buffer.offset >= 0) {
-      require_plan(buffer.offset % 16 == 0, "a buffer does not start at a multiple of 16 floats");
+      require_plan(buffer.offset % kGroupChannels == 0,
+                   "a buffer does not start at a multiple of 16 floats");
       require_plan(
           buffer.offset <= plan_.arena_size && elements <= plan_.arena_size - buffer.offset,
           "a buffer does not fit in the arena");
@@ -231,9 +233,8 @@ class Reader {
 
   void read_epilogue(PlanStep& step) {
     const int64_t activation = next();
-    require_plan(activation >= 0 && activation <= static_cast<int64_t>(PlanActivation::kRelu6),
-                 "unknown activation");
-    step.activation = static_cast<PlanActivation>(activation);
+    require_plan(activation >= 0 && activation <= kRelu6, "unknown activation");
+    step.activation = static_cast<Activation>(activation);
     step.weight_index = weight_index(false);
     step.bias_index = weight_index(true);
   }

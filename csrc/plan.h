@@ -8,6 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "codes.h"
+#include "kernel_limits.h"
+
 namespace threshnet_fast {
 
 constexpr int64_t kDescriptionMagic = 0x4e4c5046544e54;  // "TNTFPLN"
@@ -35,18 +38,13 @@ struct BufferSegment {
   int64_t buffer, channel, channels;
 };
 
-enum class PlanStepKind : int64_t { kConvolution = 0, kPool = 1, kDepthwise = 2 };
-
-// What follows a convolution: nothing, max(x, 0), or min(max(x, 0), 6).
-enum class PlanActivation : int64_t { kNone = 0, kRelu = 1, kRelu6 = 2 };
-
 struct PlanStep {
   PlanStepKind kind;
   std::vector<BufferSegment> inputs;  // several only for a convolution
   BufferSegment output;
   int64_t input_channels;
   int64_t kernel_height, kernel_width, stride, padding;
-  PlanActivation activation;                                   // of convolutions only
+  Activation activation;                                       // of convolutions only
   bool average;                                                // pool only
   int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
   bool reads_network_input;

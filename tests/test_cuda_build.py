@@ -349,7 +349,7 @@ class TestInstalledLibrary:
             "from threshnet_fast import extension\n"
             "assert extension.load_cuda(), extension.cuda_unavailable_reason()\n"
             "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-            "for name in extension._CUDA_OPERATORS:\n"
+            "for name in extension.schemas()[extension.CUDA_NAMESPACE]:\n"
             "    operator = f'{extension.CUDA_NAMESPACE}::{name}'\n"
             "    keys = ('CPU', 'CUDA', 'CompositeExplicitAutograd', 'CompositeImplicitAutograd')\n"
             "    print(name, *(key for key in keys if has(operator, key)))"

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from threshnet_fast import extension
 
-NAMES = set(extension._OPERATORS)
+NAMES = set(extension.schemas()[extension.NAMESPACE])
 SCHEMAS = {
     "best_isa": "() -> int",
     "cat_bn_relu_conv": "(Tensor[] xs, Tensor scale, Tensor shift, Tensor weight, int stride, "
@@ -214,6 +215,73 @@ def test_library_of_another_version(tmp_path, compile_empty):
     assert all(name in reason for name in NAMES)
 
 
+def load_changed(library, folder, changes):
+    """Why a library of which parts of the schemas are replaced, as in an old one, is refused."""
+    content = library.read_bytes()
+    for old, new in changes.items():
+        assert len(old) == len(new)
+        assert content.count(f"{old}".encode()) == 1, old
+        content = content.replace(old.encode(), new.encode())
+    (folder / "_C.abi3.so").write_bytes(content)
+    return run_python(
+        "from threshnet_fast import extension\n"
+        f"extension.__file__ = {str(folder / 'extension.py')!r}\n"
+        "print(extension.load(), extension.unavailable_reason())"
+    )
+
+
+def test_unchanged_library(library, tmp_path):
+    assert load_changed(library, tmp_path, {}) == "True None"
+
+
+def test_old_library_without_an_operator(library, tmp_path):
+    names = [name for name in extension.schemas()[extension.NAMESPACE] if "training_" in name]
+    assert len(names) == 9
+    changes = {f"{name}(": f"{name[:-1]}_(" for name in names}
+    assert load_changed(library, tmp_path, changes) == (
+        f"False the C++ extension {tmp_path / '_C.abi3.so'} is not of this version: it has no "
+        f"operator {', '.join(names)}; reinstall threshnet_fast"
+    )
+
+
+def test_old_library_with_other_schemas(library, tmp_path):
+    """Another argument, another type of one, another result; and one operator less."""
+    changes = {
+        "int threads, int winograd) -> Tensor": "int threads, int Winograd) -> Tensor",
+        "read_bandwidth(Tensor memory, int threads)": "read_bandwidth(Tensor memory,bool threads)",
+        "all_finite(Tensor[] tensors) -> bool": "all_finite(Tensor[] tensors) -> int ",
+        "program_layout(": "program_Layout(",
+    }
+    assert load_changed(library, tmp_path, changes) == (
+        f"False the C++ extension {tmp_path / '_C.abi3.so'} is not of this version: it has no "
+        "operator program_layout and it has other arguments or results of the operator "
+        "all_finite, compile_plan, read_bandwidth; reinstall threshnet_fast"
+    )
+
+
+def test_no_schemas_to_compare_with(library, tmp_path, unloaded):
+    extension.schemas.cache_clear()
+    unloaded.setattr(extension, "_SCHEMAS", (tmp_path / "csrc/schemas.cpp",))
+    reason = extension.unavailable_reason()
+    extension.schemas.cache_clear()
+    assert f"there is no {tmp_path / 'csrc/schemas.cpp'} to compare it with" in reason
+    assert "\n" not in reason
+
+
+def test_reads_every_schema():
+    """What is read of the sources is all that they define, and what the library registers."""
+    schemas = extension.schemas()
+    text = (Path(__file__).parents[1] / "csrc/schemas.cpp").read_text(encoding="utf-8")
+    assert set(schemas) == {extension.NAMESPACE, extension.CUDA_NAMESPACE}
+    assert sum(map(len, schemas.values())) == text.count("m.def(")
+    assert extension.load()
+    registered = torch._C._dispatch_get_all_op_names()
+    for namespace, operators in schemas.items():
+        assert {name for name in registered if name.startswith(f"{namespace}::")} == {
+            f"{namespace}::{name}" for name in operators
+        }
+
+
 @pytest.mark.parametrize("broken", [True, False], ids=["broken", "another version"])
 def test_cuda_library_that_is_no_good(library, tmp_path, compile_empty, broken):
     """The engine's library works and defines the operators; nothing computes them."""
@@ -235,7 +303,7 @@ def test_cuda_library_that_is_no_good(library, tmp_path, compile_empty, broken):
         assert reason.count(str(path)) == 1
     else:
         assert f"{path} is not of this version" in reason
-        assert all(name in reason for name in extension._CUDA_OPERATORS)
+        assert all(name in reason for name in extension.schemas()[extension.CUDA_NAMESPACE])
 
 
 def test_package_works_without_it(tmp_path):

@@ -377,7 +377,12 @@ class TestArchives:
         with zipfile.ZipFile(archive) as file:
             libraries = [name for name in file.namelist() if name.endswith(".so")]
             assert libraries == ["threshnet_fast/_C.abi3.so"]
+            # Of the sources, what a loaded library is compared with.
+            sources = [name for name in file.namelist() if "csrc" in name]
+            assert sources == ["threshnet_fast/csrc/schemas.cpp"]
             file.extractall(tmp_path / "site")
+        schemas = (tmp_path / "site/threshnet_fast/csrc/schemas.cpp").read_text()
+        assert schemas == (tree / "csrc/schemas.cpp").read_text()
         code = (
             "import torch\n"
             f"torch.ops.load_library({str(tmp_path / 'site/threshnet_fast/_C.abi3.so')!r})\n"

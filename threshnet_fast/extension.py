@@ -14,6 +14,8 @@ The package works without any of them (pure PyTorch), so nothing here raises: ca
 
 from __future__ import annotations
 
+import functools
+import re
 import threading
 from pathlib import Path
 
@@ -26,28 +28,13 @@ CUDA_NAMESPACE = "threshnet_fast_cuda"
 """Namespace of the operators that the CUDA kernels compute."""
 
 _SUFFIXES = (".abi3.so", ".so", ".pyd", ".dylib")
-_OPERATORS = (
-    "best_bfloat16_isa",
-    "best_isa",
-    "cat_bn_relu_conv",
-    "cat_conv_bn_relu",
-    "compile_plan",
-    "create_workspace",
-    "pack_weights",
-    "program_algorithms",
-    "program_layout",
-    "run_plan",
+# What a library must have: the sources from which it is built. A wheel has a copy.
+_SCHEMAS = tuple(
+    folder / "csrc/schemas.cpp"
+    for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parents[1])
 )
-_CUDA_OPERATORS = (
-    "cat_bn_relu_conv",
-    "cat_conv_bn_relu",
-    "compile_plan",
-    "pack_weights",
-    "packed_bytes",
-    "program_algorithms",
-    "run_plan",
-    "workspace_bytes",
-)
+_NAMESPACE_BLOCK = re.compile(r"^STABLE_TORCH_LIBRARY\((\w+), m\) \{$(.*?)^\}$", re.DOTALL | re.M)
+_DEFINITION = re.compile(r'm\.def\(((?:\s*"[^"]*")+)\)')
 
 
 class _Library:
@@ -57,7 +44,6 @@ class _Library:
         stem: Name of its file, without what follows the first point.
         title: What messages call it.
         namespace: The operators' namespace.
-        operators: Their names.
         absence: Why there may be no such file.
         base: Another library that must be loaded before.
     """
@@ -67,14 +53,12 @@ class _Library:
         stem: str,
         title: str,
         namespace: str,
-        operators: tuple[str, ...],
         absence: str,
         base: _Library | None = None,
     ) -> None:
         self.stem = stem
         self.title = title
         self.namespace = namespace
-        self.operators = operators
         self.absence = absence
         self.base = base
         self._lock = threading.Lock()
@@ -123,30 +107,71 @@ class _Library:
             text = " ".join(str(error.__cause__ or error).split()).removeprefix(f"{path}: ")
             version = torch.__version__
             return f"the {self.title} {path} does not load beside torch {version}: {text}"
-        missing = [name for name in self.operators if not _has_kernel(f"{self.namespace}::{name}")]
-        if missing:
+        wrong = self._wrong_operators()
+        if wrong is not None:
             return (
-                f"the {self.title} {path} is not of this version: it has no operator "
-                f"{', '.join(missing)}; reinstall threshnet_fast"
+                f"the {self.title} {path} is not of this version: {wrong}; reinstall threshnet_fast"
             )
         return None
+
+    def _wrong_operators(self) -> str | None:
+        """Returns what a loaded library lacks of ``csrc/schemas.cpp``, or None."""
+        import torch
+
+        try:
+            expected = schemas()[self.namespace]
+        except (OSError, KeyError):
+            return f"there is no {_SCHEMAS[0]} to compare it with"
+        missing = []
+        other = []
+        for name, text in expected.items():
+            operator = f"{self.namespace}::{name}"
+            defined = torch._C._jit_get_schemas_for_operator(operator)
+            if not defined or not _has_kernel(operator):
+                missing.append(name)
+            elif defined != [torch._C.parse_schema(f"{self.namespace}::{text}")]:
+                other.append(name)
+        parts = []
+        if missing:
+            parts.append(f"it has no operator {', '.join(missing)}")
+        if other:
+            parts.append(f"it has other arguments or results of the operator {', '.join(other)}")
+        return " and ".join(parts) or None
 
 
 _ENGINE = _Library(
     "_C",
     "C++ extension",
     NAMESPACE,
-    _OPERATORS,
     "no C++17 compiler was found, or THRESHNET_FAST_NO_EXT was set",
 )
 _CUDA = _Library(
     "_C_cuda",
     "CUDA extension",
     CUDA_NAMESPACE,
-    _CUDA_OPERATORS,
     "no nvcc of CUDA 12.0 or newer was found, or THRESHNET_FAST_CUDA=0 was set",
     base=_ENGINE,
 )
+
+
+@functools.cache
+def schemas() -> dict[str, dict[str, str]]:
+    """Reads ``csrc/schemas.cpp``: what every operator of this version takes and returns.
+
+    Returns:
+        For each namespace, the schemas of its operators by their names.
+
+    Raises:
+        OSError: If the file is not there: neither in a source tree nor in an installed package.
+    """
+    path = next((path for path in _SCHEMAS if path.is_file()), _SCHEMAS[0])
+    found: dict[str, dict[str, str]] = {}
+    for block in _NAMESPACE_BLOCK.finditer(path.read_text(encoding="utf-8")):
+        definitions = found[block[1]] = {}
+        for definition in _DEFINITION.finditer(block[2]):
+            schema = "".join(re.findall(r'"([^"]*)"', definition[1]))
+            definitions[schema.partition("(")[0]] = schema
+    return found
 
 
 def library_path() -> Path | None:

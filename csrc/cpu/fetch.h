@@ -3,11 +3,29 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
+#include "cpu/tiles.h"
 #include "cpu/ukernels/ukernels.h"
 
 namespace threshnet_fast::cpu {
+
+// Memory that lies in one piece, to be fetched in parts by one call of a micro-kernel after the
+// other; by default without an end.
+struct Fetching {
+  Fetch next;
+  int64_t bytes = std::numeric_limits<int64_t>::max();
+
+  // What a call fetches that multiplies so many words.
+  Fetch take(int64_t words) {
+    if (bytes <= 0) return {};
+    const Fetch part = next;
+    next.address = static_cast<const char*>(next.address) + words * next.step;
+    bytes -= words * next.step;
+    return part;
+  }
+};
 
 // Rows of maps, of which every call of a micro-kernel fetches some lines.
 class FetchList {
@@ -18,9 +36,9 @@ class FetchList {
   // Rows of `floats` floats, `pitch` floats apart.
   void add(const float* data, int64_t pitch, int64_t floats, int64_t rows) {
     if (rows <= 0) return;
-    const int64_t lines = (floats * kFloatBytes + kLineBytes - 1) / kLineBytes;
+    const int64_t lines = divide_up(floats * kFloatBytes, kLineBytes);
     parts_.push_back({reinterpret_cast<const char*>(data), pitch * kFloatBytes, lines, rows});
-    streams_ += lines * ((rows + words_ - 1) / words_);
+    streams_ += lines * divide_up(rows, words_);
   }
 
   // Spreads what there is over so many calls.
@@ -45,7 +63,6 @@ class FetchList {
 
  private:
   static constexpr int64_t kFloatBytes = sizeof(float);
-  static constexpr int64_t kLineBytes = 64;
 
   struct Part {
     const char* data;

@@ -18,8 +18,8 @@
 #endif
 #include <sched.h>
 
-#include "cpu/inference/program.h"
 #include "float_mode.h"
+#include "parallel_for.h"
 
 namespace threshnet_fast::cpu {
 

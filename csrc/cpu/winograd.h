@@ -1,7 +1,60 @@
-// What inference and training share of Winograd's convolutions. `Number` is double, or many floats.
+// What inference and training share of Winograd's convolutions. Free of torch.
 #pragma once
 
+#include <cstdint>
+
+#include "cpu/tiles.h"
+#include "cpu/ukernels/ukernels.h"
+
 namespace threshnet_fast::cpu {
+
+// Products of a tile of F(m x m, 3x3).
+constexpr int64_t winograd_positions(int64_t size) { return (size + 2) * (size + 2); }
+
+// Where a tile of `size` x `size` outputs lies in maps of so many rows and columns, one image after
+// the other: its image and its first row and column.
+struct WinogradTile {
+  int64_t image, y, x;
+  WinogradTile(int64_t index, int64_t size, int64_t height, int64_t width) {
+    const int64_t rows = divide_up(height, size);
+    const int64_t columns = divide_up(width, size);
+    x = index % columns * size;
+    y = index / columns % rows * size;
+    image = index / columns / rows;
+  }
+};
+
+// Tiles that are transformed, or their products: tile t's channels at a position begin at
+// data[position * i + tile * t].
+template <typename Element>
+struct TransformedTiles {
+  Element* data;
+  int64_t position, tile;
+
+  TransformedTiles from_tile(int64_t first) const { return {data + first * tile, position, tile}; }
+};
+
+template <typename Element>
+const WinogradFunctions<Element>& winograd_functions(const UkernelTable<Element>& table,
+                                                     int64_t size) {
+  return size == 2 ? table.winograd_2x2 : table.winograd_4x4;
+}
+
+// The (m + 2) x (m + 2) pixels that a tile is made of, or the m x m of its outputs: at(y, x) is a
+// pointer to the one in a row and column of the tile.
+template <typename Element>
+struct TilePixels {
+  Element* data[kMaxWinogradPositions];
+
+  template <typename At>
+  TilePixels(int64_t extent, const At& at) {
+    for (int64_t y = 0; y < extent; ++y) {
+      for (int64_t x = 0; x < extent; ++x) data[extent * y + x] = at(y, x);
+    }
+  }
+};
+
+// Below, `Number` is double, or many floats.
 
 // G g G^T of F(2x2, 3x3).
 template <typename Number>
@@ -40,6 +93,16 @@ inline void winograd_kernel_4x4(const Number* kernel, Number* transformed) {
     for (int x = 0; x < 6; ++x)
       transformed[6 * y + x] =
           rows[x][0] * half[y][0] + rows[x][1] * half[y][1] + rows[x][2] * half[y][2];
+  }
+}
+
+// The transform of a kernel to as many weights as a tile of F(m x m, 3x3) has products.
+template <typename Scalar, typename Number>
+inline void winograd_kernel(int64_t size, const Number* kernel, Number* transformed) {
+  if (size == 2) {
+    winograd_kernel_2x2(kernel, transformed);
+  } else {
+    winograd_kernel_4x4<Scalar>(kernel, transformed);
   }
 }
 

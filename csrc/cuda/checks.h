@@ -62,8 +62,9 @@ class Checker {
     positive(batch, "batch");
     positive(height, "height");
     positive(width, "width");
-    if (height > kMaxPixels || width > kMaxPixels / height || batch > kMaxPixels / (height * width))
-      fail(std::string(name) + " has more than " + std::to_string(kMaxPixels) + " pixels");
+    if (height > kMostPixels || width > kMostPixels / height ||
+        batch > kMostPixels / (height * width))
+      fail(std::string(name) + " has more than " + std::to_string(kMostPixels) + " pixels");
   }
 
   // Whole groups of channels, read in vectors of 16 bytes.
@@ -80,7 +81,7 @@ class Checker {
     pixels(window.batch, window.out_height, window.out_width, "output");
     positive(window.kernel_height, "kernel_height");
     positive(window.kernel_width, "kernel_width");
-    at_most(int64_t{window.kernel_height} * window.kernel_width, kMaxPixels, "kernel's extent");
+    at_most(int64_t{window.kernel_height} * window.kernel_width, kMostPixels, "kernel's extent");
     positive(window.stride, "stride");
     at_least(window.padding, 0, "padding");
     extent(window.in_height, window.kernel_height, window, window.out_height, "out_height");
@@ -91,7 +92,7 @@ class Checker {
   void extent(int64_t in, int64_t kernel, const Window& window, int64_t out,
               const char* name) const {
     const int64_t padded = in + 2 * int64_t{window.padding};
-    at_most(padded, kMaxPixels, "extent of the padded input");
+    at_most(padded, kMostPixels, "extent of the padded input");
     at_most(kernel, padded, "extent of the kernel");
     equal(out, (padded - kernel) / window.stride + 1, name);
   }

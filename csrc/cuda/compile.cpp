@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "seal.h"
 #include "program.h"
+#include "seal.h"
 
 namespace threshnet_fast::cuda {
 namespace {
@@ -63,7 +63,7 @@ class Compiler {
     const Buffer& from = plan_.buffer_of(planned.inputs[0]);
     const Buffer& to = plan_.buffer_of(planned.output);
     require_plan(std::max(plan_.batch * from.height * from.width,
-                          plan_.batch * to.height * to.width) <= kMaxPixels,
+                          plan_.batch * to.height * to.width) <= kMostPixels,
                  "a feature map has more than 2^31 - 1024 pixels");
     Step step{};
     step.kind = kind;
@@ -86,13 +86,13 @@ class Compiler {
                    static_cast<int32_t>(planned.kernel_width),
                    static_cast<int32_t>(planned.stride),
                    static_cast<int32_t>(planned.padding)};
-    require_plan(planned.activation != PlanActivation::kRelu6,
+    require_plan(planned.activation != kRelu6,
                  "an activation is ReLU6, which no kernel for a GPU has");
     require_plan(planned.kind != PlanStepKind::kDepthwise,
                  "a convolution is depthwise, for which no GPU has a kernel");
     require_plan(planned.kind != PlanStepKind::kPool || planned.scale_index < 0,
                  "a pool normalises its input, for which no GPU has a kernel");
-    step.relu = planned.activation == PlanActivation::kRelu;
+    step.relu = planned.activation == kRelu;
     step.average = planned.average;
     step.stored_channels = static_cast<int32_t>(planned.output.channels);
     if (to.offset != kNetworkOutput) {
@@ -136,7 +136,7 @@ class Compiler {
     const std::string what =
         "the weight of a convolution, channels in groups of 16, or of the classifier";
     const int64_t elements = product_of_sizes(sizes, what);
-    if (elements > kMaxPixels) fail_plan(what + " has over 2^31 - 1024 elements");
+    if (elements > kMostPixels) fail_plan(what + " has over 2^31 - 1024 elements");
     return reserve_packed(elements, bytes_of(dtype_));
   }
 
@@ -191,10 +191,9 @@ class Compiler {
            pooled.height == 1 && pooled.width == 1 && linear.inputs.size() == 1 &&
            input.buffer == pool.output.buffer && input.channel == pool.output.channel &&
            input.channels == pool.output.channels && readers_.at(input.buffer) == 1 &&
-           linear.scale_index < 0 && linear.activation == PlanActivation::kNone &&
-           linear.kernel_height == 1 && linear.kernel_width == 1 && linear.padding == 0 &&
-           to.offset == kNetworkOutput && linear.output.channel == 0 &&
-           to.pitch == linear.output.channels &&
+           linear.scale_index < 0 && linear.activation == kIdentity && linear.kernel_height == 1 &&
+           linear.kernel_width == 1 && linear.padding == 0 && to.offset == kNetworkOutput &&
+           linear.output.channel == 0 && to.pitch == linear.output.channels &&
            round_up(input.channels, group()) <= kMaxHeadChannels;
   }
 

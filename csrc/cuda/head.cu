@@ -14,7 +14,7 @@ constexpr int kMaxClasses = 1 << 30;
 
 // Few enough that no index of a pixel behind the last one needs more than 32 bits.
 constexpr int kMaxParts = 64;
-static_assert(kMaxPixels + kHeadPixels * kMaxParts < int64_t{1} << 31);
+static_assert(kMostPixels + kHeadPixels * kMaxParts < int64_t{1} << 31);
 
 // Blocks that keep the largest devices busy. Fewer slices of classes average a map less often.
 constexpr int kEnoughBlocks = 512;

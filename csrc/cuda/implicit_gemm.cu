@@ -44,24 +44,6 @@ double operations_per_clock(DType dtype, int architecture) {
   return data_center ? 2048 : architecture < 80 ? 1024 : 512;
 }
 
-struct Taps {
-  int first, count;
-};
-
-// The taps, in one direction, that can meet a pixel: of a padded 3x3 window on a map of one pixel
-// that is one, not nine.
-Taps live_taps(int size, int out_size, int kernel, int stride, int padding) {
-  int first = kernel;
-  int last = -1;
-  for (int tap = 0; tap < kernel; ++tap) {
-    const int output = std::max(0, divide_up(padding - tap, stride));
-    if (output >= out_size || output * stride - padding + tap >= size) continue;
-    first = std::min(first, tap);
-    last = tap;
-  }
-  return last < 0 ? Taps{0, 0} : Taps{first, last - first + 1};
-}
-
 int64_t channels_of(const Convolution& convolution) {
   int64_t channels = 0;
   for (int i = 0; i < convolution.segment_count; ++i) channels += convolution.segments[i].channels;
@@ -70,9 +52,10 @@ int64_t channels_of(const Convolution& convolution) {
 
 int64_t groups_of(const Convolution& convolution) {
   const Window& w = convolution.window;
-  const Taps rows = live_taps(w.in_height, w.out_height, w.kernel_height, w.stride, w.padding);
-  const Taps columns = live_taps(w.in_width, w.out_width, w.kernel_width, w.stride, w.padding);
-  return channels_of(convolution) / kGroup * rows.count * columns.count;
+  const TapRange rows = live_taps(w.in_height, w.out_height, w.kernel_height, w.stride, w.padding);
+  const TapRange columns = live_taps(w.in_width, w.out_width, w.kernel_width, w.stride, w.padding);
+  return channels_of(convolution) / kGroup * (rows.end - rows.begin) *
+         (columns.end - columns.begin);
 }
 
 // Estimates the cycles of a convolution: waves of blocks that share a multiprocessor, each of whose
@@ -190,11 +173,11 @@ void convolve(const Convolution& c, const Configuration& configuration, Stream s
   const bool split = configuration.parts > 1;
   const Tile& tile = kernels.tiles[configuration.tile];
   const Window& w = c.window;
-  const Taps rows = live_taps(w.in_height, w.out_height, w.kernel_height, w.stride, w.padding);
-  const Taps columns = live_taps(w.in_width, w.out_width, w.kernel_width, w.stride, w.padding);
+  const TapRange rows = live_taps(w.in_height, w.out_height, w.kernel_height, w.stride, w.padding);
+  const TapRange columns = live_taps(w.in_width, w.out_width, w.kernel_width, w.stride, w.padding);
   const int64_t channels = channels_of(c);
   const int64_t size = bytes_of(c.dtype);
-  const int64_t first_tap = int64_t{rows.first} * w.kernel_width + columns.first;
+  const int64_t first_tap = rows.begin * w.kernel_width + columns.begin;
 
   ImplicitGemmParameters p{};
   std::copy_n(c.segments, c.segment_count, p.segments);
@@ -214,12 +197,14 @@ void convolve(const Convolution& c, const Configuration& configuration, Stream s
   p.out_height = w.out_height;
   p.out_width = w.out_width;
   p.stride = w.stride;
-  p.pad_rows = w.padding - rows.first;
-  p.pad_columns = w.padding - columns.first;
+  p.pad_rows = w.padding - static_cast<int>(rows.begin);
+  p.pad_columns = w.padding - static_cast<int>(columns.begin);
   // Where all windows lie on padding there is nothing to add.
-  const bool any = rows.count > 0 && columns.count > 0;
-  p.tap_rows = any ? rows.count : 0;
-  p.tap_columns = any ? columns.count : 1;
+  const int tap_rows = static_cast<int>(rows.end - rows.begin);
+  const int tap_columns = static_cast<int>(columns.end - columns.begin);
+  const bool any = tap_rows > 0 && tap_columns > 0;
+  p.tap_rows = any ? tap_rows : 0;
+  p.tap_columns = any ? tap_columns : 1;
   p.kernel_columns = w.kernel_width;
   p.weight_columns = c.weight_columns;
   p.out_channels = c.out_channels;

@@ -9,18 +9,16 @@
 #include <cstdint>
 
 #include "export.h"
+#include "kernel_limits.h"
 
 namespace threshnet_fast::cuda {
 
 // Channels of a group.
-constexpr int kGroup = 16;
+constexpr int kGroup = static_cast<int>(kGroupChannels);
 // Segments that one launch reads where they lie; of more, all are gathered into one first.
 constexpr int kMaxSegments = 16;
 // Channels that a head can average: their means lie in shared memory.
 constexpr int kMaxHeadChannels = 8192;
-// Indices of pixels are 32-bit, those behind the last pixel in the last tile too; offsets are
-// 64-bit.
-constexpr int64_t kMaxPixels = (int64_t{1} << 31) - 1024;
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 

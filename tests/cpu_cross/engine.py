@@ -98,7 +98,8 @@ class Driver:
             if process.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{process.stderr}")
 
-        objects = [folder / f"{source.stem}.o" for source in sources]
+        # Folders may have files of the same name.
+        objects = [folder / f"{source.parent.name}-{source.stem}.o" for source in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compilations = zip(sources, objects, strict=True)
             list(pool.map(lambda pair: build(["-c", pair[0], "-o", pair[1]]), compilations))

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from ..plan.ir import FusedConv, Head, Plan, Pool, Step
-from ..plan.limits import GROUP
+from ..plan.limits import GROUP, live_taps
 from .gpus import PRECISIONS, Device, find_device, find_precision
 
 __all__ = [
@@ -439,9 +439,12 @@ class _Model:
     def _live_taps(self, step: FusedConv) -> int:
         source = self.plan.buffers[step.inputs[0].buffer]
         target = self.plan.buffers[step.output.buffer]
-        rows = _live(source.height, target.height, step.kernel[0], step.stride, step.padding)
-        columns = _live(source.width, target.width, step.kernel[1], step.stride, step.padding)
-        return rows * columns
+        sizes = ((source.height, target.height), (source.width, target.width))
+        rows, columns = (
+            live_taps(*size, kernel, step.stride, step.padding)
+            for size, kernel in zip(sizes, step.kernel, strict=True)
+        )
+        return (rows[1] - rows[0]) * (columns[1] - columns[0])
 
     def _stream(self, operation: str, traffic: _Traffic) -> Kernel:
         """A kernel that only moves bytes, all multiprocessors at work."""
@@ -532,14 +535,6 @@ def _appended(plan: Plan) -> frozenset[int]:
             for later in plan.steps[index + 1 :]
             for segment in later.inputs
         )
-    )
-
-
-def _live(size: int, out_size: int, kernel: int, stride: int, padding: int) -> int:
-    """Taps of a window, in one direction, that meet a pixel somewhere."""
-    return sum(
-        any(0 <= position * stride + tap - padding < size for position in range(out_size))
-        for tap in range(kernel)
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import environment, extension
 from ..environment import AUTOMATIC_WINOGRAD, winograd_by_default
 from ..graph.ir import UnsupportedModule
+from ..plan.codes import ALGORITHMS, ISAS
 from ..plan.ir import FusedConv, Plan, Step
 from ..plan.limits import of_convolution_on_the_cpu
 from ..plan.memory import plan_memory
@@ -45,11 +46,7 @@ _MAX_WORKSPACE_BYTES = 1 << 30
 # Of the workspaces that concurrent calls of a plan have left, as many are kept as fit in this.
 _SPARE_BYTES = 256 << 20
 
-# By their codes: 0 everywhere, 1 and 2 each with all before it, 3 on 64-bit ARM alone. 4 extends 2
-# by products of bfloat16.
-_ISAS = ("scalar", "avx2", "avx512", "neon", "avx512_bf16")
-_AVX512, _AVX512_BF16 = _ISAS.index("avx512"), _ISAS.index("avx512_bf16")
-_ALGORITHMS = ("direct", "packed", "winograd F(2x2, 3x3)", "winograd F(4x4, 3x3)")
+_AVX512, _AVX512_BF16 = ISAS.index("avx512"), ISAS.index("avx512_bf16")
 
 # Of a batch, as many images are worked on at once as fit in this much memory: it keeps the memory
 # of a large batch, and the traffic beyond the last level cache, that of a small one.
@@ -75,7 +72,7 @@ def isa(dtype: torch.dtype = torch.float32) -> str:
         ValueError: If ``THRESHNET_FAST_CPU_ISA`` is unknown, or the processor lacks it.
         RuntimeError: If the C++ extension is unavailable.
     """
-    return _ISAS[isa_code(dtype)]
+    return ISAS[isa_code(dtype)]
 
 
 @functools.cache
@@ -85,7 +82,7 @@ def _supported(dtype: torch.dtype) -> tuple[int, ...]:
         code: int = torch.ops.threshnet_fast_cpu.best_bfloat16_isa()
         return (code,) if code >= 0 else ()
     best: int = torch.ops.threshnet_fast_cpu.best_isa()
-    return (0, best) if _ISAS[best] == "neon" else tuple(range(best + 1))
+    return (0, best) if ISAS[best] == "neon" else tuple(range(best + 1))
 
 
 def isa_codes(dtype: torch.dtype = torch.float32) -> list[int]:
@@ -129,13 +126,13 @@ def _isa_code(dtype: torch.dtype, wanted: str) -> int:
     """What :func:`isa_code` returns for a value of the variable; found once, as calls need it."""
     codes, codes_bfloat16 = _supported(torch.float32), _supported(torch.bfloat16)
     if wanted:
-        if wanted not in _ISAS:
+        if wanted not in ISAS:
             raise ValueError(
-                f"{environment.CPU_ISA} is {wanted!r}: expected one of {', '.join(_ISAS)}"
+                f"{environment.CPU_ISA} is {wanted!r}: expected one of {', '.join(ISAS)}"
             )
-        cap = _ISAS.index(wanted)
+        cap = ISAS.index(wanted)
         if cap not in codes + codes_bfloat16:
-            has = ", ".join(_ISAS[code] for code in codes + codes_bfloat16)
+            has = ", ".join(ISAS[code] for code in codes + codes_bfloat16)
             raise ValueError(f"{environment.CPU_ISA} is {wanted!r}: this processor has only {has}")
         if cap == _AVX512_BF16:
             cap = _AVX512
@@ -195,7 +192,7 @@ class CompiledPlan:
     def describe(self) -> str:
         """One line: kernels, threads, memory."""
         memory = f"{self.arena_bytes / 1e6:.1f} MB of features"
-        kernels = f"{_ISAS[self._isa]} kernels, {self._threads} threads"
+        kernels = f"{ISAS[self._isa]} kernels, {self._threads} threads"
         return f"{_name(self.dtype)} on the CPU, {kernels}, {memory}"
 
     @property
@@ -206,7 +203,7 @@ class CompiledPlan:
         F(2x2, 3x3)"`` or ``"winograd F(4x4, 3x3)"``.
         """
         codes = torch.ops.threshnet_fast_cpu.program_algorithms(self.program)
-        return [_ALGORITHMS[code] for code in codes.tolist()]
+        return [ALGORITHMS[code] for code in codes.tolist()]
 
     @property
     def packing(self) -> tuple[int, int]:

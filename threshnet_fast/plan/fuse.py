@@ -29,13 +29,12 @@ from ..graph.ir import (
     UnsupportedModule,
 )
 from ..graph.ir import Pool as PoolNode
+from .codes import ACTIVATIONS
 from .concatenations import find_blocks
-from .ir import ACTIVATION_CODES, Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
+from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
 from .limits import GROUP
 
 __all__ = ["fuse"]
-
-# Slots of a block's buffer start at multiples of a cache line of fp32.
 
 
 def fuse(graph: Graph, input_shape: tuple[int, int, int, int], *, fold: bool = True) -> Plan:
@@ -194,7 +193,7 @@ class _Fusion:
             if isinstance(activate, Activate):
                 activation, last = activate.kind, activate.output
                 self.done.add(last)
-                if activation not in ACTIVATION_CODES:
+                if activation not in ACTIVATIONS:
                     raise UnsupportedModule(f"{activate.name} has activation {activation!r}")
         elif self._pools_before(node, norm):
             assert isinstance(norm, PoolNode)

@@ -60,10 +60,6 @@ class Prologue:
     shift: Tensor
 
 
-ACTIVATION_CODES: dict[str | None, int] = {None: 0, "relu": 1, "relu6": 2}
-"""What steps may apply to what they write, by the number that the C++ programs know it by."""
-
-
 @dataclass(frozen=True)
 class FusedConv:
     """Concatenate, normalise, convolve, activate: ``act(conv(prologue(cat(inputs))) + bias)``.

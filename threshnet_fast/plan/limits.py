@@ -7,21 +7,30 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..graph.ir import UnsupportedModule
-from ..kernels.layout import GROUP
 from .ir import FusedConv, Plan, Step
 
 __all__ = [
     "GROUP",
     "MAX_PIXELS",
+    "MAX_TAPS",
     "check_gpu",
+    "live_taps",
     "of_convolution_on_a_gpu",
     "of_convolution_on_the_cpu",
     "reads_input",
 ]
 
+# csrc/kernel_limits.h has the same numbers, and kernels/layout.py the first.
+GROUP = 16
+"""Channels come in groups of as many, and buffers are aligned to as many elements."""
+
 # Indices of pixels are 32-bit in the kernels, those behind the last pixel in the last tile too;
 # offsets are 64-bit.
 MAX_PIXELS = 2**31 - 1024
+"""The most pixels of a map on a GPU."""
+
+MAX_TAPS = 64
+"""The most taps of a kernel on the CPU."""
 
 # The C++ engine for the CPU counts pixels in 32 bits, and reads the channels of a plan up to these.
 _MAX_CPU_PIXELS = 2**31 - 1
@@ -96,7 +105,7 @@ def of_convolution_on_the_cpu(
     row, column = max(height + padding - rows, 0), max(width + padding - columns, 0)
     behind = ((batch - 1) * height + row) * width + column
     return {
-        "taps of a kernel": (rows * columns, 64),
+        "taps of a kernel": (rows * columns, MAX_TAPS),
         "channels of xs": (channels, _MAX_CHANNELS),
         "channels of the result": (out_channels, _MAX_CHANNELS),
         "segments": (len(xs), 2**20 - 2),
@@ -125,3 +134,27 @@ def of_convolution_on_a_gpu(
         f"elements of weight, channels in groups of {GROUP}": elements,
     }
     return {what: (count, MAX_PIXELS) for what, count in sizes.items()}
+
+
+def live_taps(size: int, out_size: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
+    """Returns the taps, in one direction, that can meet a pixel, from the first to the last.
+
+    A padded 3x3 window on a map of one pixel has one such tap, not nine.
+
+    Args:
+        size: Pixels of the input.
+        out_size: Pixels of the output.
+        kernel: Taps of the window.
+        stride: Distance of windows.
+        padding: Zeros before the first pixel and behind the last.
+
+    Returns:
+        The first of them, and the one behind the last; ``(0, 0)`` where there are none.
+    """
+    live = [
+        tap
+        for tap in range(kernel)
+        if (first := max(0, -(-(padding - tap) // stride))) < out_size
+        and first * stride - padding + tap < size
+    ]
+    return (live[0], live[-1] + 1) if live else (0, 0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .ir import FLOAT_BYTES, Plan
+from .limits import GROUP
 
 __all__ = ["Arena", "plan_memory"]
 
-_ALIGNMENT = 16
 _PAGE = 4096
 
 
@@ -53,9 +53,9 @@ def plan_memory(plan: Plan) -> Arena:
     for buffer in lives:
         if buffer in (0, last):
             continue
-        pitch = -(-pitches[buffer] // _ALIGNMENT) * _ALIGNMENT
+        pitch = -(-pitches[buffer] // GROUP) * GROUP
         if FLOAT_BYTES * pitch % 1024 == 0:
-            pitch += _ALIGNMENT
+            pitch += GROUP
         pitches[buffer] = pitch
         size = plan.input_shape[0] * plan.buffers[buffer].pixels * pitch
         sizes[buffer] = -(-size // (_PAGE // FLOAT_BYTES)) * (_PAGE // FLOAT_BYTES)

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..graph import ir
 from ..graph.ir import UnsupportedModule
+from .codes import ACTIVATIONS
 from .concatenations import Block, find_blocks
-from .ir import ACTIVATION_CODES
 
 __all__ = [
     "ACTIVATIONS",
@@ -32,7 +32,6 @@ __all__ = [
     "raw",
 ]
 
-ACTIVATIONS = {kind or "": code for kind, code in ACTIVATION_CODES.items()}
 # Largest side of a window.
 _MAX_WINDOW = 8
 

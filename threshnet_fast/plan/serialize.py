@@ -25,14 +25,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ir import ACTIVATION_CODES, FusedConv, Plan, Pool
+from .codes import ACTIVATIONS, CONVOLUTION, DEPTHWISE, POOL
+from .ir import FusedConv, Plan, Pool
+from .limits import GROUP
 from .memory import Arena
 
 __all__ = ["serialize"]
 
 _MAGIC = 0x4E4C5046544E54
 _VERSION = 1
-_CONVOLUTION, _POOL, _DEPTHWISE = 0, 1, 2
 _INPUT, _OUTPUT = -1, -2
 
 
@@ -73,31 +74,31 @@ def serialize(plan: Plan, arena: Arena) -> Tensor:
         output = [step.output.buffer, step.output.channel, step.output.channels]
         prologue = step.prologue is not None
         if isinstance(step, FusedConv):
-            window = [*step.kernel, step.stride, step.padding, ACTIVATION_CODES[step.activation]]
+            window = [*step.kernel, step.stride, step.padding, ACTIVATIONS[step.activation or ""]]
             folded = [number(True), number(step.bias is not None)]
             if step.groups > 1:
-                add(_DEPTHWISE, *sources, *output, *window, *folded)
+                add(DEPTHWISE, *sources, *output, *window, *folded)
                 continue
             affine = [number(prologue), number(prologue)]
-            add(_CONVOLUTION, len(step.inputs), *sources, *output, *window, *folded, *affine)
+            add(CONVOLUTION, len(step.inputs), *sources, *output, *window, *folded, *affine)
             continue
         affine = [number(True), number(True)] if prologue else []
         if isinstance(step, Pool):
             window = [*step.kernel, step.stride, step.padding, step.average]
-            add(_POOL, *sources, *output, *window, *affine)
+            add(POOL, *sources, *output, *window, *affine)
             continue
         size = plan.buffers[step.input.buffer]
         window = [size.height, size.width, 1, 0, 1]
         if step.weight is None:
-            add(_POOL, *sources, *output, *window, *affine)
+            add(POOL, *sources, *output, *window, *affine)
             continue
         pooled = [len(buffers), 0, step.input.channels]
-        pitch = -(-step.input.channels // 16) * 16
+        pitch = -(-step.input.channels // GROUP) * GROUP
         buffers.append([1, 1, pitch, arena_size])
         arena_size += batch * pitch
-        add(_POOL, *sources, *pooled, *window, *affine)
+        add(POOL, *sources, *pooled, *window, *affine)
         folded = [number(True), number(step.bias is not None)]
-        add(_CONVOLUTION, 1, *pooled, *output, 1, 1, 1, 0, 0, *folded, -1, -1)
+        add(CONVOLUTION, 1, *pooled, *output, 1, 1, 1, 0, 0, *folded, -1, -1)
 
     out = plan.buffers[last]
     header = [

@@ -8,6 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/machine.h"
+#include "cpu/ukernels/kinds.h"
 #include "profile.h"
 #include "program.h"
 #include "tensors.h"
@@ -128,7 +130,7 @@ Tensor run_parts(const Tensor& x, const Tensor& program, const Tensor& packed,
                  const Tensor& workspace, const Run& run) {
   const cpu::Program view = program_of(program);
   const cpu::ProgramHeader& header = view.header();
-  const bool narrow = cpu::element_bytes(header.isa) == sizeof(cpu::Bfloat16);
+  const bool narrow = cpu::kind_of(header.isa)->dtype == cpu::DType::kBfloat16;
   const ScalarType dtype = narrow ? ScalarType::BFloat16 : ScalarType::Float;
   check(x.is_cpu(), "x is not on the CPU");
   check(x.scalar_type() == dtype,
@@ -272,7 +274,8 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
   }
   description.insert(description.end(),
                      {output_height, output_width, output_channels, kNetworkOutput});
-  description.insert(description.end(), {cpu::kConvolution, 3 * count + 15, count});
+  description.insert(description.end(),
+                     {static_cast<int64_t>(PlanStepKind::kConvolution), 3 * count + 15, count});
   for (int64_t i = 0; i < count; ++i)
     description.insert(description.end(), {i, 0, segments[i].size(1)});
   description.insert(

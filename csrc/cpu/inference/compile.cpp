@@ -6,38 +6,21 @@
 #include <tuple>
 
 #include "cpu/costs.h"
+#include "cpu/ukernels/kinds.h"
 #include "program.h"
 #include "seal.h"
 
 namespace threshnet_fast::cpu {
 namespace {
 
-// Half of a 1 MiB L2: what a task may hold of weights and inputs while its tiles stream past them.
-constexpr int64_t kChunkBytes = 512 * 1024;
-// What a task may gather of its input into packed panels.
-constexpr int64_t kPackBytes = 192 * 1024;
 // Maps of at most this many pixels are computed in the order of their valid taps.
 constexpr int64_t kSortPixels = 256;
 constexpr int64_t kTasksPerThread = 8;
 // How much longer than the average one thread may work, so that more tiles share the weights.
 constexpr double kImbalance = 1.2;
-// Up to this many pixels reading the weights takes longer than multiplying by them, so that it pays
-// to split them between the cores even by taps; a small convolution is not worth the second
-// barrier.
-constexpr int64_t kSplitPixels = 14;
-constexpr int64_t kSplitWeightBytes = 64 * 1024;
-constexpr int64_t kMaxTaps = 64;
 // Pixels of all tables of a program, of which each takes 16 bytes.
 constexpr int64_t kMostTablePixels = int64_t{1} << 27;
 constexpr int64_t kFloatBytes = sizeof(float);
-constexpr int64_t kWinogradChannels = 16;
-constexpr int64_t kTaskChannels = 256;
-constexpr int64_t kTaskVectors = 4;
-// What a block's transformed inputs and products may hold of L2, beside the weights.
-constexpr int64_t kWinogradBytes = 320 * 1024;
-constexpr int64_t kWinogradTiles = 56;
-// How much of the last level of cache transformed inputs may take.
-constexpr int64_t kTransformBytes = 16 * 1024 * 1024;
 
 class Writer {
  public:
@@ -83,8 +66,8 @@ class Compiler {
   Compiler(const int64_t* description, int64_t length, int64_t isa, int64_t threads,
            int64_t winograd)
       : plan_(read_plan(description, length)), threads_(threads), forced_winograd_(winograd) {
-    tiling_ = tiling_of(isa);
-    if (tiling_ == nullptr) {
+    kind_ = kind_of(isa);
+    if (kind_ == nullptr) {
       std::ostringstream message;
       message << "threshnet_fast: instruction set " << isa << " is not available on this processor";
       throw std::invalid_argument(message.str());
@@ -94,7 +77,8 @@ class Compiler {
     require_plan(winograd == -1 || winograd == 0 || winograd == 2 || winograd == 4,
                  "winograd must be -1, 0, 2 or 4");
     header_.isa = isa;
-    element_bytes_ = element_bytes(isa);
+    tiling_ = kind_->tiling;
+    element_bytes_ = kind_->element_bytes();
   }
 
   std::vector<std::byte> compile() {
@@ -129,7 +113,7 @@ class Compiler {
     step.kernel_width = planned.kernel_width;
     step.stride = planned.stride;
     step.padding = planned.padding;
-    step.activation = static_cast<Activation>(planned.activation);
+    step.activation = planned.activation;
     step.average = planned.average;
     step.weight_index = planned.weight_index;
     step.bias_index = planned.bias_index;
@@ -165,7 +149,7 @@ class Compiler {
     step.block_count = std::min(header_.batch * to.height, threads_ * kTasksPerThread);
     step.group_count = 1;
     if (step.kind == kDepthwise) {
-      require_plan(taps <= kMaxTaps, "a kernel has over 64 taps");
+      require_taps(taps);
       Panel panel{};
       panel.channels = step.output_channels;
       panel.pitch = round_up(panel.channels, 16);
@@ -180,6 +164,10 @@ class Compiler {
     reserve(2 * 2 * taps);
   }
 
+  static void require_taps(int64_t taps) {
+    if (taps > kMostTaps) fail_plan("a kernel has over " + std::to_string(kMostTaps) + " taps");
+  }
+
   void reserve_prologue(Step& step) {
     if (step.scale_index < 0) return;
     step.scale = header_.packed_floats;
@@ -190,7 +178,7 @@ class Compiler {
   void finish_convolution(Step& step, const PlanStep& planned) {
     const Buffer& from = plan_.buffer_of(planned.inputs[0]);
     const Buffer& to = plan_.buffer_of(planned.output);
-    require_plan(step.kernel_height * step.kernel_width <= kMaxTaps, "a kernel has over 64 taps");
+    require_taps(step.kernel_height * step.kernel_width);
     step.input_channels = planned.input_channels;
     step.padded_channels = round_up(step.input_channels, word_channels());
     if (planned.reads_network_input) {
@@ -285,11 +273,11 @@ class Compiler {
           Pixel pixel{};
           pixel.input = static_cast<int32_t>((n * from.height + top) * from.width + left);
           pixel.output = static_cast<int32_t>((n * to.height + y) * to.width + x);
-          for (int64_t tap = 0; tap < step.kernel_height * step.kernel_width; ++tap) {
-            const int64_t row = top + tap / step.kernel_width;
-            const int64_t column = left + tap % step.kernel_width;
-            if (row >= 0 && row < from.height && column >= 0 && column < from.width)
-              pixel.taps |= uint64_t{1} << tap;
+          const TapRange rows = valid_taps(top, from.height, step.kernel_height);
+          const TapRange columns = valid_taps(left, from.width, step.kernel_width);
+          for (int64_t ky = rows.begin; ky < rows.end; ++ky) {
+            for (int64_t kx = columns.begin; kx < columns.end; ++kx)
+              pixel.taps |= uint64_t{1} << (ky * step.kernel_width + kx);
           }
           pixels.push_back(pixel);
         }
@@ -321,8 +309,8 @@ class Compiler {
     const int64_t row = std::max<int64_t>(from.height + step.padding - step.kernel_height, 0);
     const int64_t column = std::max<int64_t>(from.width + step.padding - step.kernel_width, 0);
     const int64_t behind = ((header_.batch - 1) * from.height + row) * from.width + column;
-    constexpr int64_t kMostPixels = std::numeric_limits<int32_t>::max() - kMaxTilePixels;
-    if (std::max(before, behind) > kMostPixels)
+    constexpr int64_t kMostBegin = std::numeric_limits<int32_t>::max() - kMaxTilePixels;
+    if (std::max(before, behind) > kMostBegin)
       fail_plan(name_of_step() +
                 ": windows begin more than 2^31 pixels before or behind the map's first pixel");
     table_pixels_ += header_.batch * to.height * to.width;
@@ -376,7 +364,7 @@ class Compiler {
   }
 
   double winograd_time(const Step& step, const Buffer& to, WinogradMode mode, int64_t size) const {
-    const Costs costs = costs_of(header_.isa);
+    const Costs& costs = kind_->costs;
     const int64_t tiles = winograd_tiles(to, size);
     const int64_t positions = winograd_positions(size);
     const double input = size == 2 ? costs.winograd_2x2_input : costs.winograd_4x4_input;
@@ -392,7 +380,7 @@ class Compiler {
   // other where every thread reads all weights for a few tiles, both at once where each reads its
   // own panels'.
   double multiply_time(const Step& step, int64_t products, int64_t weights, bool at_once) const {
-    const Costs costs = costs_of(header_.isa);
+    const Costs& costs = kind_->costs;
     const double pairs = static_cast<double>(step.input_channels * step.output_channels);
     const double multiplying = pairs / threads_ * products / costs.products;
     const double reading = pairs / threads_ * weights * element_bytes_ / costs.weight_bytes;
@@ -567,6 +555,7 @@ class Compiler {
   int64_t table_pixels_ = 0;
   int64_t number_ = 0;       // of the plan's step that is being compiled, from 1
   int64_t forced_winograd_;  // -1: none
+  const UkernelKind* kind_;
   const Tiling* tiling_;
   int64_t element_bytes_;
   ProgramHeader header_{};
@@ -600,7 +589,7 @@ Program::Program(const void* bytes, int64_t size) : bytes_(static_cast<const std
   if (!is_sealed<ProgramHeader>(bytes, size, kProgramMagic, kVersion))
     throw std::invalid_argument(
         "threshnet_fast: program is not one that this process compiled, or was changed");
-  if (tiling_of(header().isa) == nullptr)
+  if (kind_of(header().isa) == nullptr)
     throw std::invalid_argument(
         "threshnet_fast: program was compiled for an instruction set that this processor lacks");
 }

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cpu/team.h"
+#include "cpu/ukernels/kinds.h"
 #include "cpu/winograd.h"
 #include "program.h"
 
@@ -22,12 +23,8 @@ void require_count(const Weight& weight, int64_t expected, const char* what, int
 void transform_kernel(int64_t size, const float* kernel, float* transformed) {
   double taps[9], positions[kMaxWinogradPositions];
   std::copy_n(kernel, 9, taps);
-  if (size == 2) {
-    winograd_kernel_2x2(taps, positions);
-  } else {
-    winograd_kernel_4x4<double>(taps, positions);
-  }
-  for (int64_t i = 0; i < (size + 2) * (size + 2); ++i)
+  winograd_kernel<double>(size, taps, positions);
+  for (int64_t i = 0; i < winograd_positions(size); ++i)
     transformed[i] = static_cast<float>(positions[i]);
 }
 
@@ -126,7 +123,8 @@ void pack(const Program& program, const std::vector<Weight>& weights, float* pac
     if (step.kind == kDepthwise)
       pack_depthwise(step, *program.at<Panel>(step.panels), weights, packed);
   }
-  const auto pack_one = header.isa == kAvx512Bf16 ? pack_panel<Bfloat16> : pack_panel<float>;
+  const auto pack_one = with_element(kind_of(header.isa)->dtype,
+                                     [](auto element) { return pack_panel<decltype(element)>; });
   run_team(threads, parallel_for, {static_cast<int64_t>(jobs.size())},
            [&](int64_t, int64_t job, int64_t) {
              const Step& step = *jobs[job].step;

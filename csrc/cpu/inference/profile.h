@@ -1,4 +1,4 @@
-// What the steps of a program take, and what the processor could do at best.
+// What the steps of a program take.
 #pragma once
 
 #include <array>
@@ -18,13 +18,5 @@ using StepTime = std::array<int64_t, kStepParts>;
 // lasts from the end of the one before it to the end of its own last task.
 std::vector<StepTime> profile(const Program& program, const float* packed, float* workspace,
                               const Binding& binding, int64_t threads, ParallelFor parallel_for);
-
-// Floating-point operations a second that threads reach together in a loop of nothing but
-// multiply-adds on registers, by the instructions that the micro-kernels of `isa` use.
-double measure_peak(int64_t isa, int64_t threads, ParallelFor parallel_for);
-
-// Bytes a second that threads reach together in reading an array from end to end.
-double measure_bandwidth(const float* data, int64_t count, int64_t threads,
-                         ParallelFor parallel_for);
 
 }  // namespace threshnet_fast::cpu

@@ -9,7 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "cpu/ukernels/ukernels.h"
+#include "cpu/parallel_for.h"
+#include "cpu/tiles.h"
+#include "cpu/ukernels/kinds.h"
+#include "cpu/winograd.h"
 #include "plan.h"
 
 namespace threshnet_fast::cpu {
@@ -78,16 +81,6 @@ struct Step {
 inline bool is_planned(const Step& step) {
   return step.kind != kTransform && step.kind != kReduction;
 }
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-// Of a micro-kernel's tile: pixels in their order, and sums that start from nothing.
-inline constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
-inline constexpr float kNoBias[kMaxTileVectors * 16] = {};
-
-// Products of a tile of F(m x m, 3x3).
-constexpr int64_t winograd_positions(int64_t size) { return (size + 2) * (size + 2); }
 
 // What the compiler reserves and the engine then uses lies as these say.
 
@@ -173,17 +166,12 @@ std::vector<std::byte> compile(const int64_t* description, int64_t length, int64
                                int64_t threads, int64_t winograd);
 
 // How a step of the description is computed.
-enum Algorithm : int64_t { kDirect = 0, kPacked = 1, kWinograd2 = 2, kWinograd4 = 3 };
 Algorithm algorithm_of(const Step& step);
 
 struct Weight {
   const float* data;
   int64_t count;
 };
-
-// body(context, begin, end) over disjoint ranges that cover [0, count), perhaps in parallel.
-using ParallelFor = void (*)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end),
-                             void* context);
 
 // Packs a plan's weights into `packed` (header().packed_floats floats), rounded to the program's
 // elements.

@@ -7,27 +7,17 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/inference/program.h"
+#include "cpu/costs.h"
+#include "cpu/tiles.h"
 #include "packing.h"
 #include "steps.h"
 
 namespace threshnet_fast::cpu {
 
-// Floats that the parts of a band should fit in together, well inside a core's L2.
-constexpr int64_t kBandFloats = 48 * 1024;
-// Floats of the normalised inputs from which Winograd's tiles are taken.
-constexpr int64_t kPatchFloats = 96 * 1024;
-// Channels from which on the products of tiles cost more than their transforms.
-constexpr int64_t kWinogradChannels = 12;
 // Maps of no more pixels than this are worked on image by image in step, position by position, so
 // that taps on padding cost nothing and tiles are full.
 constexpr int64_t kFewPixels = 64;
 constexpr int64_t kManyImages = 8;
-
-// Splits [0, count) into as many parts as asked for, as equal as possible.
-inline int64_t part_begin(int64_t count, int64_t parts, int64_t part) {
-  return count * part / parts;
-}
 
 // Floats between pixels in scratch memory, not a multiple of a page's fraction that would put many
 // of them into the same set of L1.
@@ -37,18 +27,14 @@ inline int64_t scratch_pitch(int64_t channels) {
   return pitch % 64 == 0 ? pitch + 16 : pitch;
 }
 
-// Pixels of a map from which on there are enough of Winograd's tiles.
-constexpr int64_t kWinogradPixels = 100;
-// Tiles of a band, by their size: as many as a position's weights are worth being read for.
-constexpr int64_t band_tiles(int64_t tile) { return tile == 2 ? 56 : 28; }
-
 // The size of Winograd's tiles for a window, 0 where its taps take less time; `winograd` as in
 // ConvolutionForward.
 inline int64_t choose_tile(const Window& window, int64_t inputs, int64_t outputs,
                            int64_t winograd) {
   if (winograd == 0 || window.kernel_height != 3 || window.kernel_width != 3 ||
-      window.stride != 1 || window.padding != 1 || window.input_pixels() < kWinogradPixels ||
-      std::min(inputs, outputs) < kWinogradChannels)
+      window.stride != 1 || window.padding != 1 ||
+      window.input_pixels() < kTrainingWinogradPixels ||
+      std::min(inputs, outputs) < kTrainingWinogradChannels)
     return 0;
   if (winograd > 0) return winograd;
   const int64_t tiles = divide_up(window.output_height(), 4) * divide_up(window.output_width(), 4);
@@ -179,9 +165,9 @@ void for_each_group(const Band& band, bool equal_distances, const Body& body) {
   }
   const int64_t images = band.images();
   const auto taps_of = [&](int64_t x) {
-    const int64_t left = x * window.stride - window.padding;
-    return std::pair(std::max<int64_t>(-left, 0),
-                     std::min(window.width - left, window.kernel_width));
+    const TapRange taps =
+        valid_taps(x * window.stride - window.padding, window.width, window.kernel_width);
+    return std::pair(taps.begin, taps.end);
   };
   for (int64_t y = 0; y < height; ++y) {
     int64_t end;

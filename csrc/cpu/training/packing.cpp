@@ -112,11 +112,7 @@ void pack_winograd(const Panels& panels, int64_t panel, const WeightTaps<const f
       Lanes kernel[9] = {}, transformed[winograd_positions(kMostTile)];
       load_taps(weights, step, weights.at(panels.first(panel) + first, input), channels,
                 reinterpret_cast<float*>(kernel), kLanes);
-      if (tile == 2) {
-        winograd_kernel_2x2(kernel, transformed);
-      } else {
-        winograd_kernel_4x4<float>(kernel, transformed);
-      }
+      winograd_kernel<float>(tile, kernel, transformed);
       float* const to = packed + input * pitch + first;
       for (int64_t i = 0; i < winograd_positions(tile); ++i)
         std::memcpy(to + i * position_floats, &transformed[i], lanes * sizeof(float));

@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <utility>
 
-#include "cpu/inference/program.h"
+#include "cpu/tiles.h"
+#include "cpu/winograd.h"
 #include "steps.h"
 
 namespace threshnet_fast::cpu {

@@ -20,11 +20,11 @@ struct Taps {
     const int64_t top = row * window.stride - window.padding;
     const int64_t left = column * window.stride - window.padding;
     count = 0;
-    for (int64_t y = std::max<int64_t>(top, 0);
-         y < std::min(top + window.kernel_height, window.height); ++y) {
-      for (int64_t x = std::max<int64_t>(left, 0);
-           x < std::min(left + window.kernel_width, window.width); ++x) {
-        pixels[count] = y * window.width + x;
+    const TapRange rows = valid_taps(top, window.height, window.kernel_height);
+    const TapRange columns = valid_taps(left, window.width, window.kernel_width);
+    for (int64_t ky = rows.begin; ky < rows.end; ++ky) {
+      for (int64_t kx = columns.begin; kx < columns.end; ++kx) {
+        pixels[count] = (top + ky) * window.width + left + kx;
         offsets[count] = pixels[count] * pitch;
         ++count;
       }

@@ -5,36 +5,26 @@
 #include <vector>
 
 #include "bands.h"
+#include "cpu/costs.h"
 #include "cpu/fetch.h"
+#include "cpu/tiles.h"
+#include "cpu/winograd.h"
 #include "packing.h"
 
 namespace threshnet_fast::cpu {
 
-// Floats of one panel's weights that pass by while a band stays.
-constexpr int64_t kPanelFloats = 32 * 1024;
-// Input channels whose tiles are there at once.
-constexpr int64_t kTileChannels = 64;
-// Floats of a weight's gradient that stay in L2 while pixels pass by.
-constexpr int64_t kGradientFloats = 80 * 1024;
-
 // As long as the channels that are transformed at a time: those of a chunk, or of a small gradient.
-constexpr float kZeros[kGradientFloats / (winograd_positions(2) * kWinogradChannels) + 64] = {};
+constexpr float kZeros[kGradientFloats / (winograd_positions(2) * kTrainingWinogradChannels) + 64] =
+    {};
 
-// The pixels of a patch that a tile is taken from; what lies beyond the patch is zero.
-struct TilePixels {
-  const float* data[winograd_positions(kMostTile)];
-
-  TilePixels(const Patch& patch, int64_t tile, int64_t y, int64_t x, int64_t padding,
-             int64_t channel) {
-    const float** to = data;
-    for (int64_t row = y - padding; row < y - padding + tile + 2; ++row) {
-      for (int64_t column = x - padding; column < x - padding + tile + 2; ++column) {
-        const bool inside = row < patch.last_row && column < patch.width + patch.ring;
-        *to++ = inside ? patch.at(row, column) + channel : kZeros;
-      }
-    }
-  }
-};
+// The pixels of a patch from row y and column x on; what lies beyond the patch is zero.
+inline TilePixels<const float> tile_of(const Patch& patch, int64_t extent, int64_t y, int64_t x,
+                                       int64_t channel) {
+  return {extent, [&](int64_t row, int64_t column) {
+            const bool inside = y + row < patch.last_row && x + column < patch.width + patch.ring;
+            return inside ? patch.at(y + row, x + column) + channel : kZeros;
+          }};
+}
 
 // Multiplies the patch of a band by packed weights: window by window, or tile by tile.
 class Convolution {
@@ -96,84 +86,75 @@ class Convolution {
   void multiply_tiles(const Band& band, const Patch& patch, const float* packed,
                       int64_t first_panel, int64_t last_panel, const Result& result) const {
     const int64_t tiles = tiles_of(band, tile_), positions = winograd_positions(tile_);
-    const WinogradFunctions<float>& winograd =
-        tile_ == 2 ? table_.winograd_2x2 : table_.winograd_4x4;
-    const int64_t first = panels_.first(first_panel);
-    const int64_t channels = std::min(panels_.first(last_panel), panels_.outputs) - first;
+    const int64_t channels =
+        std::min(panels_.first(last_panel), panels_.outputs) - panels_.first(first_panel);
     const int64_t pitch = scratch_pitch(round_up(channels, panels_.lanes));
-    const int64_t input_floats = tiles * input_pitch(), product_floats = tiles * pitch;
-    float* const inputs = result.tiles;
-    float* const products = inputs + positions * input_floats;
+    const TransformedTiles<float> inputs{result.tiles, tiles * input_pitch(), input_pitch()};
+    const TransformedTiles<float> products{inputs.data + positions * inputs.position, tiles * pitch,
+                                           pitch};
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const int64_t from = chunk_begin(chunk), count = chunk_begin(chunk + 1) - from;
+      const int64_t padding = band.window.padding;
       for_each_tile(band, tile_, [&](int64_t number, int64_t y, int64_t x) {
-        const TilePixels pixels(patch, tile_, y, x, band.window.padding, from);
-        winograd.input(pixels.data, count, inputs + number * input_pitch(), input_floats);
+        const auto pixels = tile_of(patch, tile_ + 2, y - padding, x - padding, from);
+        winograd_functions(table_, tile_)
+            .input(pixels.data, count, inputs.from_tile(number).data, inputs.position);
       });
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const int64_t weight_pitch = panels_.pitch(panel);
-        const float* const weights = packed + panels_.offset(panel) + from * weight_pitch;
+        Result to = result;
+        to.map = nullptr;
+        to.pitch = pitch;
         for (int64_t position = 0; position < positions; ++position) {
-          ChannelRun<float> run = {inputs + position * input_floats,
-                                   weights + position * panels_.inputs * weight_pitch,
+          ChannelRun<float> run = {inputs.data + position * inputs.position,
+                                   weights_of(packed, panel, position, from),
                                    input_pitch(),
                                    count,
                                    {}};
-          Result to = result;
-          to.map = nullptr;
-          to.places = products + position * product_floats + panels_.first(panel) - first;
-          to.pitch = pitch;
+          to.places = products.data + position * products.position + panels_.first(panel) -
+                      panels_.first(first_panel);
           multiply_pixels(&run, 1, panel, chunk, Group{0, 0, tiles, tiles, 0, 0, 1}, to);
         }
       }
     }
     for_each_tile(band, tile_, [&](int64_t number, int64_t y, int64_t x) {
-      float* outputs[kMostTile * kMostTile];
-      for (int64_t i = 0; i < tile_ * tile_; ++i) {
-        const int64_t row = y + i / tile_, column = x + i % tile_;
-        outputs[i] = nullptr;
-        if (row >= band.last || column >= band.window.output_width()) continue;
-        const int64_t place = (row - band.first) * band.window.output_width() + column;
-        outputs[i] = result.map != nullptr
-                         ? result.map + (band.first_pixel() + place) * result.map_pitch
-                         : result.places + place * result.pitch;
-      }
-      winograd.output(products + number * pitch, product_floats, bias_.data(), channels, kIdentity,
-                      outputs);
+      const int64_t width = band.window.output_width();
+      const TilePixels<float> outputs(tile_, [&](int64_t row, int64_t column) -> float* {
+        if (y + row >= band.last || x + column >= width) return nullptr;
+        const int64_t place = (y + row - band.first) * width + x + column;
+        return result.map != nullptr ? result.map + (band.first_pixel() + place) * result.map_pitch
+                                     : result.places + place * result.pitch;
+      });
+      winograd_functions(table_, tile_)
+          .output(products.from_tile(number).data, products.position, bias_.data(), channels,
+                  kIdentity, outputs.data);
     });
+  }
+
+  // The weights of a panel for a tap or position, from an input channel on.
+  const float* weights_of(const float* packed, int64_t panel, int64_t tap, int64_t channel) const {
+    return packed + panels_.offset(panel) + (tap * panels_.inputs + channel) * panels_.pitch(panel);
   }
 
   void multiply_group(const Window& window, const Patch& patch, const float* packed, int64_t panel,
                       int64_t chunk, const Group& group, const Result& to) const {
     const int64_t first_channel = chunk_begin(chunk);
     const int64_t channels = chunk_begin(chunk + 1) - first_channel;
-    const int64_t weight_pitch = panels_.pitch(panel);
-    const float* const weights = packed + panels_.offset(panel) + first_channel * weight_pitch;
     const int64_t distance = patch.by_position ? patch.pitch : window.stride * patch.pitch;
     ChannelRun<float> runs[kMostTaps];
-    int64_t run_count = 0;
+    ChannelRun<float>* end = runs;
     for (int64_t ky = 0; ky < window.kernel_height; ++ky) {
       for (int64_t kx = 0; kx < window.kernel_width; ++kx) {
         const int64_t y = group.row * window.stride - window.padding + ky;
         const int64_t x = group.column * window.stride - window.padding + kx;
         if (patch.by_position && (y < 0 || y >= patch.height || x < 0 || x >= patch.width))
           continue;
-        const float* const input = patch.at(y, x) + first_channel;
-        const float* const tap_weights =
-            weights + (ky * window.kernel_width + kx) * panels_.inputs * weight_pitch;
-        if (run_count > 0) {
-          // Taps side by side whose channels follow each other are one run.
-          ChannelRun<float>& last = runs[run_count - 1];
-          if (input == last.input + last.channels &&
-              tap_weights == last.weights + last.channels * weight_pitch) {
-            last.channels += channels;
-            continue;
-          }
-        }
-        runs[run_count++] = {input, tap_weights, distance, channels, {}};
+        const float* const weights =
+            weights_of(packed, panel, ky * window.kernel_width + kx, first_channel);
+        end = append_run({patch.at(y, x) + first_channel, weights, distance, channels, {}},
+                         panels_.pitch(panel), runs, end);
       }
     }
-    multiply_pixels(runs, run_count, panel, chunk, group, to);
+    multiply_pixels(runs, end - runs, panel, chunk, group, to);
   }
 
   // Multiplies pixels at equal distances, the runs being the first one's.
@@ -181,11 +162,10 @@ class Convolution {
                        const Group& group, const Result& to) const {
     const int64_t pixels = group.count;
     const int64_t vectors = panels_.vectors(panel);
-    const int64_t tile_pixels = table_.tiling.tile_pixels[vectors];
-    const int64_t tiles = divide_up(pixels, tile_pixels);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = part_begin(pixels, tiles, t);
-      const int64_t count = part_begin(pixels, tiles, t + 1) - first;
+    const Tiles tiles(pixels, table_.tiling.tile_pixels[vectors]);
+    for (int64_t t = 0; t < tiles.tiles; ++t) {
+      const int64_t first = tiles.begin(t);
+      const int64_t count = tiles.begin(t + 1) - first;
       ConvTile<float> tile;
       tile.runs = runs;
       tile.run_count = run_count;

@@ -9,13 +9,13 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/inference/program.h"
-#include "cpu/ukernels/training.h"
+#include "cpu/parallel_for.h"
+#include "cpu/ukernels/kinds.h"
+#include "kernel_limits.h"
 
 namespace threshnet_fast::cpu {
 
-// The most taps of a window.
-constexpr int64_t kMostTaps = 64;
+using threshnet_fast::kMostTaps;
 
 // Some channels of a map of pixels that are `pitch` floats apart.
 struct MapSegment {

@@ -6,14 +6,12 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/inference/program.h"
+#include "cpu/costs.h"
 #include "cpu/team.h"
+#include "cpu/tiles.h"
 #include "steps.h"
 
 namespace threshnet_fast::cpu {
-
-// Floats of a band's rows, well inside a core's L2.
-constexpr int64_t kWindowFloats = 32 * 1024;
 
 // Rows [first, last) of an image, of all images one after the other.
 struct RowBand {

@@ -57,6 +57,7 @@ inline void multiply_add_words(Vector& sum, Vector a, Vector b, const Element*) 
 }  // namespace
 }  // namespace threshnet_fast::cpu
 
+#include "peak_loop.h"
 #include "templates.h"
 
 namespace threshnet_fast::cpu {
@@ -71,6 +72,22 @@ static constexpr ConvTileFunction<Element> kConvTile[kMaxTileVectors + 1][kMaxTi
 // 32 registers: 14 x 2 or 9 x 3 accumulators, the weights and a broadcast.
 const UkernelTable<Element> kAvx512Bf16Table =
     table_of({"avx512_bf16", Vector::kLanes, {0, 14, 14, 9}}, kConvTile);
+
+int64_t peak_loop_avx512_bf16() {
+  constexpr int64_t kSums = 16;
+  // A pair of bfloat16 in each lane, 0.25 both.
+  const __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3e803e80);
+  __m512 sums[kSums];
+  for (__m512& sum : sums) sum = _mm512_set1_ps(hidden(kTerm));
+  for (int64_t i = 0; i < kIterations; ++i) {
+    for (__m512& sum : sums) sum = _mm512_dpbf16_ps(sum, factor, factor);
+  }
+  for (int64_t s = 1; s < kSums; ++s) sums[0] = _mm512_add_ps(sums[0], sums[s]);
+  float lanes[16];
+  _mm512_storeu_ps(lanes, sums[0]);
+  for (const float lane : lanes) hidden(lane);
+  return 2 * 32 * kSums * kIterations;
+}
 
 }  // namespace threshnet_fast::cpu
 

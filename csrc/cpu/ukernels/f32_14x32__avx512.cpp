@@ -23,6 +23,7 @@ namespace {
 using Element = float;
 }  // namespace
 
+#include "peak_loop.h"
 #include "templates.h"
 #include "training_templates.h"
 
@@ -46,6 +47,22 @@ static constexpr WeightGradientFunction kWeightGradient[kMaxTileVectors + 1][kMa
 };
 
 const TrainingTable kAvx512Training = training_table_of(kWeightGradient);
+
+int64_t peak_loop_avx512() {
+  constexpr int64_t kSums = 16;
+  const __m512 factor = _mm512_set1_ps(hidden(kFactor));
+  const __m512 term = _mm512_set1_ps(hidden(kTerm));
+  __m512 sums[kSums];
+  for (__m512& sum : sums) sum = term;
+  for (int64_t i = 0; i < kIterations; ++i) {
+    for (__m512& sum : sums) sum = _mm512_fmadd_ps(sum, factor, term);
+  }
+  for (int64_t s = 1; s < kSums; ++s) sums[0] = _mm512_add_ps(sums[0], sums[s]);
+  float lanes[16];
+  _mm512_storeu_ps(lanes, sums[0]);
+  for (const float lane : lanes) hidden(lane);
+  return 2 * 16 * kSums * kIterations;
+}
 
 }  // namespace threshnet_fast::cpu
 

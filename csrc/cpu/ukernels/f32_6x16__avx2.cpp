@@ -56,6 +56,7 @@ struct Vector {
 
 }  // namespace
 
+#include "peak_loop.h"
 #include "templates.h"
 #include "training_templates.h"
 
@@ -79,6 +80,22 @@ static constexpr WeightGradientFunction kWeightGradient[kMaxTileVectors + 1][kMa
 };
 
 const TrainingTable kAvx2Training = training_table_of(kWeightGradient);
+
+int64_t peak_loop_avx2() {
+  constexpr int64_t kSums = 12;
+  const __m256 factor = _mm256_set1_ps(hidden(kFactor));
+  const __m256 term = _mm256_set1_ps(hidden(kTerm));
+  __m256 sums[kSums];
+  for (__m256& sum : sums) sum = term;
+  for (int64_t i = 0; i < kIterations; ++i) {
+    for (__m256& sum : sums) sum = _mm256_fmadd_ps(sum, factor, term);
+  }
+  for (int64_t s = 1; s < kSums; ++s) sums[0] = _mm256_add_ps(sums[0], sums[s]);
+  float lanes[8];
+  _mm256_storeu_ps(lanes, sums[0]);
+  for (const float lane : lanes) hidden(lane);
+  return 2 * 8 * kSums * kIterations;
+}
 
 }  // namespace threshnet_fast::cpu
 

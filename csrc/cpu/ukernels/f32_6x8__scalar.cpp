@@ -48,6 +48,7 @@ struct Vector {
 
 }  // namespace
 
+#include "peak_loop.h"
 #include "templates.h"
 #include "training_templates.h"
 
@@ -70,5 +71,23 @@ static constexpr WeightGradientFunction kWeightGradient[kMaxTileVectors + 1][kMa
 };
 
 const TrainingTable kScalarTraining = training_table_of(kWeightGradient);
+
+int64_t peak_loop_scalar() {
+  constexpr int64_t kSums = 12;
+  // What the micro-kernels without a named instruction set compute with.
+  typedef float Lanes __attribute__((vector_size(16)));
+  const float factor_value = hidden(kFactor);
+  const float term_value = hidden(kTerm);
+  const Lanes factor = {factor_value, factor_value, factor_value, factor_value};
+  const Lanes term = {term_value, term_value, term_value, term_value};
+  Lanes sums[kSums];
+  for (Lanes& sum : sums) sum = term;
+  for (int64_t i = 0; i < kIterations; ++i) {
+    for (Lanes& sum : sums) sum = sum * factor + term;
+  }
+  for (int64_t s = 1; s < kSums; ++s) sums[0] += sums[s];
+  hidden(sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3]);
+  return 2 * 4 * kSums * kIterations;
+}
 
 }  // namespace threshnet_fast::cpu

@@ -62,6 +62,7 @@ struct Vector {
 
 }  // namespace
 
+#include "peak_loop.h"
 #include "templates.h"
 #include "training_templates.h"
 
@@ -94,6 +95,21 @@ static constexpr WeightGradientFunction kWeightGradient[kMaxTileVectors + 1][kMa
 };
 
 const TrainingTable kNeonTraining = training_table_of(kWeightGradient);
+
+int64_t peak_loop_neon() {
+  constexpr int64_t kSums = 16;
+  const float32x4_t factor = vdupq_n_f32(hidden(kFactor));
+  const float32x4_t term = vdupq_n_f32(hidden(kTerm));
+  float32x4_t sums[kSums];
+  for (float32x4_t& sum : sums) sum = term;
+  for (int64_t i = 0; i < kIterations; ++i) {
+    // The instruction adds to what it overwrites, as in the micro-kernels.
+    for (float32x4_t& sum : sums) sum = vfmaq_f32(sum, factor, term);
+  }
+  for (int64_t s = 1; s < kSums; ++s) sums[0] = vaddq_f32(sums[0], sums[s]);
+  hidden(vaddvq_f32(sums[0]));
+  return 2 * 4 * kSums * kIterations;
+}
 
 }  // namespace threshnet_fast::cpu
 

@@ -134,7 +134,4 @@ extern const TrainingTable kAvx512Training;
 extern const TrainingTable kNeonTraining;
 #endif
 
-// The table of an instruction set that has a float32 table.
-const TrainingTable& training_table(int64_t isa);
-
 }  // namespace threshnet_fast::cpu

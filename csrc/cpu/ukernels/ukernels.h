@@ -5,11 +5,9 @@
 
 #include <cstdint>
 
-namespace threshnet_fast::cpu {
+#include "codes.h"
 
-// A set of micro-kernels, by the instructions that they use. All compute in float32 but the last,
-// which multiplies bfloat16 and adds up in float32.
-enum Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kAvx512Bf16 = 4 };
+namespace threshnet_fast::cpu {
 
 // The upper half of a float.
 struct Bfloat16 {
@@ -30,9 +28,6 @@ inline Bfloat16 rounded(float value) {
   if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-
-// What follows a sum: nothing, max(x, 0), or min(max(x, 0), 6). A NaN stays a NaN.
-enum Activation : int64_t { kIdentity = 0, kRelu = 1, kRelu6 = 2 };
 
 // An element is what features and weights are stored in: float or Bfloat16. A word, 32 bits, is
 // what one lane multiplies at a time: one channel in float, two neighbouring ones in Bfloat16.
@@ -174,27 +169,5 @@ extern const UkernelTable<Bfloat16> kAvx512Bf16Table;
 #elif defined(__aarch64__)
 extern const UkernelTable<float> kNeonTable;
 #endif
-
-// The best instruction set for float32 that both this build and this processor have.
-Isa best_isa();
-
-// The same for bfloat16, or kScalar where there is none.
-Isa best_bfloat16_isa();
-
-// The tiling of an instruction set, or nullptr where the build or the processor lacks it.
-const Tiling* tiling_of(int64_t isa);
-
-// Bytes of an element of features and weights.
-inline int64_t element_bytes(int64_t isa) {
-  return isa == kAvx512Bf16 ? sizeof(Bfloat16) : sizeof(float);
-}
-
-// The table of an instruction set that has a tiling and computes in Element.
-template <typename Element>
-const UkernelTable<Element>& ukernel_table(int64_t isa);
-template <>
-const UkernelTable<float>& ukernel_table(int64_t isa);
-template <>
-const UkernelTable<Bfloat16>& ukernel_table(int64_t isa);
 
 }  // namespace threshnet_fast::cpu
