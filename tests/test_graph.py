@@ -190,3 +190,40 @@ def test_explain_names_what_trains_as_plain_pytorch():
     model.base[4] = nn.Sequential(model.base[4], nn.GELU())
     reason = tf.explain(model, x).reason
     assert reason.endswith("; as plain PyTorch: base.4.1 is a GELU, which no plan can express")
+
+
+@pytest.mark.parametrize(("kind", "module"), [("silu", nn.SiLU()), ("hardswish", nn.Hardswish())])
+@needs_engine
+def test_activations_that_no_engine_computes_run_as_plain_pytorch(randomised, kind, module):
+    """A graph says what they are; plans refuse them, with a reason, and results are PyTorch's."""
+    graph = graph_of_stages([("a", module)], 4)
+    (node,) = graph.nodes
+    assert isinstance(node, Activate)
+    assert node.kind == kind
+    value = torch.randn(2, 4, 3, 5)
+    assert getattr(nn.functional, node.kind)(value).equal(module(value))
+
+    model = tf.DenseNet(first_channels=10, blocks=(2, 3), growth_rate=6, num_classes=5)
+    model = randomised(model).eval()
+    x = torch.randn(2, 3, 45, 38)
+    with torch.no_grad():
+        model(x)
+        model.features.relu0 = module
+        reason = f"features.relu0 has activation '{kind}', which no engine computes"
+        with pytest.raises(UnsupportedModule, match=reason):
+            lower(model, x.shape)
+        with tf.use_backend("reference"):
+            expected = model(x)
+        assert model(x).equal(expected)
+        assert reason in tf.explain(model, x).reason
+
+    model.train()
+    assert f"; as plain PyTorch: {reason};" in tf.explain(model, x).reason
+    gradients = []
+    for backend in ("cpu", "reference"):
+        model.zero_grad()
+        with tf.use_backend(backend):
+            model(x).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for fused, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max()))

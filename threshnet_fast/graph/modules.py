@@ -18,6 +18,7 @@ from ..nn import (
     PlainDenseLayer,
     PointwiseDepthwise,
 )
+from .activations import ACTIVATIONS, kind_of
 from .ir import (
     Activate,
     Concat,
@@ -153,8 +154,8 @@ class _Builder:
         total = None if None in channels else sum(cast("list[int]", channels))
         return self.graph.add(Concat(name, tuple(values), self.graph.value(total)))
 
-    def relu(self, name: str, module: nn.Module, value: int) -> int:
-        return self.activate(name, "relu", value)
+    def activation(self, name: str, module: nn.Module, value: int) -> int:
+        return self.activate(name, kind_of(module), value)
 
     def pool(self, name: str, module: nn.Module, value: int) -> int:
         pool = cast("nn.MaxPool2d | nn.AvgPool2d", module)
@@ -305,6 +306,6 @@ _KINDS: dict[type[nn.Module], Callable[[_Builder, str, Any, int], int]] = {
     nn.Dropout: _Builder.dropout,
     nn.Linear: _Builder.linear,
     nn.MaxPool2d: _Builder.pool,
-    nn.ReLU: _Builder.relu,
     nn.Sequential: _Builder.sequence,
+    **dict.fromkeys(ACTIVATIONS, _Builder.activation),
 }

@@ -26,6 +26,7 @@ from ..nn import (
     PlainDenseLayer,
     PointwiseDepthwise,
 )
+from .activations import ACTIVATIONS
 
 __all__ = ["MODELESS", "SETTINGS", "TENSORS", "ModuleSettings", "override", "settings_of"]
 
@@ -63,7 +64,6 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
         "return_indices",
     ),
     nn.ModuleList: (),
-    nn.ReLU: (),
     nn.Sequential: (),
     ConvBNReLU: ("activation",),
     DenseBlock: (),
@@ -74,6 +74,7 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     Network: ("in_chans", "global_pool", "default_cfg"),
     PlainDenseLayer: ("out_channels",),
     PointwiseDepthwise: (),
+    **dict.fromkeys(ACTIVATIONS, ()),
 }
 """By class: its settings that a plan or a chain depends on; a subclass has those of its bases."""
 

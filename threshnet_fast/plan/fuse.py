@@ -150,6 +150,8 @@ class _Fusion:
         return source, self._affine(norm)
 
     def _activate(self, node: Activate) -> None:
+        if node.kind not in ACTIVATION_CODES:
+            raise _unknown_activation(node)
         norm = self.bare_norms.pop(node.input, None)
         if norm is None or node.kind != "relu":
             raise UnsupportedModule(f"{node.name} has activation {node.kind!r} on its own")
@@ -194,7 +196,7 @@ class _Fusion:
                 activation, last = activate.kind, activate.output
                 self.done.add(last)
                 if activation not in ACTIVATIONS:
-                    raise UnsupportedModule(f"{activate.name} has activation {activation!r}")
+                    raise _unknown_activation(activate)
         elif self._pools_before(node, norm):
             assert isinstance(norm, PoolNode)
             self._pooled_conv(node, norm)
@@ -452,6 +454,10 @@ def _window(node: PoolNode, averages: bool) -> tuple[int, int, int]:
     ):
         raise UnsupportedModule(f"{node.name} is not a plain square max pooling")
     return kernel, stride, padding
+
+
+def _unknown_activation(node: Activate) -> UnsupportedModule:
+    return UnsupportedModule(f"{node.name} has activation {node.kind!r}, which no engine computes")
 
 
 def _out_size(source: _Map, kernel: int, stride: int, padding: int) -> tuple[int, int]:

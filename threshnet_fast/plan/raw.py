@@ -235,6 +235,10 @@ class _Raw:
                 raise UnsupportedModule(node.reason)
             if isinstance(node, ir.Dropout):
                 raise UnsupportedModule(f"{node.name} is a {type(node.module).__name__}")
+            if isinstance(node, ir.Activate) and node.kind not in ACTIVATIONS:
+                raise UnsupportedModule(
+                    f"{node.name} has activation {node.kind!r}, which no engine computes"
+                )
         channels = graph.channels[0]
         if channels is None:
             name = graph.nodes[0].name if graph.nodes else "nothing"
@@ -384,8 +388,6 @@ class _Raw:
         features = self.features[node.input]
         if features.activation:
             raise UnsupportedModule(f"{node.name} follows another activation")
-        if node.kind not in ACTIVATIONS:
-            raise UnsupportedModule(f"{node.name} has activation {node.kind!r}")
         self.features[node.output] = _Features(features.reads, node.kind)
 
     def _concat(self, node: ir.Concat) -> None:
