@@ -1,7 +1,7 @@
 """Activations that graphs know: those of modules without parameters or settings.
 
 To teach graphs another one, add it here. Which of them an engine computes is not said here: plans
-refuse what :data:`threshnet_fast.plan.ir.ACTIVATION_CODES` lacks, and it runs as plain PyTorch.
+refuse what :data:`threshnet_fast.plan.codes.ACTIVATIONS` lacks, and it runs as plain PyTorch.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class _Fusion:
         return source, self._affine(norm)
 
     def _activate(self, node: Activate) -> None:
-        if node.kind not in ACTIVATION_CODES:
+        if node.kind not in ACTIVATIONS:
             raise _unknown_activation(node)
         norm = self.bare_norms.pop(node.input, None)
         if norm is None or node.kind != "relu":
