@@ -16,6 +16,9 @@ from torch.nn import functional as F
 import threshnet_fast as tf
 from threshnet_fast.runtime.adoption import NotAdopted, adopt
 
+# Small networks again and again: several threads would mostly wait for each other.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class OtherLayer(nn.Module):
     """A dense layer that returns what it adds, and has its activations as modules."""

@@ -20,6 +20,9 @@ from threshnet_fast.graph import split_stages
 from threshnet_fast.graph.settings import SETTINGS, TENSORS, override, settings_of
 from threshnet_fast.plan import UnsupportedModule, lower
 
+# Networks of a few channels: several threads would mostly wait for each other.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 needs_extension = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
 )
