@@ -109,7 +109,10 @@ class _Program:
             *(threads, winograd, isa),
         )
         layout: list[int] = ops.training_layout(self.program).tolist()
-        self.kept_floats, self.scratch_floats, self._workspace_floats, *offsets = layout
+        kept_floats, scratch_floats, self._workspace_floats, *offsets = layout
+        # What follows what a pass forward leaves is for the one backward, or in a piece of its own.
+        self.floats = kept_floats + (0 if use.repeatable else scratch_floats)
+        self.scratch_floats = scratch_floats if use.repeatable else 0
         self.input_statistics, *offsets = offsets
         self.fixed = offsets[: len(plan.norms)]
         shapes = shapes_of(plan, shape)
@@ -167,7 +170,7 @@ class CpuPass:
         for index, of in program.single_values:
             if self.from_batch[index]:
                 check_values(programs.plan.norms[index], of)
-        kept = memory.take(program.kept_floats)
+        kept = memory.take(program.floats)
         if any(
             norm.buffer == 0 and batch
             for norm, batch in zip(programs.plan.norms, self.from_batch, strict=True)
@@ -252,7 +255,7 @@ class CpuPass:
         use = Use(True, self._use.checkpoint, repeatable, needs_input)
         program = self._programs.get(self._shape, use)
         (memory,) = cast("Sequence[Tensor]", kept)
-        scratch = self._memory.take(program.scratch_floats)
+        scratch = self._memory.take(program.scratch_floats) if repeatable else torch.empty(0)
         with program.workspace() as workspace:
             found: list[Tensor] = torch.ops.threshnet_fast_cpu.training_backward(
                 program.program,
@@ -266,9 +269,7 @@ class CpuPass:
                 scratch,
                 workspace,
             )
-        self._memory.give(scratch)
-        if not repeatable:
-            self._memory.give(memory)
+        self._memory.give(scratch if repeatable else memory)
         rows_gradient = found.pop() if needs_input else None
         gradients = iter(found)
         return rows_gradient, [next(gradients) if needed else None for needed in needs]

@@ -16,7 +16,7 @@ inline float* floats_of(const Tensor& tensor, const std::string& name) {
 
 // Floats of a tensor of a given shape, or null for none.
 inline float* floats_or_null(const Tensor& tensor, const std::string& name, int64_t rows,
-                      int64_t columns) {
+                             int64_t columns) {
   if (tensor.numel() == 0) return nullptr;
   check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
         name + " has shape " + shape_of(tensor) + ", expected [" + std::to_string(rows) + ", " +
@@ -24,7 +24,8 @@ inline float* floats_or_null(const Tensor& tensor, const std::string& name, int6
   return floats_of(tensor, name);
 }
 
-inline float* floats_of(const Tensor& tensor, const std::string& name, int64_t rows, int64_t columns) {
+inline float* floats_of(const Tensor& tensor, const std::string& name, int64_t rows,
+                        int64_t columns) {
   float* const data = floats_or_null(tensor, name, rows, columns);
   check(data != nullptr, name + " is empty");
   return data;
@@ -53,7 +54,7 @@ inline void check_channels(int64_t inputs, int64_t outputs) {
 }
 
 inline cpu::WeightStrides check_weight(const Tensor& weight, const std::string& name,
-                                const cpu::Window& window, int64_t channels) {
+                                       const cpu::Window& window, int64_t channels) {
   check(weight.is_cpu(), name + " is not on the CPU");
   check(weight.scalar_type() == ScalarType::Float, name + " has the wrong dtype, expected float32");
   check(weight.dim() == 4 && weight.size(0) >= 1 && weight.size(1) == channels &&
@@ -68,7 +69,7 @@ inline cpu::WeightStrides check_weight(const Tensor& weight, const std::string& 
 
 // A weight of a depthwise convolution.
 inline cpu::WeightStrides check_depthwise_weight(const Tensor& weight, const std::string& name,
-                                          const cpu::Window& window, int64_t channels) {
+                                                 const cpu::Window& window, int64_t channels) {
   const cpu::WeightStrides strides = check_weight(weight, name, window, 1);
   check(weight.size(0) == channels, name + " has shape " + shape_of(weight) + ", expected [" +
                                         std::to_string(channels) + ", 1, kh, kw]");

@@ -15,42 +15,36 @@ constexpr int64_t kForever = std::numeric_limits<int64_t>::max();
 struct Lifetime {
   int64_t floats, first, last;
 
+  double area() const {
+    return static_cast<double>(floats) *
+           static_cast<double>(std::min(last, kForever - 1) - first + 1);
+  }
   bool meets(const Lifetime& other) const { return first <= other.last && other.first <= last; }
 };
 
-// Two pieces of memory, one behind the other, in which nothing lies across the boundary. The first
-// one's size is fixed by and by, the second one begins where it ends.
+// Places of floats in one piece of memory.
 class Layout {
  public:
   // Reserves floats at the lowest offset that is free all the while; not before `from`.
   int64_t place(const Lifetime& life, int64_t from = 0) {
-    std::vector<Placed> others;
-    for (const Placed& placed : placed_) {
-      if (placed.life.meets(life)) others.push_back(placed);
-    }
-    std::sort(others.begin(), others.end(),
-              [](const Placed& a, const Placed& b) { return a.offset < b.offset; });
     int64_t offset = from;
-    const auto past_boundary = [&] {
-      if (boundary_ >= 0 && offset < boundary_ && offset + life.floats > boundary_)
-        offset = boundary_;
-    };
-    past_boundary();
-    for (const Placed& other : others) {
+    // In the order of their offsets.
+    for (const Placed& other : placed_) {
+      if (!other.life.meets(life)) continue;
       if (other.offset >= offset + life.floats) break;
       offset = std::max(offset, other.offset + other.life.floats);
-      past_boundary();
     }
-    placed_.push_back({life, offset});
+    const Placed placed = {life, offset};
+    placed_.insert(
+        std::upper_bound(placed_.begin(), placed_.end(), placed,
+                         [](const Placed& a, const Placed& b) { return a.offset < b.offset; }),
+        placed);
     size_ = std::max(size_, offset + life.floats);
     require_size(size_, "the memory of a pass");
     return offset;
   }
 
-  // No place of what follows lies on both sides of the present size.
-  void end_first() { boundary_ = size_; }
   int64_t size() const { return size_; }
-  int64_t boundary() const { return boundary_; }
 
  private:
   struct Placed {
@@ -59,7 +53,6 @@ class Layout {
   };
   std::vector<Placed> placed_;
   int64_t size_ = 0;
-  int64_t boundary_ = -1;
 };
 
 class Compiler {
@@ -109,9 +102,9 @@ class Compiler {
     for (const RawNode& raw : plan_.nodes) {
       const Shape shape = shapes[raw.reads[0].buffer];
       for (const RawRead& read : raw.reads)
-        require_plan(shapes[read.buffer].height == shape.height &&
-                         shapes[read.buffer].width == shape.width,
-                     "a node reads maps of several sizes");
+        require_plan(
+            shapes[read.buffer].height == shape.height && shapes[read.buffer].width == shape.width,
+            "a node reads maps of several sizes");
       TrainingNode node{};
       node.kind = raw.kind;
       node.activation = raw.activation;
@@ -126,9 +119,9 @@ class Compiler {
                    "a window is larger than the padded map");
       Shape& after = shapes[raw.buffer];
       const Shape output = {node.window.output_height(), node.window.output_width()};
-      require_plan(after.height == 0 || (after.height == output.height &&
-                                         after.width == output.width),
-                   "maps of several sizes are written to a buffer");
+      require_plan(
+          after.height == 0 || (after.height == output.height && after.width == output.width),
+          "maps of several sizes are written to a buffer");
       after = output;
       nodes_.push_back(node);
     }
@@ -136,8 +129,7 @@ class Compiler {
       TrainingBuffer buffer{};
       buffer.channels = plan_.buffers[i].channels;
       const std::string name = "buffer " + std::to_string(i);
-      buffer.pixels =
-          product_of_sizes({target_.batch, shapes[i].height, shapes[i].width}, name);
+      buffer.pixels = product_of_sizes({target_.batch, shapes[i].height, shapes[i].width}, name);
       product_of_sizes({buffer.pixels, buffer.channels}, name);
       buffers_.push_back(buffer);
     }
@@ -175,18 +167,24 @@ class Compiler {
       if (&buffer != &buffers_[0]) buffer.statistics = keep(2 * buffer.channels);
     }
     for (TrainingNode& node : nodes_) node.prologue = keep(3 * node.input_channels);
+    work_floats_ = find_work();
+    if (target_.backward) work_ = keep(work_floats_);
     buffers_[0].map = {Memory::kInput, 0};
     buffers_[plan_.output].map = {Memory::kOutput, 0};
-    for (int64_t i = 0; i < count_; ++i) {
-      const int64_t index = plan_.nodes[i].buffer;
-      const RawBuffer& buffer = plan_.buffers[index];
-      if (index == plan_.output || buffer.writers[0] != i) continue;
-      Lifetime life = {floats_of(index), i, back(i)};
-      if (!target_.backward || is_recalculated(index)) life.last = buffer.readers.back();
-      if (target_.repeatable && !is_recalculated(index)) life.last = kForever;
-      buffers_[index].map = {Memory::kKept, memory_.place(life)};
+    // Those that are calculated again lie where maps that are kept are to be written later.
+    for (const bool recalculated : {false, true}) {
+      for (int64_t i = 0; i < count_; ++i) {
+        const int64_t index = plan_.nodes[i].buffer;
+        const RawBuffer& buffer = plan_.buffers[index];
+        if (index == plan_.output || buffer.writers[0] != i ||
+            is_recalculated(index) != recalculated)
+          continue;
+        Lifetime life = {floats_of(index), i, back(i)};
+        if (!target_.backward || recalculated) life.last = buffer.readers.back();
+        if (target_.repeatable && !recalculated) life.last = kForever;
+        buffers_[index].map = {Memory::kKept, memory_.place(life)};
+      }
     }
-    memory_.end_first();
     header_.kept_floats = memory_.size();
     for (TrainingBuffer& buffer : buffers_) buffer.map_back = buffer.map;
   }
@@ -216,8 +214,7 @@ class Compiler {
       // What no reader has left a gradient for.
       clear(written[raw.buffer], {raw.buffer, raw.channel, raw.channels}, i);
       node.wants_inputs = target_.input_gradient;
-      for (const RawRead& read : raw.reads)
-        node.wants_inputs |= read.buffer != 0 || read.norm >= 0;
+      for (const RawRead& read : raw.reads) node.wants_inputs |= read.buffer != 0 || read.norm >= 0;
       const Window& window = node.window;
       require_plan(!node.wants_inputs || node.kind != RawKind::kConvolution ||
                        (window.stride == 1 && window.output_height() == window.height &&
@@ -231,7 +228,8 @@ class Compiler {
           rerun_[i].push_back(plan_.buffers[from.buffer].writers[0]);
         }
         if (!node.wants_inputs) continue;
-        read.accumulate = claim(written[from.buffer], {from.buffer, from.channel, from.channels}, i);
+        read.accumulate =
+            claim(written[from.buffer], {from.buffer, from.channel, from.channels}, i);
         if (from.norm < 0) continue;
         read.first_sum = left[from.norm] == readers[from.norm];
         read.last_sum = --left[from.norm] == 0;
@@ -275,8 +273,8 @@ class Compiler {
     for (int64_t i = 0; i < count_; ++i) {
       int64_t start = 0;
       for (const RawRead& from : plan_.nodes[i].reads) {
-        TrainingRead read{from.buffer, from.channel, from.channels, from.norm, start, -1, 0, 0, 0,
-                          0};
+        TrainingRead read{
+            from.buffer, from.channel, from.channels, from.norm, start, -1, 0, 0, 0, 0};
         if (from.norm >= 0) {
           read.prologue = first[from.norm];
           read.pitch = pitch[from.norm];
@@ -291,23 +289,30 @@ class Compiler {
     }
   }
 
-  int64_t work(int64_t floats) {
-    return memory_.place({round_up(floats, 16), 0, kForever}, memory_.boundary()) -
-           memory_.boundary();
+  // What the pass backward works with all the time, in a piece: corrections, sums of each norm, and
+  // those of a node. Offsets are from the beginning of it.
+  int64_t find_work() {
+    int64_t floats = 0;
+    const auto reserve = [&](int64_t count) {
+      floats += round_up(count, 16);
+      return floats - round_up(count, 16);
+    };
+    for (TrainingBuffer& buffer : buffers_) buffer.correction = reserve(2 * buffer.channels);
+    header_.correction_floats = floats;
+    for (TrainingNorm& norm : norms_) norm.sums = reserve(2 * norm.channels);
+    int64_t most = 0;
+    for (const TrainingNode& node : nodes_) most = std::max(most, node.input_channels);
+    header_.sums = reserve(2 * most);
+    return floats;
   }
 
   void place_scratch() {
     if (!target_.backward) return;
-    for (TrainingBuffer& buffer : buffers_) buffer.correction = work(2 * buffer.channels);
-    header_.correction_floats = memory_.size() - memory_.boundary();
-    for (TrainingNorm& norm : norms_) norm.sums = work(2 * norm.channels);
-    int64_t most = 0;
-    for (const TrainingNode& node : nodes_) most = std::max(most, node.input_channels);
-    header_.sums = work(2 * most);
-    struct Wanted {
-      Lifetime life;
-      Place* place;
-    };
+    // A pass that is run again writes to nothing that is kept, even where there is a place for it.
+    header_.work =
+        (target_.repeatable ? memory_.place({work_floats_, 0, kForever}, header_.kept_floats)
+                            : work_) -
+        header_.kept_floats;
     std::vector<Wanted> wanted;
     for (int64_t i = 0; i < size_of(buffers_); ++i) {
       const RawBuffer& raw = plan_.buffers[i];
@@ -326,16 +331,37 @@ class Compiler {
         wanted.push_back(
             {{floats_of(i), back(raw.readers.back()), back(raw.writers[0])}, &buffer.map_back});
     }
-    std::stable_sort(wanted.begin(), wanted.end(), [](const Wanted& a, const Wanted& b) {
-      return a.life.floats > b.life.floats;
-    });
-    const int64_t boundary = memory_.boundary();
-    for (const Wanted& item : wanted) {
-      const int64_t offset = memory_.place(item.life, target_.repeatable ? boundary : 0);
-      *item.place = offset < boundary ? Place{Memory::kKept, offset}
-                                      : Place{Memory::kScratch, offset - boundary};
-    }
-    header_.scratch_floats = memory_.size() - boundary;
+    place_best(wanted);
+    header_.scratch_floats = memory_.size() - header_.kept_floats;
+  }
+
+  struct Wanted {
+    Lifetime life;
+    Place* place;
+  };
+
+  // Places all of them in each of several orders, of which the one counts that takes least memory.
+  void place_best(std::vector<Wanted> wanted) {
+    // Where a pass is run again, nothing that it keeps may be written to.
+    const int64_t from = target_.repeatable ? header_.kept_floats : 0;
+    const Layout before = memory_;
+    bool placed = false;
+    const auto attempt = [&](auto less) {
+      std::stable_sort(wanted.begin(), wanted.end(), less);
+      Layout layout = before;
+      std::vector<int64_t> offsets;
+      for (const Wanted& item : wanted) offsets.push_back(layout.place(item.life, from));
+      if (placed && layout.size() >= memory_.size()) return;
+      placed = true;
+      memory_ = layout;
+      for (size_t i = 0; i < wanted.size(); ++i)
+        *wanted[i].place = {Memory::kScratch, offsets[i] - header_.kept_floats};
+    };
+    attempt([](const Wanted& a, const Wanted& b) { return a.life.floats > b.life.floats; });
+    attempt([](const Wanted& a, const Wanted& b) { return a.life.first < b.life.first; });
+    attempt([](const Wanted& a, const Wanted& b) { return a.life.last > b.life.last; });
+    // The pass backward ends with the largest maps, of which gradients need most.
+    attempt([](const Wanted& a, const Wanted& b) { return a.life.area() > b.life.area(); });
   }
 
   void reserve_workspace() {
@@ -392,13 +418,14 @@ class Compiler {
   const int64_t count_;
   TrainingHeader header_{};
   Layout memory_;
+  int64_t work_ = 0, work_floats_ = 0;
   std::vector<TrainingBuffer> buffers_;
   std::vector<TrainingNorm> norms_;
   std::vector<TrainingNode> nodes_;
-  std::vector<std::vector<TrainingRead>> reads_;    // of each node
-  std::vector<std::vector<BufferSegment>> zeros_;   // of each node
-  std::vector<std::vector<int64_t>> rerun_;         // before each node
-  std::vector<int64_t> gradient_begins_;            // of each buffer, the step
+  std::vector<std::vector<TrainingRead>> reads_;   // of each node
+  std::vector<std::vector<BufferSegment>> zeros_;  // of each node
+  std::vector<std::vector<int64_t>> rerun_;        // before each node
+  std::vector<int64_t> gradient_begins_;           // of each buffer, the step
   std::vector<std::byte> bytes_;
 };
 

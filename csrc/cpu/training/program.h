@@ -3,8 +3,10 @@
 // that it can live in a tensor and be run by any number of threads at once. Free of torch.
 //
 // Memory of a pass. What the pass backward needs of the one forward is kept in one piece:
-// statistics, prologues and the maps between input and output. What only the pass backward needs is
-// a second piece. Both are planned by lifetimes: gradients lie where maps are no longer needed.
+// statistics, prologues and the maps between input and output. What only the pass backward needs,
+// scratch memory, is the continuation of that piece, planned by lifetimes: gradients lie where maps
+// are no longer needed, which is at negative offsets. Of a pass that may be run back again it is a
+// piece of its own.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +34,7 @@ struct TrainingTarget {
 
 enum class Memory : int64_t { kNone, kInput, kOutput, kKept, kScratch, kInputGradient, kGradient };
 
-// Floats from the beginning of the memory.
+// Floats from the beginning of the memory; of scratch memory perhaps before it.
 struct Place {
   Memory memory;
   int64_t offset;
@@ -45,21 +47,21 @@ struct TrainingBuffer {
   Place map_back;  // on the way back
   Place gradient;
   int64_t statistics;  // [2][channels]
-  int64_t correction;  // [2][channels], of scratch memory
+  int64_t correction;  // [2][channels], of the pass backward's work
 };
 
 struct TrainingNorm {
   int64_t buffer, channel, channels;
   int64_t fixed;  // [2][channels], running statistics where those are taken
-  int64_t sums;   // [2][channels], of scratch memory
+  int64_t sums;   // [2][channels], of the pass backward's work
 };
 
 struct TrainingRead {
   int64_t buffer, channel, channels, norm;
-  int64_t start;       // among the channels that the node reads
-  int64_t prologue;    // of the first read through the same norm, -1: this is it
-  int64_t pitch;       // between that prologue's rows
-  int64_t accumulate;  // whether the gradient is added to what is there
+  int64_t start;                // among the channels that the node reads
+  int64_t prologue;             // of the first read through the same norm, -1: this is it
+  int64_t pitch;                // between that prologue's rows
+  int64_t accumulate;           // whether the gradient is added to what is there
   int64_t first_sum, last_sum;  // whether it is the first or last on the way back of its norm
 };
 
@@ -69,12 +71,12 @@ struct TrainingNode {
   int64_t buffer, channel, channels;
   Window window;
   int64_t input_channels;
-  int64_t weight;                // index among the parameters, -1: none
-  int64_t prologue;              // [3][input_channels]: scale, shift, mean
-  int64_t wants_inputs;          // whether it leads the gradient back
-  int64_t reads, read_count;     // offset in bytes into the program, and how many
-  int64_t zeros, zero_count;     // segments of gradients that are cleared before it goes back
-  int64_t rerun, rerun_count;    // nodes that run again before it goes back
+  int64_t weight;              // index among the parameters, -1: none
+  int64_t prologue;            // [3][input_channels]: scale, shift, mean
+  int64_t wants_inputs;        // whether it leads the gradient back
+  int64_t reads, read_count;   // offset in bytes into the program, and how many
+  int64_t zeros, zero_count;   // segments of gradients that are cleared before it goes back
+  int64_t rerun, rerun_count;  // nodes that run again before it goes back
 };
 
 struct TrainingHeader {
@@ -86,8 +88,9 @@ struct TrainingHeader {
   int64_t backward, repeatable, input_gradient;
   int64_t weight_count, parameter_count;
   int64_t kept_floats, scratch_floats, workspace_floats;
-  int64_t correction_floats;  // at the beginning of the scratch memory
-  int64_t sums;               // of a node, in scratch memory
+  int64_t work;               // in scratch memory, what the pass backward works with all the time
+  int64_t correction_floats;  // at the beginning of that
+  int64_t sums;               // of a node, there
   int64_t buffers, buffer_count, norms, norm_count, nodes, node_count;
 };
 
@@ -99,9 +102,7 @@ class TrainingProgram {
   TrainingProgram(const void* bytes, int64_t size);
 
   const TrainingHeader& header() const { return *at<TrainingHeader>(0); }
-  const TrainingBuffer& buffer(int64_t i) const {
-    return at<TrainingBuffer>(header().buffers)[i];
-  }
+  const TrainingBuffer& buffer(int64_t i) const { return at<TrainingBuffer>(header().buffers)[i]; }
   const TrainingNorm& norm(int64_t i) const { return at<TrainingNorm>(header().norms)[i]; }
   const TrainingNode& node(int64_t i) const { return at<TrainingNode>(header().nodes)[i]; }
   template <typename T>
@@ -160,12 +161,13 @@ struct TrainingPass {
   float* gradient;        // of the output; added to where nodes read the output
   float* input_gradient;  // null where it is not wanted
   float* kept;
-  float* scratch;
+  float* scratch;    // behind what is kept, or, of a repeatable pass, elsewhere
   float* workspace;  // aligned to 64 bytes
 };
 
 // The statistics of the input, where a norm takes them from the batch, are in kept memory.
-void run_forward(const TrainingProgram& program, const TrainingPass& pass, ParallelFor parallel_for);
+void run_forward(const TrainingProgram& program, const TrainingPass& pass,
+                 ParallelFor parallel_for);
 void run_backward(const TrainingProgram& program, const TrainingPass& pass,
                   ParallelFor parallel_for);
 

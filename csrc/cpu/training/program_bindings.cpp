@@ -64,9 +64,9 @@ std::string numbered(const char* name, int64_t index) {
 
 float* memory_of(const Tensor& tensor, const char* name, int64_t floats) {
   if (floats == 0) return nullptr;
-  check(tensor.dim() == 1 && tensor.numel() >= floats,
-        std::string(name) + " has shape " + shape_of(tensor) + ", expected [" +
-            std::to_string(floats) + "] or more");
+  check(tensor.dim() == 1 && tensor.numel() >= floats, std::string(name) + " has shape " +
+                                                           shape_of(tensor) + ", expected [" +
+                                                           std::to_string(floats) + "] or more");
   return floats_of(tensor, name);
 }
 
@@ -91,9 +91,8 @@ cpu::TrainingPass pass_of(const cpu::TrainingProgram& program, const Tensor& x,
     const bool depthwise = node.kind == cpu::RawKind::kDepthwise;
     const cpu::WeightStrides strides =
         check_weight(weight, name, node.window, depthwise ? 1 : node.input_channels);
-    check(weight.size(0) == node.channels, name + " has shape " + shape_of(weight) +
-                                               ", expected " + std::to_string(node.channels) +
-                                               " output channels");
+    check(weight.size(0) == node.channels, name + " has shape " + shape_of(weight) + ", expected " +
+                                               std::to_string(node.channels) + " output channels");
     pass.weights.push_back({static_cast<const float*>(weight.data_ptr()), strides, nullptr, {}});
   }
   const double* setting = static_cast<const double*>(settings.data_ptr());
@@ -102,8 +101,7 @@ cpu::TrainingPass pass_of(const cpu::TrainingProgram& program, const Tensor& x,
     const int64_t index = header.weight_count + 2 * i;
     cpu::TrainingNormParameters norm = {};
     norm.gamma = vector_or_null(parameters[index], numbered("parameters", index), channels);
-    norm.beta =
-        vector_or_null(parameters[index + 1], numbered("parameters", index + 1), channels);
+    norm.beta = vector_or_null(parameters[index + 1], numbered("parameters", index + 1), channels);
     norm.from_batch = setting[0] != 0;
     norm.eps = setting[1];
     norm.momentum = setting[2];
@@ -119,8 +117,7 @@ cpu::TrainingPass pass_of(const cpu::TrainingProgram& program, const Tensor& x,
 }
 
 // A vector in any strides, or null for none.
-cpu::RunningVector running_vector(const Tensor& tensor, const std::string& name,
-                                  int64_t channels) {
+cpu::RunningVector running_vector(const Tensor& tensor, const std::string& name, int64_t channels) {
   if (tensor.numel() == 0) return {nullptr, 0};
   check(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float,
         name + " is not one of float32 on the CPU");
@@ -136,9 +133,9 @@ void count_batches(const std::vector<Tensor>& running) {
   }
 }
 
-void training_forward(const Tensor& program, const Tensor& x,
-                      const std::vector<Tensor>& parameters, const std::vector<Tensor>& running,
-                      const Tensor& settings, Tensor kept, Tensor output, Tensor workspace) {
+void training_forward(const Tensor& program, const Tensor& x, const std::vector<Tensor>& parameters,
+                      const std::vector<Tensor>& running, const Tensor& settings, Tensor kept,
+                      Tensor output, Tensor workspace) {
   const cpu::TrainingProgram view = program_of(program);
   cpu::TrainingPass pass = pass_of(view, x, output, parameters, settings, kept, workspace);
   check(running.size() == 3 * pass.norms.size(), "running has " + std::to_string(running.size()) +
@@ -173,13 +170,15 @@ Tensor gradient_of(const Tensor& parameter) {
     strides.push_back(parameter.stride(i));
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      parameter.dim(), sizes.data(), strides.data(), aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(parameter.dim(), sizes.data(),
+                                                         strides.data(), aoti_torch_dtype_float32(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-// The gradients of the parameters that `needs` marks, and, last, of x where the program has it.
+// Of a repeatable program `scratch` is memory of its own, else what follows in `kept`, which is
+// written to. Returns the gradients of the parameters that `needs` marks, and, last, of x where the
+// program has it.
 std::vector<Tensor> training_backward(const Tensor& program, const Tensor& x, const Tensor& output,
                                       Tensor gradient, const std::vector<Tensor>& parameters,
                                       const Tensor& settings, const Tensor& needs, Tensor kept,
@@ -190,7 +189,12 @@ std::vector<Tensor> training_backward(const Tensor& program, const Tensor& x, co
   cpu::TrainingPass pass = pass_of(view, x, output, parameters, settings, kept, workspace);
   const cpu::TrainingBuffer& out = view.buffer(header.output);
   pass.gradient = floats_of(gradient, "gradient", out.pixels, out.channels);
-  pass.scratch = memory_of(scratch, "scratch", header.scratch_floats);
+  if (header.repeatable) {
+    pass.scratch = memory_of(scratch, "scratch", header.scratch_floats);
+  } else {
+    memory_of(kept, "kept", header.kept_floats + header.scratch_floats);
+    pass.scratch = pass.kept + header.kept_floats;
+  }
   check_length(needs, "needs", header.parameter_count);
   check_host(needs, "needs", ScalarType::Bool, "bool");
   const bool* const needed = static_cast<const bool*>(needs.data_ptr());

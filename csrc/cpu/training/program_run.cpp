@@ -40,7 +40,7 @@ class Run {
   }
 
   void backward() const {
-    std::memset(pass_.scratch, 0, header_.correction_floats * sizeof(float));
+    std::memset(work(), 0, header_.correction_floats * sizeof(float));
     for (int64_t i = header_.node_count - 1; i >= 0; --i) {
       const TrainingNode& node = program_.node(i);
       const int64_t* const rerun = program_.at<int64_t>(node.rerun);
@@ -54,6 +54,8 @@ class Run {
   }
 
  private:
+  float* work() const { return pass_.scratch + header_.work; }
+
   float* at(const Place& place) const {
     switch (place.memory) {
       case Memory::kInput:
@@ -99,8 +101,7 @@ class Run {
     const TrainingNormParameters& given = pass_.norms[index];
     const TrainingBuffer& buffer = program_.buffer(norm.buffer);
     const bool batch = given.from_batch;
-    const float* const mean =
-        pass_.kept + (batch ? buffer.statistics + norm.channel : norm.fixed);
+    const float* const mean = pass_.kept + (batch ? buffer.statistics + norm.channel : norm.fixed);
     const float* const variance = mean + (batch ? buffer.channels : norm.channels);
     return {mean, variance, given.gamma, given.beta, given.eps};
   }
@@ -142,8 +143,7 @@ class Run {
   void bind_prologue(Step& step, const TrainingNode& node) const {
     const float* const scale = pass_.kept + node.prologue;
     step.window = node.window;
-    step.prologue = {scale, scale + node.input_channels,
-                     static_cast<Activation>(node.activation)};
+    step.prologue = {scale, scale + node.input_channels, static_cast<Activation>(node.activation)};
   }
 
   // What a depthwise convolution multiplies by; an average pool, every pixel by the same.
@@ -200,13 +200,13 @@ class Run {
   void run_node_back(const TrainingNode& node) const {
     const TrainingBuffer& buffer = program_.buffer(node.buffer);
     const TrainingRead* const reads = reads_of(node);
-    float* const sums = pass_.scratch + header_.sums;
+    float* const sums = work() + header_.sums;
     const auto bind = [&](auto& step) {
       bind_prologue(step, node);
       step.mean = step.prologue.scale + 2 * node.input_channels;
       step.output = {map_of(node.buffer, true) + node.channel, buffer.channels, node.channels};
       step.gradient = {at(buffer.gradient) + node.channel, buffer.channels, node.channels};
-      step.slope = pass_.scratch + buffer.correction + node.channel;
+      step.slope = work() + buffer.correction + node.channel;
       step.offset = step.slope + buffer.channels;
       step.sums = node.wants_inputs ? sums : nullptr;
     };
@@ -267,10 +267,10 @@ class Run {
       const TrainingRead& read = reads[r];
       if (read.norm < 0) continue;
       const TrainingNorm& norm = program_.norm(read.norm);
-      const float* found = pass_.scratch + header_.sums + read.start;
+      const float* found = work() + header_.sums + read.start;
       int64_t pitch = node.input_channels;
       if (!read.first_sum || !read.last_sum) {
-        float* const total = pass_.scratch + norm.sums;
+        float* const total = work() + norm.sums;
         for (int64_t row = 0; row < 2; ++row) {
           const float* const from = found + row * pitch;
           float* const to = total + row * norm.channels;
@@ -291,7 +291,7 @@ class Run {
       step.gamma_gradient = given.gamma_gradient;
       step.beta_gradient = given.beta_gradient;
       if (given.from_batch) {
-        step.slope = pass_.scratch + buffer.correction + norm.channel;
+        step.slope = work() + buffer.correction + norm.channel;
         step.offset = step.slope + buffer.channels;
       }
       normalization_backward(step, norm.channels);
@@ -301,7 +301,7 @@ class Run {
   // Adds to the input's gradient what its norms do through mean and variance.
   void correct_input_gradient() const {
     const TrainingBuffer& buffer = program_.buffer(0);
-    const float* const slope = pass_.scratch + buffer.correction;
+    const float* const slope = work() + buffer.correction;
     const float* const offset = slope + buffer.channels;
     const float* map = pass_.input;
     float* to = pass_.input_gradient;

@@ -12,8 +12,7 @@ class Reader {
 
   RawPlan read() {
     require_plan(next() == kRawMagic, "this is not the description of a plan of training");
-    require_plan(next() == kRawVersion,
-                 "the description is of another version of threshnet_fast");
+    require_plan(next() == kRawVersion, "the description is of another version of threshnet_fast");
     const int64_t buffers = number(1, kMostEntries, "the number of buffers");
     const int64_t norms = number(0, kMostEntries, "the number of norms");
     const int64_t nodes = number(1, kMostEntries, "the number of nodes");
