@@ -952,18 +952,18 @@ def test_checkpoints_need_less_memory_from_the_first_step_on(x, monkeypatch, ran
 def test_maps_are_let_go_of_on_the_way_back(model, x, kept_by, checkpoint, monkeypatch):
     """Gradients take their places, unless someone may want them again."""
     model.checkpoint = checkpoint
-    kept, before = [], []
+    kept, changed = [], []
     backward = CpuPass.backward
 
     def spy(self, held, given, *arguments):
         (memory,) = given
         kept.append(weakref.ref(memory))
-        before.append(memory.clone())
+        before = memory.clone()
         result = backward(self, held, given, *arguments)
-        changed.append(not memory.equal(before[0]))
+        # As bits: some of it may be NaN.
+        changed.append(not memory.view(torch.int32).equal(before.view(torch.int32)))
         return result
 
-    changed = []
     monkeypatch.setattr(CpuPass, "backward", spy)
     hooks = contextlib.nullcontext()
     if kept_by == "hooks":
@@ -977,7 +977,6 @@ def test_maps_are_let_go_of_on_the_way_back(model, x, kept_by, checkpoint, monke
         assert kept[0]() is None
     else:
         assert changed == [False]
-        assert (kept[0]() is not None) == (kept_by == "graph")
 
 
 @pytest.mark.usefixtures("all_pooled")

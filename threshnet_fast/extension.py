@@ -37,6 +37,10 @@ _OPERATORS = (
     "program_algorithms",
     "program_layout",
     "run_plan",
+    "training_backward",
+    "training_compile",
+    "training_forward",
+    "training_layout",
 )
 _CUDA_OPERATORS = (
     "cat_bn_relu_conv",

@@ -15,10 +15,6 @@ constexpr int64_t kForever = std::numeric_limits<int64_t>::max();
 struct Lifetime {
   int64_t floats, first, last;
 
-  double area() const {
-    return static_cast<double>(floats) *
-           static_cast<double>(std::min(last, kForever - 1) - first + 1);
-  }
   bool meets(const Lifetime& other) const { return first <= other.last && other.first <= last; }
 };
 
@@ -340,28 +336,33 @@ class Compiler {
     Place* place;
   };
 
-  // Places all of them in each of several orders, of which the one counts that takes least memory.
+  // Places the largest first, then again and again what reached furthest before all others; the
+  // attempt counts that takes least memory.
   void place_best(std::vector<Wanted> wanted) {
+    constexpr int kAttempts = 32;
     // Where a pass is run again, nothing that it keeps may be written to.
     const int64_t from = target_.repeatable ? header_.kept_floats : 0;
     const Layout before = memory_;
-    bool placed = false;
-    const auto attempt = [&](auto less) {
-      std::stable_sort(wanted.begin(), wanted.end(), less);
+    std::stable_sort(wanted.begin(), wanted.end(), [](const Wanted& a, const Wanted& b) {
+      return a.life.floats > b.life.floats;
+    });
+    for (int attempt = 0; attempt < kAttempts; ++attempt) {
       Layout layout = before;
       std::vector<int64_t> offsets;
-      for (const Wanted& item : wanted) offsets.push_back(layout.place(item.life, from));
-      if (placed && layout.size() >= memory_.size()) return;
-      placed = true;
-      memory_ = layout;
-      for (size_t i = 0; i < wanted.size(); ++i)
-        *wanted[i].place = {Memory::kScratch, offsets[i] - header_.kept_floats};
-    };
-    attempt([](const Wanted& a, const Wanted& b) { return a.life.floats > b.life.floats; });
-    attempt([](const Wanted& a, const Wanted& b) { return a.life.first < b.life.first; });
-    attempt([](const Wanted& a, const Wanted& b) { return a.life.last > b.life.last; });
-    // The pass backward ends with the largest maps, of which gradients need most.
-    attempt([](const Wanted& a, const Wanted& b) { return a.life.area() > b.life.area(); });
+      size_t furthest = 0;
+      for (size_t i = 0; i < wanted.size(); ++i) {
+        offsets.push_back(layout.place(wanted[i].life, from));
+        if (offsets[i] + wanted[i].life.floats == layout.size()) furthest = i;
+      }
+      if (attempt == 0 || layout.size() < memory_.size()) {
+        memory_ = layout;
+        for (size_t i = 0; i < wanted.size(); ++i)
+          *wanted[i].place = {Memory::kScratch, offsets[i] - header_.kept_floats};
+      }
+      if (furthest == 0) return;
+      std::rotate(wanted.begin(), wanted.begin() + static_cast<int64_t>(furthest),
+                  wanted.begin() + static_cast<int64_t>(furthest) + 1);
+    }
   }
 
   void reserve_workspace() {
