@@ -437,14 +437,16 @@ CHANGES = {
 def test_tensors_that_do_not_fit(change, back):
     given = problem(harmonic, SHAPES[0])
     program = given.compile(REPEATABLE)
-    arguments, written = given.forward(program)
+    floats = operators.training_layout(program)[0]
+    arguments, (memory, output, workspace) = given.forward(program)
     operator = operators.training_forward
-    operator(*arguments, *written)
+    operator(*arguments, memory[:floats], output, workspace)
     if back:
         operator = operators.training_backward
-        arguments, written = given.backward(program, *written[:2]), []
+        arguments, written = given.backward(program, memory[:floats], output), []
     else:
-        arguments, written = given.forward(program)
+        arguments, (memory, *written) = given.forward(program)
+        written = [memory[:floats], *written]
     every = [*arguments, *written]
     for index, argument in enumerate(every):
         several = argument if isinstance(argument, list) else [argument]
