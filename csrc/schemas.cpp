@@ -24,6 +24,18 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
       "int padding, bool relu, int isa) -> Tensor");
 
   m.def(
+      "training_compile(Tensor description, int batch, int height, int width, bool backward, "
+      "bool checkpoint, bool repeatable, bool input_gradient, int threads, int winograd, int isa) "
+      "-> Tensor");
+  m.def("training_layout(Tensor program) -> Tensor");
+  m.def(
+      "training_forward(Tensor program, Tensor x, Tensor[] parameters, Tensor(a!)[] running, "
+      "Tensor settings, Tensor(b!) kept, Tensor(c!) output, Tensor(d!) workspace) -> ()");
+  m.def(
+      "training_backward(Tensor program, Tensor x, Tensor output, Tensor(a!) gradient, "
+      "Tensor[] parameters, Tensor settings, Tensor needs, Tensor(b!) kept, Tensor(c!) scratch, "
+      "Tensor(d!) workspace) -> Tensor[]");
+  m.def(
       "training_convolution_forward(Tensor[] maps, int[] segments, Tensor prologue, "
       "int activation, Tensor weight, int[] window, Tensor(a!) output, int output_channel, "
       "Tensor(b!) statistics, Tensor(c!) workspace, int winograd, int isa) -> ()");

@@ -23,7 +23,8 @@ from threshnet_fast.autograd import Chain
 from threshnet_fast.autograd import chain as chain_module
 from threshnet_fast.autograd import map_pool as memory_module
 from threshnet_fast.engines import cpu
-from threshnet_fast.engines.training import CppKernels
+from threshnet_fast.engines.cpu_training import CpuPass, Use
+from threshnet_fast.engines.training import shapes_of
 from threshnet_fast.graph import UnsupportedModule, split_stages
 from threshnet_fast.nn import (
     ConvBNReLU,
@@ -797,7 +798,7 @@ def test_number_of_threads_changes_before_the_backward_pass(model, x):
 def test_many_shapes_keep_a_bounded_number_of_workspaces(model, calls):
     for size in range(32, 52):
         step(model, torch.randn(2, 3, size, 32))
-    assert len(calls[0]._workspaces) <= 8
+    assert len(calls[0].programs) <= 8
     x = torch.randn(2, 3, 32, 32)
     expected = plain_step(model, x)
     assert_close(step(model, x), expected, 5 * ROUNDING)
@@ -860,26 +861,52 @@ def all_pooled(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["checkpoint", "no_grad", "inference_mode"])
-def test_bottlenecks_are_let_go_of(model, x, mode, monkeypatch):
-    """Each is gone when the next is calculated, where no backward pass will want them."""
-    alive, seen = [], []
-    original = CppKernels.forward
+def test_bottlenecks_are_let_go_of(model, x, mode, calls, monkeypatch):
+    """The place of each is taken by the next, where no backward pass will want them."""
+    uses = []
+    original = CpuPass.__init__
 
-    def spy(self, step, statistics):
-        original(self, step, statistics)
-        if step.node.name.endswith("conv1"):
-            seen.append(weakref.ref(step.output))
-            alive.append(sum(reference() is not None for reference in seen))
+    def spy(self, programs, shape, rows, parameters, use, memory):
+        uses.append((shape, use))
+        original(self, programs, shape, rows, parameters, use, memory)
 
-    monkeypatch.setattr(CppKernels, "forward", spy)
+    monkeypatch.setattr(CpuPass, "__init__", spy)
     if mode == "checkpoint":
         model.set_grad_checkpointing()
         model(x)
     else:
         with getattr(torch, mode)():
             model(x)
+    (chain,), ((shape, use),) = calls, uses
+    assert use == Use(mode == "checkpoint", mode == "checkpoint", False, False)
+    places = map_places(chain, shape, use)
+    bottlenecks, alive = [], []
+    for node in chain.plan.nodes:
+        place = places[node.buffer]
+        bottlenecks = [other for other in bottlenecks if not overlap(other, place)]
+        if node.name.endswith("conv1"):
+            bottlenecks.append(place)
+            alive.append(len(bottlenecks))
     assert len(alive) == 5
     assert max(alive) == 1
+
+
+def overlap(one, other):
+    """Whether two places, ``(memory, first, last)``, have floats in common."""
+    return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]
+
+
+def map_places(chain, shape, use):
+    """Where the map of each buffer lies in a pass forward."""
+    plan = chain.plan
+    program = chain.programs.get(shape, use).program
+    places = torch.ops.threshnet_fast_cpu.training_layout(program)[4 + len(plan.norms) :]
+    return [
+        (memory, offset, offset + of.pixels * buffer.channels)
+        for buffer, of, (memory, offset) in zip(
+            plan.buffers, shapes_of(plan, shape), places.view(-1, 6)[:, :2].tolist(), strict=True
+        )
+    ]
 
 
 class CountedMemory(mmap.mmap):
@@ -920,37 +947,36 @@ def test_checkpoints_need_less_memory_from_the_first_step_on(x, monkeypatch, ran
         assert CountedMemory.now == 0
 
 
+@pytest.mark.parametrize("checkpoint", [None, "features"])
 @pytest.mark.parametrize("kept_by", [None, "graph", "hooks"])
-def test_maps_are_let_go_of_on_the_way_back(model, x, kept_by, monkeypatch):
-    """Each when the last convolution that needs it is done, unless someone may want them again."""
-    maps, alive = [], []
-    forward, backward = CppKernels.forward, CppKernels.backward
+def test_maps_are_let_go_of_on_the_way_back(model, x, kept_by, checkpoint, monkeypatch):
+    """Gradients take their places, unless someone may want them again."""
+    model.checkpoint = checkpoint
+    kept, changed = [], []
+    backward = CpuPass.backward
 
-    def spy_forward(self, step, statistics):
-        forward(self, step, statistics)
-        if not any(reference() is step.output for reference in maps):
-            maps.append(weakref.ref(step.output))
+    def spy(self, held, given, *arguments):
+        (memory,) = given
+        kept.append(weakref.ref(memory))
+        before = memory.clone()
+        result = backward(self, held, given, *arguments)
+        # As bits: some of it may be NaN.
+        changed.append(not memory.view(torch.int32).equal(before.view(torch.int32)))
+        return result
 
-    def spy_backward(self, step, *arguments):
-        backward(self, step, *arguments)
-        alive.append(sum(reference() is not None for reference in maps))
-
-    monkeypatch.setattr(CppKernels, "forward", spy_forward)
-    monkeypatch.setattr(CppKernels, "backward", spy_backward)
+    monkeypatch.setattr(CpuPass, "backward", spy)
     hooks = contextlib.nullcontext()
     if kept_by == "hooks":
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda kept: kept)
     with hooks:
         output = model(x).square().sum()
-    assert len(maps) > 10
     output.backward(retain_graph=kept_by == "graph")
-    assert alive[0] == len(maps)
+    assert len(kept) == 1
     if kept_by is None:
-        assert alive == sorted(alive, reverse=True)
-        # The chain's output, which others hold too, and what the first convolution wrote.
-        assert alive[-1] <= 3
+        assert changed == [True]
+        assert kept[0]() is None
     else:
-        assert alive[-1] == len(maps)
+        assert changed == [False]
 
 
 @pytest.mark.usefixtures("all_pooled")

@@ -14,8 +14,10 @@ from alone import run_alone
 from torch import Tensor
 
 import threshnet_fast as tf
+from threshnet_fast.autograd import Chain
 from threshnet_fast.engines import cpu
 from threshnet_fast.plan import lower, plan_memory, serialize
+from threshnet_fast.plan.serialize_raw import serialize_raw
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -103,6 +105,30 @@ def operators() -> tuple[list[Callable[[], list[object]]], list[Callable[..., ob
         lambda: [r(2, 4), 0, 4, r(4), 1e-5, r(2, 4), 0, 2, r(4), r(4), r(2, 4)],
     )
     add(ops.normalization_prologue, lambda: [r(2, 4), 0, 4, none, none, 1e-5, r(3, 4), 0])
+
+    chain = Chain([("conv", torch.nn.Conv2d(4, 4, 1, bias=False))], 4)
+    raw_description = serialize_raw(chain.plan)
+    compiled_for = [1, 4, 4, True, False, True, True, 1, 0, isa]
+    training = ops.training_compile(raw_description, *compiled_for)
+    kept, scratch, floats, *_ = ops.training_layout(training).tolist()
+    settings = torch.empty(0, 3, dtype=torch.float64)
+    add(lambda d: ops.training_compile(d, *compiled_for), lambda: [raw_description.clone()])
+    add(ops.training_layout, lambda: [training.clone()])
+    add(
+        ops.training_forward,
+        lambda: [
+            *(training.clone(), r(16, 4), [r(4, 4, 1, 1)], [], settings, r(kept), r(16, 4)),
+            aligned(torch.empty(floats)),
+        ],
+    )
+    add(
+        ops.training_backward,
+        lambda: [
+            *(training.clone(), r(16, 4), r(16, 4), r(16, 4), [r(4, 4, 1, 1)], settings),
+            *(torch.ones(1, dtype=torch.bool), r(kept), r(scratch)),
+            aligned(torch.empty(floats)),
+        ],
+    )
     return arguments, called
 
 

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 import threshnet_fast as tf
 from threshnet_fast.autograd.chain import Chain
 from threshnet_fast.engines import cpu
+from threshnet_fast.engines.training import Shape, shapes_of
 from threshnet_fast.graph import split_stages
 from threshnet_fast.graph.settings import SETTINGS, TENSORS, override, settings_of
 from threshnet_fast.plan import UnsupportedModule, lower
+from threshnet_fast.plan.serialize_raw import serialize_raw
 
 # Networks of a few channels: several threads would mostly wait for each other.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -531,7 +533,8 @@ def trace_it(model: nn.Module) -> None:
             except UnsupportedModule:
                 continue
             _ = chain.differentiable_input
-            chain.shapes(1, 64, 64)
+            shapes_of(chain.plan, Shape(1, 64, 64))
+            serialize_raw(chain.plan)
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-__all__ = ["Pool"]
+__all__ = ["Pool", "of_the_system"]
 
 _BYTES = torch.float32.itemsize
 
@@ -37,30 +37,17 @@ class Pool:
                 self._step = step
                 self._free.clear()
 
-    def take(self, pixels: int, channels: int, thrifty: bool = False) -> Tensor:
-        """Returns a map in float32, of any values.
-
-        Args:
-            pixels: Its rows.
-            channels: Its columns.
-            thrifty: Whether to let go of what is free before any new memory is taken, which then
-                goes back to the system as soon as nobody uses it.
-        """
+    def take(self, floats: int) -> Tensor:
+        """Returns a vector in float32, of any values."""
         with self._lock:
-            free = self._free.get(pixels * channels)
-            map = free.pop() if free else None
-            if map is None and thrifty:
-                self._free.clear()
-        if map is not None:
-            return map.view(pixels, channels)
-        if thrifty:
-            return _of_the_system(pixels * channels).view(pixels, channels)
-        return torch.empty(pixels, channels)
+            free = self._free.get(floats)
+            memory = free.pop() if free else None
+        return torch.empty(floats) if memory is None else memory
 
-    def give(self, map: Tensor) -> None:
-        """Takes back a map that :meth:`take` returned, which nobody uses any more."""
+    def give(self, memory: Tensor) -> None:
+        """Takes back what :meth:`take` returned, which nobody uses any more."""
         with self._lock:
-            self._free.setdefault(map.numel(), []).append(map)
+            self._free.setdefault(memory.numel(), []).append(memory)
 
     def clear(self) -> None:
         """Lets go of all that is free."""
@@ -73,7 +60,7 @@ class Pool:
             return sum(map.nbytes for maps in self._free.values() for map in maps)
 
 
-def _of_the_system(floats: int) -> Tensor:
+def of_the_system(floats: int) -> Tensor:
     """Memory that bypasses the C library, which would keep what is freed, in pieces of all sizes.
 
     A large map does not fit where two small ones were, so that a step would take far more memory

@@ -10,39 +10,11 @@
 #include <string>
 #include <vector>
 
-#include "steps.h"
-#include "tensors.h"
+#include "checks.h"
+#include "program.h"
 
 namespace threshnet_fast {
 namespace {
-
-float* floats_of(const Tensor& tensor, const std::string& name) {
-  check_host(tensor, name, ScalarType::Float, "float32");
-  return static_cast<float*>(tensor.data_ptr());
-}
-
-// Floats of a tensor of a given shape, or null for none.
-float* floats_or_null(const Tensor& tensor, const std::string& name, int64_t rows,
-                      int64_t columns) {
-  if (tensor.numel() == 0) return nullptr;
-  check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
-        name + " has shape " + shape_of(tensor) + ", expected [" + std::to_string(rows) + ", " +
-            std::to_string(columns) + "]");
-  return floats_of(tensor, name);
-}
-
-float* floats_of(const Tensor& tensor, const std::string& name, int64_t rows, int64_t columns) {
-  float* const data = floats_or_null(tensor, name, rows, columns);
-  check(data != nullptr, name + " is empty");
-  return data;
-}
-
-cpu::Workers workers_of(int64_t isa) {
-  check(cpu::tiling_of(isa) != nullptr && cpu::element_bytes(isa) == sizeof(float),
-        "isa is " + std::to_string(isa) +
-            ", expected one that this processor has and that computes in float32");
-  return {isa, torch::stable::get_num_threads(), parallel_for};
-}
 
 cpu::Window window_of(const std::vector<int64_t>& numbers) {
   constexpr int64_t kLimit = int64_t{1} << 31;
@@ -68,15 +40,6 @@ cpu::Window window_of(const std::vector<int64_t>& numbers) {
             window.width + 2 * window.padding >= window.kernel_width,
         "window does not fit the map that it slides over");
   return window;
-}
-
-// What workspaces are calculated from: more channels than any weight in memory, of few enough
-// products that those fit in 64 bits. A weight may have strides of 0.
-void check_channels(int64_t inputs, int64_t outputs) {
-  constexpr int64_t kMostPairs = int64_t{1} << 40;
-  check(inputs >= 1 && outputs >= 1 && inputs <= kMostPairs / outputs,
-        std::to_string(inputs) + " input channels and " + std::to_string(outputs) +
-            " output channels, expected at least one of each and at most 2^40 pairs");
 }
 
 cpu::Activation activation_of(int64_t activation) {
@@ -126,32 +89,10 @@ PrologueRows prologue_of(const Tensor& prologue, int64_t channels, int64_t activ
   return {{rows, rows + channels, activation_of(activation)}, rows + 2 * channels};
 }
 
-cpu::WeightStrides check_weight(const Tensor& weight, const std::string& name,
-                                const cpu::Window& window, int64_t channels) {
-  check(weight.is_cpu(), name + " is not on the CPU");
-  check(weight.scalar_type() == ScalarType::Float, name + " has the wrong dtype, expected float32");
-  check(weight.dim() == 4 && weight.size(0) >= 1 && weight.size(1) == channels &&
-            weight.size(2) == window.kernel_height && weight.size(3) == window.kernel_width,
-        name + " has shape " + shape_of(weight) + ", expected [Co, " + std::to_string(channels) +
-            ", " + std::to_string(window.kernel_height) + ", " +
-            std::to_string(window.kernel_width) + "]");
-  check_channels(channels, weight.size(0));
-  check_memory(weight, name);
-  return {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-}
-
 cpu::Statistics statistics_of(const Tensor& statistics, const Tensor& map, int64_t first) {
   float* const rows = floats_or_null(statistics, "statistics", 2, map.size(1));
   if (rows == nullptr) return {nullptr, nullptr};
   return {rows + first, rows + map.size(1) + first};
-}
-
-float* workspace_of(const Tensor& workspace, int64_t floats) {
-  float* const memory = floats_of(workspace, "workspace");
-  check(workspace.numel() >= floats, "workspace has " + std::to_string(workspace.numel()) +
-                                         " floats, expected " + std::to_string(floats));
-  check(reinterpret_cast<uintptr_t>(memory) % 64 == 0, "workspace is not aligned to 64 bytes");
-  return memory;
 }
 
 // Output and gradient of a step, and what its norms add to the gradient.
@@ -171,12 +112,6 @@ cpu::GradientSegment gradient_of(const Tensor& gradient, const std::string& name
                                  int64_t accumulate) {
   const cpu::MapSegment to = segment_of(gradient, name, pixels, first, segment.channels);
   return {const_cast<float*>(to.data), to.pitch, accumulate != 0};
-}
-
-int64_t winograd_of(int64_t winograd) {
-  check(winograd == -1 || winograd == 0 || winograd == 2 || winograd == 4,
-        "winograd is " + std::to_string(winograd) + ", expected -1, 0, 2 or 4");
-  return winograd;
 }
 
 void training_convolution_forward(const std::vector<Tensor>& maps,
@@ -257,28 +192,8 @@ int64_t training_convolution_workspace(const std::vector<int64_t>& window, int64
                                        int64_t winograd, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   check_channels(input_channels, output_channels);
-  cpu::ConvolutionForward forward = {};
-  forward.window = window_of(window);
-  forward.winograd = winograd_of(winograd);
-  forward.inputs = {{nullptr, input_channels, input_channels}};
-  forward.output_channels = output_channels;
-  int64_t floats = cpu::workspace_floats(forward, workers);
-  float placeholder = 0;
-  cpu::ConvolutionBackward backward = {};
-  backward.window = forward.window;
-  backward.winograd = forward.winograd;
-  backward.inputs = forward.inputs;
-  backward.output_channels = output_channels;
-  // Each of the gradients may be left out of a call.
-  for (float* const weight_gradient : {&placeholder, static_cast<float*>(nullptr)}) {
-    backward.weight_gradient = weight_gradient;
-    backward.input_gradients.clear();
-    floats = std::max(floats, cpu::workspace_floats(backward, workers));
-    if (!input_gradients) continue;
-    backward.input_gradients.resize(1);
-    floats = std::max(floats, cpu::workspace_floats(backward, workers));
-  }
-  return floats;
+  return cpu::convolution_workspace(window_of(window), input_channels, output_channels,
+                                    input_gradients, winograd_of(winograd), workers);
 }
 
 // What a depthwise convolution and a pool have in common, forward.
@@ -320,15 +235,6 @@ void bind_input_gradient(Step& step, const Tensor& input_gradient, int64_t first
       gradient_of(input_gradient, "input_gradient", step.window.batch * step.window.input_pixels(),
                   step.input, first, accumulate);
   step.sums = floats_of(sums, "sums", 2, step.input.channels);
-}
-
-// A weight of a depthwise convolution.
-cpu::WeightStrides check_depthwise_weight(const Tensor& weight, const std::string& name,
-                                          const cpu::Window& window, int64_t channels) {
-  const cpu::WeightStrides strides = check_weight(weight, name, window, 1);
-  check(weight.size(0) == channels, name + " has shape " + shape_of(weight) + ", expected [" +
-                                        std::to_string(channels) + ", 1, kh, kw]");
-  return strides;
 }
 
 void training_depthwise_forward(const Tensor& map, const std::vector<int64_t>& segment,
@@ -374,16 +280,7 @@ int64_t training_depthwise_workspace(const std::vector<int64_t>& window, int64_t
                                      int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   check_channels(channels, 1);
-  cpu::DepthwiseForward forward = {};
-  forward.window = window_of(window);
-  forward.input.channels = channels;
-  cpu::DepthwiseBackward backward = {};
-  backward.window = forward.window;
-  backward.input.channels = channels;
-  float placeholder = 0;
-  backward.weight_gradient = &placeholder;
-  return std::max(cpu::workspace_floats(forward, workers),
-                  cpu::workspace_floats(backward, workers));
+  return cpu::depthwise_workspace(window_of(window), channels, workers);
 }
 
 void training_pool_forward(const Tensor& map, const std::vector<int64_t>& segment,
@@ -415,20 +312,7 @@ void training_pool_backward(const Tensor& map, const std::vector<int64_t>& segme
 int64_t training_pool_workspace(const std::vector<int64_t>& window, int64_t channels, int64_t isa) {
   const cpu::Workers workers = workers_of(isa);
   check_channels(channels, 1);
-  cpu::PoolForward forward = {};
-  forward.window = window_of(window);
-  forward.input.channels = channels;
-  cpu::PoolBackward backward = {};
-  backward.window = forward.window;
-  backward.input.channels = channels;
-  return std::max(cpu::workspace_floats(forward), cpu::workspace_floats(backward, workers));
-}
-
-// A vector of channels, or null for none.
-float* vector_or_null(const Tensor& tensor, const std::string& name, int64_t channels) {
-  if (tensor.numel() == 0) return nullptr;
-  check_length(tensor, name, channels);
-  return floats_of(tensor, name);
+  return cpu::pool_workspace(window_of(window), channels, workers);
 }
 
 // The norm of channels [first, first + channels) of a map with these statistics.
