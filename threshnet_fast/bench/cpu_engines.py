@@ -272,23 +272,23 @@ def _executorch(job: Job) -> Provider:
 
 
 def _fused(job: Job) -> Provider:
-    from ..engines.select import is_plain
+    from ..engines.select import is_for
     from ..runtime.frozen import optimize
 
     call = optimize(job.model, job.x, dtype=job.x.dtype)
-    if is_plain(call.backend):
+    if not is_for(call.backend, "cpu"):
         raise Unavailable(call.reason)
     return Provider(lambda: call(job.x))
 
 
 def _drop_in(job: Job) -> Provider:
-    from ..engines.select import is_plain
+    from ..engines.select import is_for
     from ..runtime.explain import explain
 
     model = job.model
     with torch.no_grad():
         explanation = explain(model, job.x)
-    if is_plain(explanation.backend):
+    if not is_for(explanation.backend, "cpu"):
         raise Unavailable(explanation.reason)
 
     def run() -> Tensor:

@@ -129,11 +129,11 @@ def _compile_in_graph(job: Job) -> Provider:
 
 
 def _fused(job: Job) -> Provider:
-    from ..engines.select import is_plain
+    from ..engines.select import is_for
     from ..runtime.frozen import optimize
 
     call = optimize(job.model, job.x)
-    if is_plain(call.backend):
+    if not is_for(call.backend, "cuda"):
         raise Unavailable(call.reason)
     return _warm(lambda: call(job.x))
 
@@ -146,13 +146,13 @@ def _fused_cuda(job: Job) -> Provider:
 
 
 def _drop_in(job: Job) -> Provider:
-    from ..engines.select import is_plain
+    from ..engines.select import is_for
     from ..runtime.explain import explain
 
     model, x = job.model, job.x
     with torch.no_grad():
         explanation = explain(model, x)
-    if is_plain(explanation.backend):
+    if not is_for(explanation.backend, "cuda"):
         raise Unavailable(explanation.reason)
 
     def run() -> Tensor:

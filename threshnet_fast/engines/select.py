@@ -29,6 +29,7 @@ __all__ = [
     "choose",
     "dtypes_of_networks",
     "engine",
+    "is_for",
     "is_plain",
     "names",
     "network_backends",
@@ -159,6 +160,16 @@ def is_plain(name: str) -> bool:
         name: One of :func:`names`.
     """
     return _request_for(name).plain
+
+
+def is_for(name: str, device_type: str) -> bool:
+    """Returns whether an engine is one that ``"auto"`` asks on a type of device.
+
+    Args:
+        name: One of :func:`names`.
+        device_type: As of :class:`torch.device`.
+    """
+    return name in registry.automatic(device_type)
 
 
 def names() -> tuple[str, ...]:
