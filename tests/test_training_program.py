@@ -335,6 +335,26 @@ def test_running_statistics_are_known_to_have_changed():
     assert all(norm.num_batches_tracked == 1 for norm in norms)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batches_counted_in_another_dtype(momentum):
+    """As they are where somebody has made all buffers floating-point numbers."""
+    model = tf.DenseNet(first_channels=8, blocks=(2, 2), growth_rate=4, small_stem=True).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = momentum
+        norm.num_batches_tracked = norm.num_batches_tracked.float()
+    x = torch.randn(2, 3, 32, 32)
+    with tf.use_backend("cpu"):
+        model(x)
+        first = norms[0].running_mean.clone()
+        model(2 * x)
+    assert all(norm.num_batches_tracked == 2 for norm in norms)
+    # The first convolution is linear, and its mean began at 0.
+    mean = first / (0.1 if momentum else 1)
+    expected = first.lerp(2 * mean, 0.1 if momentum else 0.5)
+    torch.testing.assert_close(norms[0].running_mean, expected)
+
+
 def test_gradients_have_memory_of_their_own():
     model = tf.DenseNet(first_channels=8, blocks=(2, 2), growth_rate=4, small_stem=True).train()
     model = model.to(memory_format=torch.channels_last)

@@ -217,7 +217,11 @@ class CpuPass:
                 if count is not None:
                     if module.momentum is None:
                         momentum = 1.0 / (float(count) + 1.0)
-                    self._written.append(count)
+                    if count.dtype is torch.int64 and count.device.type == "cpu":
+                        self._written.append(count)
+                    else:
+                        count.add_(1)
+                        count = None
                 if not missing:
                     self._written += [cast(Tensor, mean), cast(Tensor, variance)]
             self._running += [None, None, count] if missing else [mean, variance, count]
