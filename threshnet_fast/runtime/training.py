@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,7 +120,8 @@ class _Parts:
             modules += [
                 (f"{stage}.{path}".rstrip("."), part) for path, part in root.named_modules()
             ]
-        self._model = model
+        # Weakly, so that a model without other owners is gone at once.
+        self._model = weakref.ref(model)
         self._fingerprint = Fingerprint(
             modules, _HOOKS, contents=False, holders=[model, *model.children()]
         )
@@ -133,7 +135,7 @@ class _Parts:
 
     def unchanged(self, model: Network) -> bool:
         """Whether :meth:`match` is true and :meth:`check` passes, as far as a quick look tells."""
-        return model is self._model and self._fingerprint.unchanged()
+        return model is self._model() and self._fingerprint.unchanged()
 
     def match(self, model: Network) -> bool:
         """Whether the model is still made of the same modules, and they of the same settings.
@@ -141,7 +143,7 @@ class _Parts:
         Raises:
             RuntimeError: A parameter or buffer spans memory that was freed.
         """
-        return model is self._model and self._fingerprint.same()
+        return model is self._model() and self._fingerprint.same()
 
     def check(self) -> None:
         """Refuses what the model is, or what may differ from call to call.
