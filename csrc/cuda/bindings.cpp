@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "tensors.h"
 #include "device.h"
 #include "program.h"
+#include "tensors.h"
 
 #if !defined(THRESHNET_FAST_EMULATION)
 #include <dlfcn.h>
