@@ -4,10 +4,10 @@
 #include <memory>
 #include <new>
 
-#include "threshnet_fast.h"
 #include "device.h"
 #include "launch.cuh"
 #include "program.h"
+#include "threshnet_fast.h"
 
 namespace threshnet_fast::cuda {
 namespace {

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "plan.h"
 #include "export.h"
 #include "operands.h"
+#include "plan.h"
 
 namespace threshnet_fast::cuda {
 
