@@ -87,7 +87,7 @@ class Driver:
         csrc = ROOT / "csrc"
         sources = [
             csrc / "plan.cpp",
-            *sorted(set(csrc.glob("cpu/**/*.cpp")) - set(csrc.glob("cpu/*/bindings.cpp"))),
+            *sorted(set(csrc.glob("cpu/**/*.cpp")) - set(csrc.glob("cpu/*/*bindings.cpp"))),
             Path(__file__).with_name("driver.cpp"),
         ]
         flags = [*_FLAGS, *target.flags, f"-I{csrc}"]
