@@ -3,7 +3,7 @@
 
 STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("best_isa() -> int");
-  m.def("best_bfloat16_isa() -> int");
+  m.def("isas(bool bfloat16) -> Tensor");
   m.def("all_finite(Tensor[] tensors) -> bool");
   m.def("compile_plan(Tensor description, int isa, int threads, int winograd) -> Tensor");
   m.def("program_layout(Tensor program) -> int");

@@ -78,11 +78,7 @@ def isa(dtype: torch.dtype = torch.float32) -> str:
 @functools.cache
 def _supported(dtype: torch.dtype) -> tuple[int, ...]:
     """What :func:`isa_codes` returns; asked of the processor once, as every call needs it."""
-    if dtype is torch.bfloat16:
-        code: int = torch.ops.threshnet_fast_cpu.best_bfloat16_isa()
-        return (code,) if code >= 0 else ()
-    best: int = torch.ops.threshnet_fast_cpu.best_isa()
-    return (0, best) if ISAS[best] == "neon" else tuple(range(best + 1))
+    return tuple(torch.ops.threshnet_fast_cpu.isas(dtype is torch.bfloat16).tolist())
 
 
 def isa_codes(dtype: torch.dtype = torch.float32) -> list[int]:

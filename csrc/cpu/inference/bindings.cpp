@@ -75,10 +75,13 @@ bool all_finite(const std::vector<Tensor>& tensors) {
 
 int64_t best_isa() { return cpu::best_isa(); }
 
-// -1 where no micro-kernels multiply bfloat16.
-int64_t best_bfloat16_isa() {
-  const cpu::Isa isa = cpu::best_bfloat16_isa();
-  return isa == cpu::kScalar ? -1 : static_cast<int64_t>(isa);
+// Those that this processor has for a dtype, the best last.
+Tensor isas(bool bfloat16) {
+  const std::vector<cpu::Isa> found =
+      cpu::isas_of(bfloat16 ? cpu::DType::kBfloat16 : cpu::DType::kFloat32);
+  Tensor codes = torch::stable::empty({static_cast<int64_t>(found.size())}, ScalarType::Long);
+  std::copy(found.begin(), found.end(), static_cast<int64_t*>(codes.data_ptr()));
+  return codes;
 }
 
 Tensor compile_plan(const Tensor& description, int64_t isa, int64_t threads, int64_t winograd) {
@@ -348,7 +351,7 @@ using namespace threshnet_fast;
 
 STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("best_isa", TORCH_BOX(&best_isa));
-  m.impl("best_bfloat16_isa", TORCH_BOX(&best_bfloat16_isa));
+  m.impl("isas", TORCH_BOX(&isas));
   m.impl("peak_flops", TORCH_BOX(&peak_flops));
 }
 

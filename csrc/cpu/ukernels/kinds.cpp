@@ -41,15 +41,15 @@ constexpr UkernelKind kKinds[] = {
 #endif
 };
 
-Isa best_of(DType dtype) {
-  Isa best = kScalar;
-  for (const UkernelKind& kind : kKinds) {
-    if (kind.dtype == dtype && kind.runs_here()) best = kind.isa;
-  }
-  return best;
-}
-
 }  // namespace
+
+std::vector<Isa> isas_of(DType dtype) {
+  std::vector<Isa> found;
+  for (const UkernelKind& kind : kKinds) {
+    if (kind.dtype == dtype && kind.runs_here()) found.push_back(kind.isa);
+  }
+  return found;
+}
 
 const UkernelKind* kind_of(int64_t isa) {
   for (const UkernelKind& kind : kKinds) {
@@ -58,9 +58,7 @@ const UkernelKind* kind_of(int64_t isa) {
   return nullptr;
 }
 
-Isa best_isa() { return best_of(DType::kFloat32); }
-
-Isa best_bfloat16_isa() { return best_of(DType::kBfloat16); }
+Isa best_isa() { return isas_of(DType::kFloat32).back(); }
 
 const Tiling* tiling_of(int64_t isa) {
   const UkernelKind* const kind = kind_of(isa);

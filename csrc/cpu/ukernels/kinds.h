@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/costs.h"
 #include "peak_loop.h"
@@ -46,11 +47,11 @@ struct UkernelKind {
 // The kind of an instruction set, or nullptr where the build or the processor lacks it.
 const UkernelKind* kind_of(int64_t isa);
 
-// The best instruction set for float32 that both this build and this processor have.
-Isa best_isa();
+// The instruction sets for a dtype that both this build and this processor have, the best last.
+std::vector<Isa> isas_of(DType dtype);
 
-// The same for bfloat16, or kScalar where there is none.
-Isa best_bfloat16_isa();
+// The best of those for float32.
+Isa best_isa();
 
 // The tiling of an instruction set, or nullptr where there is no such kind.
 const Tiling* tiling_of(int64_t isa);
