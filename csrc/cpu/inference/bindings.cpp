@@ -77,7 +77,7 @@ int64_t best_isa() { return cpu::best_isa(); }
 
 // Those that this processor has for a dtype, the best last.
 Tensor isas(bool bfloat16) {
-  const std::vector<cpu::Isa> found =
+  const std::vector<int64_t> found =
       cpu::isas_of(bfloat16 ? cpu::DType::kBfloat16 : cpu::DType::kFloat32);
   Tensor codes = torch::stable::empty({static_cast<int64_t>(found.size())}, ScalarType::Long);
   std::copy(found.begin(), found.end(), static_cast<int64_t*>(codes.data_ptr()));

@@ -43,8 +43,8 @@ constexpr UkernelKind kKinds[] = {
 
 }  // namespace
 
-std::vector<Isa> isas_of(DType dtype) {
-  std::vector<Isa> found;
+std::vector<int64_t> isas_of(DType dtype) {
+  std::vector<int64_t> found;
   for (const UkernelKind& kind : kKinds) {
     if (kind.dtype == dtype && kind.runs_here()) found.push_back(kind.isa);
   }
@@ -58,7 +58,7 @@ const UkernelKind* kind_of(int64_t isa) {
   return nullptr;
 }
 
-Isa best_isa() { return isas_of(DType::kFloat32).back(); }
+Isa best_isa() { return static_cast<Isa>(isas_of(DType::kFloat32).back()); }
 
 const Tiling* tiling_of(int64_t isa) {
   const UkernelKind* const kind = kind_of(isa);

@@ -48,7 +48,7 @@ struct UkernelKind {
 const UkernelKind* kind_of(int64_t isa);
 
 // The instruction sets for a dtype that both this build and this processor have, the best last.
-std::vector<Isa> isas_of(DType dtype);
+std::vector<int64_t> isas_of(DType dtype);
 
 // The best of those for float32.
 Isa best_isa();
