@@ -279,6 +279,31 @@ def test_without_the_module_it_is_only_slower(monkeypatch):
     assert not found.same()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_tensors_that_threads_share(threads):
+    """So many that memory is looked at by another thread than the modules are."""
+    model = tf.create_model("threshnet79", num_classes=3).eval()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = fingerprint(model)
+        last = model.base[-1][-1]
+        with torch.no_grad():
+            last.bias.add_(1)
+        assert not found.unchanged()
+        found = fingerprint(model)
+        last.weight.data.mul_(2)
+        assert not found.unchanged()
+        found = fingerprint(model)
+        model.base[0].conv.stride = 2
+        assert not found.unchanged()
+        found = fingerprint(model)
+        model.base[0].activation = "relu6"
+        assert not found.unchanged()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", ["threshnet79", "densenet_bc_100", "hardnet39ds"])
 def test_calls_of_a_model_that_nobody_touches_are_unchanged(name, monkeypatch):
     model = tf.create_model(name, num_classes=3).eval()

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <optional>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -21,6 +23,8 @@ int32_t aoti_torch_get_data_ptr(void* handle, void** data);
 int32_t aoti_torch_get_dim(void* handle, int64_t* dimensions);
 int32_t aoti_torch_get_sizes(void* handle, int64_t** sizes);
 int32_t aoti_torch_get_strides(void* handle, int64_t** strides);
+int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size,
+                           void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
 // at::TensorBase::_version() const, for which the stable interface has no function; null in a torch
 // without it.
@@ -167,20 +171,62 @@ bool holds(const Place& place) {
 bool holds(const Sample& sample) { return bits_at(sample.address) == sample.bits; }
 
 template <typename T>
-bool all_hold(const std::vector<T>& facts) {
+bool every_holds(const std::vector<T>& facts) {
   for (const T& fact : facts) {
     if (!holds(fact)) return false;
   }
   return true;
 }
 
+// After a network has run, little of all this is in the caches, and waiting for memory takes most
+// of the time: so much that a second thread is worth its start from so many tensors on.
+constexpr size_t kManyTensors = 128;
+
+// The facts about Python's objects, for which this thread holds Python's lock, and those about
+// memory, which any thread may look at meanwhile.
+class Look {
+ public:
+  explicit Look(const Recorded& recorded) : recorded_(recorded) {}
+
+  bool all_hold() {
+    if (recorded_.places.size() >= kManyTensors) {
+      torch_parallel_for(
+          0, 2, 1, [](int64_t, int64_t, void* look) { static_cast<Look*>(look)->share(); }, this);
+    }
+    return look_at_objects() && look_at_memory() && look_at_attributes();
+  }
+
+ private:
+  void share() {
+    if (std::this_thread::get_id() == owner_)
+      look_at_objects();
+    else
+      look_at_memory();
+  }
+
+  bool look_at_objects() {
+    if (!objects_)
+      objects_ = every_holds(recorded_.kinds) && every_holds(recorded_.entries) &&
+                 every_holds(recorded_.values);
+    return *objects_;
+  }
+
+  bool look_at_memory() {
+    // Samples last, as memory is there to be read only where the tensors are.
+    if (!memory_) memory_ = every_holds(recorded_.places) && every_holds(recorded_.samples);
+    return *memory_;
+  }
+
+  // They may run code of others.
+  bool look_at_attributes() { return every_holds(recorded_.attributes); }
+
+  const Recorded& recorded_;
+  const std::thread::id owner_ = std::this_thread::get_id();
+  std::optional<bool> objects_, memory_;
+};
+
 PyObject* hold(PyObject* self, PyObject*) {
-  const Recorded& recorded = recorded_of(self);
-  // Samples last, as memory is there to be read only where the tensors are. Attributes may run code
-  // of others, which is to find everything else checked.
-  const bool all = all_hold(recorded.kinds) && all_hold(recorded.entries) &&
-                   all_hold(recorded.values) && all_hold(recorded.places) &&
-                   all_hold(recorded.samples) && all_hold(recorded.attributes);
+  const bool all = Look(recorded_of(self)).all_hold();
   // What cannot be compared is not what it was.
   PyErr_Clear();
   return PyBool_FromLong(all);
