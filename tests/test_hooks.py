@@ -42,7 +42,11 @@ BUILD = {
 }
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    # Small networks again and again: several threads would mostly wait for each other.
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(params=BUILD, ids=list(BUILD))

@@ -153,15 +153,14 @@ def _fill(
     network: Network, state: Mapping[str, Tensor], head: nn.Module | None, prefix: str
 ) -> bool:
     """Gives a network on the meta device its values; False where others are left, or missing."""
-    left = {key: value for key, value in state.items() if key not in network.state_dict()}
+    own = network.state_dict()
+    left = {key: value for key, value in state.items() if key not in own}
     if head is None and left:
         return False
     if any(not key.startswith(f"{prefix}.") for key in left):
         return False
     mine = {key: value for key, value in state.items() if key not in left}
-    if {k: v.shape for k, v in mine.items()} != {
-        k: v.shape for k, v in network.state_dict().items()
-    }:
+    if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in own.items()}:
         return False
     weight = next(iter(mine.values()))
     network.to_empty(device=weight.device)
