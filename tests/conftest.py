@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-# Read when PyTorch's OpenMP is loaded, here and in the processes that tests start. By default its
-# threads spin while they wait for each other, which is most of the time of a small network's test.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

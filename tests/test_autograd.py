@@ -35,9 +35,11 @@ from threshnet_fast.nn import (
     HarmonicBlock,
 )
 
-pytestmark = pytest.mark.skipif(
-    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
-)
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())),
+    # Small networks again and again: several threads would mostly wait for each other.
+    pytest.mark.usefixtures("one_thread"),
+]
 
 ROUNDING = 2e-5
 """Largest error of a tensor relative to it, where no activation is decided by rounding: PyTorch's
@@ -56,6 +58,12 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(Chain, "__call__", spy)
     return seen
+
+
+@pytest.fixture
+def two_threads(one_thread) -> None:
+    """Runs the test on two PyTorch threads, however many cores there are."""
+    torch.set_num_threads(2)
 
 
 @pytest.fixture
@@ -540,6 +548,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("checkpoint", [None, "features"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_kind_of_network(randomised, name, checkpoint, calls):
@@ -1302,6 +1311,7 @@ def test_input_that_wants_a_gradient(model, x, calls):
         model(x)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_input_that_wants_a_gradient_without_a_stride(randomised, calls):
     model = randomised(NETWORKS["densenet of 32x32"]()).train()
     x = torch.randn(3, 3, 32, 32)

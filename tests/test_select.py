@@ -17,6 +17,9 @@ from threshnet_fast.engines import cpu, cuda, registry, select, triton
 from threshnet_fast.engines.base import Purpose
 from threshnet_fast.engines.select import Choice, choose, requested_backend
 
+# Small networks again and again: several threads would mostly wait for each other.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 needs_cpu_backend = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
 )
