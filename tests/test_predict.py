@@ -18,8 +18,8 @@ from trained import CLASSES, INFO, picture, save_random, write_picture
 
 from threshnet_fast.bench.job import plain_module
 from threshnet_fast.bench.networks import random_model
-from threshnet_fast.bench.photographs import load_photograph
 from threshnet_fast.cli import main
+from threshnet_fast.cli.pictures import load_picture
 from threshnet_fast.data.augment import Preparation
 from threshnet_fast.data.errors import PictureError
 from threshnet_fast.data.folder import FolderBatches, load_folder
@@ -192,7 +192,7 @@ class TestPictures:
     def test_argument_that_named_it(self, tmp_path):
         (tmp_path / "a.png").write_bytes(b"nothing")
         with pytest.raises(CommandError, match=r"^--image /.*a.png: not a picture"):
-            load_photograph(str(tmp_path / "a.png"))
+            load_picture(str(tmp_path / "a.png"))
         with pytest.raises(PictureError, match=r"^/.*a.png: not a picture"):
             read_pixels(tmp_path / "a.png")
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import CommandError
 from ..models import imagenet
 
-__all__ = ["Photograph", "as_batch", "installed_photographs", "load_photograph"]
+__all__ = ["Photograph", "as_batch", "installed_photographs"]
 
 _SKIMAGE = ("astronaut", "coffee", "chelsea", "rocket")
 
@@ -31,24 +30,6 @@ class Photograph:
     name: str
     source: str
     pixels: Tensor
-
-
-def load_photograph(path: str) -> Photograph:
-    """Reads a picture file that ``--image`` names.
-
-    Args:
-        path: The file.
-
-    Raises:
-        CommandError: The file cannot be read as a picture.
-    """
-    from ..data.errors import PictureError
-    from ..data.pictures import read_pixels
-
-    try:
-        return Photograph(Path(path).name, "--image", read_pixels(path))
-    except PictureError as error:
-        raise CommandError(f"--image {error}", status=2) from error
 
 
 def installed_photographs() -> list[Photograph]:
@@ -77,12 +58,15 @@ def _from_skimage() -> list[Photograph]:
 
 
 def _from_matplotlib() -> list[Photograph]:
+    from ..data.errors import PictureError
+    from ..data.pictures import read_pixels
+
     try:
         import matplotlib
 
         path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-        whole = load_photograph(str(path)).pixels
-    except (ImportError, CommandError):
+        whole = read_pixels(path)
+    except (ImportError, PictureError):
         return []
     _, height, width = whole.shape
     views = {

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ..bench.machine import usable_processors
-from ..bench.photographs import Photograph, installed_photographs, load_photograph
+from ..bench.photographs import Photograph, installed_photographs
 from ..errors import CommandError
+from .pictures import load_picture
 
 __all__ = [
     "add_budget_arguments",
@@ -215,7 +216,7 @@ def photographs(arguments: argparse.Namespace) -> list[Photograph]:
         CommandError: One that was named cannot be read.
     """
     if arguments.image:
-        return [load_photograph(path) for path in arguments.image]
+        return [load_picture(path) for path in arguments.image]
     return [] if arguments.random_input else installed_photographs()
 
 
