@@ -203,10 +203,15 @@ def fused_forward(model: Network) -> FusedForward:
     return run
 
 
-class _Snapshot:
-    """What a model was when its weights were packed."""
+class _PackedModel:
+    """What a model was when its weights were packed, and the plans and weights made of it.
 
-    def __init__(self, model: Network) -> None:
+    Attributes:
+        plans: Those of every engine.
+        unsupported: Why there will be none of an engine, by its name.
+    """
+
+    def __init__(self, model: Network, captured: CapturedWeights) -> None:
         self._model = model
         self._fingerprint = Fingerprint(model.named_modules(), _HOOKS, contents=True, outer=model)
         tensors = self._fingerprint.tensors
@@ -224,6 +229,8 @@ class _Snapshot:
             raise Objection(f"{self._fingerprint.without_memory} has no memory")
         self._parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
         self._dtypes = {tensor.dtype for tensor in tensors}
+        self.plans = NetworkPlans(PlanSource(model), captured)
+        self.unsupported: dict[str, str] = {}
 
     def unchanged(self, model: Network) -> bool:
         """Whether :meth:`matches` is true, as far as a quick look tells."""
@@ -250,20 +257,6 @@ class _Snapshot:
         if self._dtypes != {dtype}:
             others = ", ".join(sorted(str(other) for other in self._dtypes - {dtype}))
             raise Objection(f"the model has weights of dtype {others}, expected {dtype}")
-
-
-class _PackedModel(_Snapshot):
-    """A model's snapshot, with the plans and packed weights that were made of it.
-
-    Attributes:
-        plans: Those of every engine.
-        unsupported: Why there will be none of an engine, by its name.
-    """
-
-    def __init__(self, model: Network, captured: CapturedWeights) -> None:
-        super().__init__(model)
-        self.plans = NetworkPlans(PlanSource(model), captured)
-        self.unsupported: dict[str, str] = {}
 
     def prepared(
         self, engine: Engine, x: Tensor, head: bool, dtype: torch.dtype

@@ -45,6 +45,7 @@ class Fingerprint:
     Attributes:
         names: Of the tensors.
         tensors: All parameters and buffers, but for counters of batches.
+        without_memory: The name of one that had no memory when memory was looked at last, or None.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Fingerprint:
         self._versions: list[int] = []
         self._addresses: list[int] = []
         self._sample: _Sample | None = None
-        self._without_memory: str | None = None
+        self.without_memory: str | None = None
         self._facts: Any = None
 
     def take(self) -> None:
@@ -103,14 +104,9 @@ class Fingerprint:
         self._check_memory()
         if self._contents:
             self._versions = list(map(_version, self.tensors))
-            if self._without_memory is None:
+            if self.without_memory is None:
                 self._sample = _Sample(self.tensors)
         self._facts = self._record()
-
-    @property
-    def without_memory(self) -> str | None:
-        """The name of a tensor that had no memory when memory was looked at last, or None."""
-        return self._without_memory
 
     def hooked(self) -> bool:
         """Whether there are hooks that would have to run."""
@@ -170,11 +166,11 @@ class Fingerprint:
         return True
 
     def _check_memory(self) -> None:
-        self._without_memory = None
+        self.without_memory = None
         for name, tensor in zip(self.names, self.tensors, strict=True):
             if not has_memory(tensor):
                 # Whoever took it may give it back in a hook of the module.
-                self._without_memory = name
+                self.without_memory = name
                 return
             check_memory(name, tensor)
 
