@@ -111,7 +111,7 @@ def shapes(model_name: str, size: int, batch: int, prologue: bool) -> list[Shape
             first = segments[0] - growth * _layers_before(model, step.name)
             segments = (first, *[growth] * ((segments[0] - first) // growth))
         buffer = plan.buffers[step.inputs[0].buffer]
-        key = (segments, step.output.channels, step.kernel, step.stride, buffer.height)
+        key = (segments, step.output.channels, step.kernel, step.stride[0], buffer.height)
         found.setdefault(
             key,
             Shape(
@@ -119,7 +119,7 @@ def shapes(model_name: str, size: int, batch: int, prologue: bool) -> list[Shape
                 segments,
                 step.output.channels,
                 step.kernel[0],
-                step.stride,
+                step.stride[0],
                 buffer.height,
                 buffer.width,
                 step.macs,

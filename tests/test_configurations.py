@@ -181,7 +181,7 @@ def network_steps(architecture: str, dtype: torch.dtype, precision: str) -> Iter
                 prepared.configuration.split_k > 1,
                 len(step.inputs),
                 step.kernel,
-                step.stride,
+                step.stride[0],
                 step.prologue is not None,
             )
             for prepared in _group(plan, target)

@@ -61,8 +61,8 @@ def convolution_plan(
         weight=torch.empty(out_channels, total, kernel, kernel, device="meta"),
         bias=torch.ones(out_channels) if bias else None,
         prologue=Prologue(vector, vector) if prologue else None,
-        stride=1,
-        padding=kernel // 2,
+        stride=(1, 1),
+        padding=(kernel // 2, kernel // 2),
         activation="relu" if relu else None,
         input_pixels=size * size,
         output_pixels=size * size,
@@ -315,7 +315,9 @@ class TestLaunches:
         # The map once, and one tile of 16 images by 16 classes of the product behind it.
         assert cached.seconds == pytest.approx(4 * (reads + 32 * 16 + 16 * 16) / 1e6)
 
-        pool = Pool("p", Segment(0, 0, 16), Segment(1, 0, 16), (2, 2), 2, 0, False, 64, 16, 3)
+        pool = Pool(
+            "p", Segment(0, 0, 16), Segment(1, 0, 16), (2, 2), (2, 2), (0, 0), False, 64, 16, 3
+        )
         buffers = (Buffer(8, 8, 16, "x"), Buffer(4, 4, 16, "y"))
         plan = Plan((3, 16, 8, 8), buffers, (pool,), False)
         step = predict(plan, toy(cache_bandwidth=1e6)).steps[0]

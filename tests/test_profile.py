@@ -221,7 +221,7 @@ class TestProfile:
     )
     def test_multiplications_of_winograd(self, model, algorithm, tile):
         plan = lower(model, (2, 3, 36, 52))
-        convolutions = [s for s in plan.steps if isinstance(s, FusedConv) and s.stride == 1]
+        convolutions = [s for s in plan.steps if isinstance(s, FusedConv) and s.stride == (1, 1)]
         step = next(s for s in convolutions if s.kernel == (3, 3))
         output = plan.buffers[step.output.buffer]
         tiles = 2 * math.ceil(output.height / tile) * math.ceil(output.width / tile)

@@ -441,8 +441,8 @@ class _Model:
         target = self.plan.buffers[step.output.buffer]
         sizes = ((source.height, target.height), (source.width, target.width))
         rows, columns = (
-            live_taps(*size, kernel, step.stride, step.padding)
-            for size, kernel in zip(sizes, step.kernel, strict=True)
+            live_taps(*size, *window)
+            for size, *window in zip(sizes, step.kernel, step.stride, step.padding, strict=True)
         )
         return (rows[1] - rows[0]) * (columns[1] - columns[0])
 

@@ -282,7 +282,7 @@ def pack_network(source: Source, compiled: CompiledPlan) -> Tensor:
     """
     plan = source(None, head=True, values=True)
     for step in plan.steps:
-        if isinstance(step, FusedConv) and skips_products([step.weight], step.padding):
+        if isinstance(step, FusedConv) and skips_products([step.weight], max(step.padding)):
             raise UnsupportedModule(
                 f"the weight of {step.name} is not finite, and products of padding are left out"
             )

@@ -201,8 +201,8 @@ def _dense_layer(
         and first.activation is not None
         and len(first.inputs) == 1
         and second.kernel == (3, 3)
-        and second.padding == 1
-        and second.stride == 1
+        and second.padding == (1, 1)
+        and second.stride == (1, 1)
         and second.prologue is None
         and second.bias is None
         and second.activation is None
@@ -219,7 +219,7 @@ def _problem(plan: Plan, step: FusedConv, target: Target) -> configurations.Prob
     for size, out_size, kernel in zip(
         (source.height, source.width), (goal.height, goal.width), step.kernel, strict=True
     ):
-        taps *= implicit_gemm.live_taps(size, out_size, kernel, step.stride, step.padding)[1]
+        taps *= implicit_gemm.live_taps(size, out_size, kernel, step.stride[0], step.padding[0])[1]
     return configurations.Problem(
         pixels=step.batch * step.output_pixels,
         out_channels=layout.padded(step.output.channels),
@@ -335,8 +335,8 @@ class TritonWorkspace(Workspace):
             assert weights is not None
             assert prepared.configuration is not None
             shared = {
-                "stride": step.stride,
-                "padding": step.padding,
+                "stride": step.stride[0],
+                "padding": step.padding[0],
                 "bias": weights.bias,
                 "relu": step.activation is not None,
                 "precision": self._target.precision,
@@ -364,8 +364,8 @@ class TritonWorkspace(Workspace):
             source,
             target,
             kernel=step.kernel,
-            stride=step.stride,
-            padding=step.padding,
+            stride=step.stride[0],
+            padding=step.padding[0],
             average=step.average,
         )
 

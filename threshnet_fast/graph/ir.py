@@ -27,6 +27,8 @@ __all__ = [
     "Node",
     "Norm",
     "Pool",
+    "Resize",
+    "Slice",
     "UnsupportedModule",
 ]
 
@@ -92,9 +94,11 @@ class Activate(Node):
 
     Attributes:
         kind: Its name in :mod:`torch.nn.functional`.
+        slope: That of a leaky ReLU below zero.
     """
 
     kind: str
+    slope: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +109,39 @@ class Concat(Node):
 @dataclass(frozen=True, eq=False)
 class Add(Node):
     """The sum of values of one shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slice(Node):
+    """Channels ``[begin, end)`` of a value.
+
+    Attributes:
+        begin: The first.
+        end: The one behind the last.
+    """
+
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Resize(Node):
+    """``interpolate(x)``; a second input, where there is one, has the size of the result.
+
+    Attributes:
+        mode: ``"nearest"``, ``"nearest-exact"`` or ``"bilinear"``.
+        align_corners: Whether the centres of the corner pixels coincide, in bilinear mode.
+        size: Height and width of the result, or None.
+        factors: Height and width of the result over those of the input, where neither ``size`` nor
+            a second input is given, or None.
+        recompute: Whether pixels lie by the sizes alone, not by ``factors``.
+    """
+
+    mode: str
+    align_corners: bool
+    size: tuple[int, int] | None
+    factors: tuple[float, float] | None
+    recompute: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,14 +214,35 @@ class Graph:
     Attributes:
         channels: Channels of every value; None where what made it does not tell.
         nodes: All nodes.
-        output: Index of the result.
+        inputs: Indices of what is given.
+        outputs: Indices of the results: at first the one value that was made last.
     """
 
     def __init__(self, in_channels: int | None) -> None:
         self.channels: list[int | None] = [in_channels]
         self.nodes: list[Node] = []
-        self.output = 0
+        self.inputs = [0]
+        self.outputs: tuple[int, ...] = (0,)
         self._made = {0}
+
+    @property
+    def output(self) -> int:
+        """Index of the last of the results."""
+        return self.outputs[-1]
+
+    def input(self, channels: int | None) -> int:
+        """Adds another input.
+
+        Args:
+            channels: As many as it has.
+
+        Returns:
+            The value.
+        """
+        value = self.value(channels)
+        self.inputs.append(value)
+        self._made.add(value)
+        return value
 
     def value(self, channels: int | None) -> int:
         """A new value, to be the output of the node that is added next."""
@@ -208,14 +266,14 @@ class Graph:
             )
         self._made.add(node.output)
         self.nodes.append(node)
-        self.output = node.output
+        self.outputs = (node.output,)
         self.__dict__.pop("readers", None)
         self.__dict__.pop("makers", None)
         return node.output
 
     @cached_property
     def makers(self) -> dict[int, Node]:
-        """The node that makes each value but the input."""
+        """The node that makes each value but the inputs."""
         return {node.output: node for node in self.nodes}
 
     @cached_property
@@ -230,7 +288,7 @@ class Graph:
     def sole_reader(self, value: int) -> Node | None:
         """The one node that reads a value, or None; the result is read by others too."""
         readers = self.readers[value]
-        return readers[0] if len(readers) == 1 and value != self.output else None
+        return readers[0] if len(readers) == 1 and value not in self.outputs else None
 
     def check(self, node: Node) -> None:
         """Refuses a node whose module does not read the channels that there are.

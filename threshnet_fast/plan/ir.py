@@ -1,4 +1,4 @@
-"""The intermediate representation: buffers, segments and three kinds of steps.
+"""The intermediate representation: buffers, segments and five kinds of steps.
 
 A buffer holds the features of one block in NHWC. A concatenation is not a step: its parts are
 written side by side, or read as several segments.
@@ -10,7 +10,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Buffer", "FusedConv", "Head", "Plan", "Pool", "Prologue", "Segment", "Step", "table"]
+__all__ = [
+    "Buffer",
+    "FusedConv",
+    "Head",
+    "Plan",
+    "Pointwise",
+    "Pool",
+    "Prologue",
+    "Resize",
+    "Segment",
+    "Step",
+    "table",
+]
 
 FLOAT_BYTES = 4
 _MEGA = 1e6
@@ -25,12 +37,15 @@ class Buffer:
         width: Columns.
         channels: Channels, with the padding between slots that some buffers have.
         name: For people; the module whose features it holds.
+        pitch: Elements between neighbouring pixels, of an input that is given in NHWC; None leaves
+            it to :func:`.memory.plan_memory`.
     """
 
     height: int
     width: int
     channels: int
     name: str
+    pitch: int | None = None
 
     @property
     def pixels(self) -> int:
@@ -49,15 +64,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class Prologue:
-    """``relu(x * scale + shift)`` for every input channel, applied before the padding.
+    """``act(x * scale + shift)`` for every input channel, applied before the padding.
 
     Attributes:
         scale: ``[Ci]``.
         shift: ``[Ci]``.
+        activation: ``"relu"``, ``"relu6"`` or None.
     """
 
     scale: Tensor
     shift: Tensor
+    activation: str | None = "relu"
 
 
 @dataclass(frozen=True)
@@ -73,8 +90,9 @@ class FusedConv:
         weight: ``[Co, Ci / groups, kh, kw]``, with any following BatchNorm folded in.
         bias: ``[Co]`` or None.
         prologue: BatchNorm and ReLU of the inputs, or None.
-        stride: Step of the window.
-        padding: Zeros around the (normalised) input.
+        stride: Steps of the window, down and to the right.
+        padding: Zeros above and to the left of the (normalised) input; the size of the output says
+            how many there are below and to the right.
         activation: ``"relu"``, ``"relu6"`` or None.
         input_pixels: Pixels of the input of one image.
         output_pixels: Pixels of the output of one image.
@@ -83,6 +101,7 @@ class FusedConv:
         groups: 1, or the number of channels.
         module_pixels: Output pixels of the module's convolution where they are more, because the
             plan pools before it and the module behind it; else None.
+        dilation: Distances of the window's taps, down and to the right.
     """
 
     name: str
@@ -91,8 +110,8 @@ class FusedConv:
     weight: Tensor
     bias: Tensor | None
     prologue: Prologue | None
-    stride: int
-    padding: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
     activation: str | None
     input_pixels: int
     output_pixels: int
@@ -100,6 +119,7 @@ class FusedConv:
     batch: int
     groups: int = 1
     module_pixels: int | None = None
+    dilation: tuple[int, int] = (1, 1)
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -156,13 +176,15 @@ class FusedConv:
 
     def describe(self) -> str:
         """One line: the operation, its window and what is fused into it."""
-        parts = ["bn-relu"] if self.prologue is not None else []
+        parts = _described(self.prologue)
         if len(self.inputs) > 1:
             parts.insert(0, f"cat{len(self.inputs)}")
         depthwise = "dw" if self.groups > 1 else ""
         parts.append(f"{depthwise}conv{self.kernel[0]}x{self.kernel[1]}")
-        if self.stride != 1:
-            parts[-1] += f"/{self.stride}"
+        if self.stride != (1, 1):
+            parts[-1] += f"/{_pair(self.stride)}"
+        if self.dilation != (1, 1):
+            parts[-1] += f" dilated {_pair(self.dilation)}"
         parts += ["bias"] if self.bias is not None else []
         parts += [self.activation] if self.activation is not None else []
         return " ".join(parts)
@@ -177,26 +199,31 @@ class Pool:
         input: What it reads.
         output: Where it writes; as many channels.
         kernel: Height and width of the window.
-        stride: Step of the window.
-        padding: Pixels around the input, never chosen; 0 for averages.
+        stride: Steps of the window, down and to the right.
+        padding: Pixels above and to the left of the input, never chosen, and zeros of an average;
+            the size of the output says how many there are below and to the right.
         average: Average instead of maximum.
         input_pixels: Pixels of the input of one image.
         output_pixels: Pixels of the output of one image.
         batch: Images.
         prologue: BatchNorm and ReLU of the inputs of an average, or None.
+        divisor: What an average divides its sum by. None: by the pixels of the window that lie on
+            the map. 0: by those that lie on the map or its padding, of as many pixels below and to
+            the right as above and to the left. Otherwise by this.
     """
 
     name: str
     input: Segment
     output: Segment
     kernel: tuple[int, int]
-    stride: int
-    padding: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
     average: bool
     input_pixels: int
     output_pixels: int
     batch: int
     prologue: Prologue | None = None
+    divisor: int | None = None
 
     macs = 0
     valid_macs = 0
@@ -226,10 +253,10 @@ class Pool:
     def describe(self) -> str:
         """One line: the kind of pool, its window, and what is fused into it."""
         kind = "avgpool" if self.average else "maxpool"
-        window = f"{kind}{self.kernel[0]}x{self.kernel[1]}/{self.stride}"
-        if self.prologue is None:
-            return window
-        return "bn-relu" if self.kernel == (1, 1) else f"bn-relu {window}"
+        window = f"{kind}{self.kernel[0]}x{self.kernel[1]}/{_pair(self.stride)}"
+        if self.kernel == (1, 1):
+            return " ".join(_described(self.prologue)) or "copy"
+        return " ".join([*_described(self.prologue), window])
 
 
 @dataclass(frozen=True)
@@ -292,11 +319,131 @@ class Head:
 
     def describe(self) -> str:
         """One line: what is fused into the average, the average, and the classifier."""
-        normalised = "" if self.prologue is None else "bn-relu "
-        return f"{normalised}global avgpool" + ("" if self.weight is None else " linear")
+        parts = [*_described(self.prologue), "global avgpool"]
+        return " ".join(parts + (["linear"] if self.weight is not None else []))
 
 
-Step = FusedConv | Pool | Head
+@dataclass(frozen=True)
+class Pointwise:
+    """``act(sum(inputs) * scale + shift)``, every pixel and channel on its own.
+
+    Attributes:
+        name: The module it comes from.
+        inputs: Maps of as many channels, of which one may be the output itself.
+        output: Where it writes.
+        scale: ``[C]`` or None.
+        shift: ``[C]`` where there is a scale.
+        activation: One of :data:`.codes.ACTIVATIONS`, or None.
+        slope: That of a leaky ReLU below zero.
+        pixels: Of one image.
+        batch: Images.
+    """
+
+    name: str
+    inputs: tuple[Segment, ...]
+    output: Segment
+    scale: Tensor | None
+    shift: Tensor | None
+    activation: str | None
+    pixels: int
+    batch: int
+    slope: float = 0.0
+
+    macs = 0
+    valid_macs = 0
+    prologue = None
+
+    @property
+    def parameters(self) -> int:
+        """Elements of scale and shift."""
+        return sum(tensor.numel() for tensor in (self.scale, self.shift) if tensor is not None)
+
+    @property
+    def bytes_fused(self) -> int:
+        """Bytes of features read and written, and of scale and shift."""
+        maps = len(self.inputs) + 1
+        return FLOAT_BYTES * (
+            self.batch * self.pixels * maps * self.output.channels + self.parameters
+        )
+
+    @property
+    def bytes_unfused(self) -> int:
+        """The same where every sum, the normalisation and the activation are passes of their own.
+
+        A sum reads two maps and writes one, the others are counted as in place.
+        """
+        maps = 3 * (len(self.inputs) - 1)
+        maps += 2 * (self.scale is not None) + 2 * (self.activation is not None)
+        elements = self.batch * self.pixels * self.output.channels * max(maps, 2)
+        return FLOAT_BYTES * (elements + self.parameters)
+
+    def describe(self) -> str:
+        """One line: what is computed of every element."""
+        parts = [f"add{len(self.inputs)}"] if len(self.inputs) > 1 else []
+        parts += ["bn"] if self.scale is not None else []
+        parts += [self.activation] if self.activation is not None else []
+        return " ".join(parts) or "copy"
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A map of another size, each pixel one of the input's or interpolated of four.
+
+    Output pixel ``i`` lies at ``s`` of the input, in each direction: ``i * scale`` for
+    ``"nearest"``; ``(i + 0.5) * scale`` for ``"nearest-exact"``; for ``"bilinear"``
+    ``(i + 0.5) * scale - 0.5``, at least 0, or ``i * scale`` with ``align_corners``. Rounded down
+    and kept within the map, ``s`` is the pixel that the nearest ones take, and the first of the two
+    between which bilinear interpolation weighs. All in float32, as in PyTorch.
+
+    Attributes:
+        name: The module it comes from.
+        input: What it reads.
+        output: Where it writes; as many channels.
+        mode: ``"nearest"``, ``"nearest-exact"`` or ``"bilinear"``.
+        align_corners: See above.
+        scale: Pixels of the input to one of the output, down and to the right.
+        input_pixels: Pixels of the input of one image.
+        output_pixels: Pixels of the output of one image.
+        batch: Images.
+    """
+
+    name: str
+    input: Segment
+    output: Segment
+    mode: str
+    align_corners: bool
+    scale: tuple[float, float]
+    input_pixels: int
+    output_pixels: int
+    batch: int
+
+    macs = 0
+    valid_macs = 0
+    parameters = 0
+    prologue = None
+
+    @property
+    def inputs(self) -> tuple[Segment, ...]:
+        """The input, as for the other steps."""
+        return (self.input,)
+
+    @property
+    def bytes_fused(self) -> int:
+        """Bytes of features read and written."""
+        pixels = self.input_pixels + self.output_pixels
+        return FLOAT_BYTES * self.batch * pixels * self.input.channels
+
+    @property
+    def bytes_unfused(self) -> int:
+        """As many."""
+        return self.bytes_fused
+
+    def describe(self) -> str:
+        """One line: the kind of interpolation."""
+        return f"{self.mode} resize" + (" aligned" if self.align_corners else "")
+
+
+Step = FusedConv | Pool | Head | Pointwise | Resize
 
 
 @dataclass(frozen=True)
@@ -308,12 +455,23 @@ class Plan:
         buffers: All buffers; the first is the network's input, the last its output.
         steps: What to do, in order.
         flat_output: Whether the result is ``[N, channels]`` rather than ``[N, C, H, W]``.
+        inputs: Buffers that are given. The first may be in any strides and is read by convolutions
+            without prologue alone, where ``image``; any other is given in NHWC, with the buffer's
+            pitch.
+        image: See above.
+        outputs: What is returned, of buffers that are given to nobody else; None for all of the
+            last one.
+        flat_outputs: Of each of them whether it is returned as ``[N, channels]``.
     """
 
     input_shape: tuple[int, int, int, int]
     buffers: tuple[Buffer, ...]
     steps: tuple[Step, ...]
     flat_output: bool
+    inputs: tuple[int, ...] = (0,)
+    image: bool = True
+    outputs: tuple[Segment, ...] | None = None
+    flat_outputs: tuple[bool, ...] = ()
 
     @property
     def input(self) -> Buffer:
@@ -347,15 +505,28 @@ class Plan:
             prologue = [] if step.prologue is None else [step.prologue.scale, step.prologue.shift]
             if isinstance(step, FusedConv):
                 tensors += [step.weight, step.bias, *prologue]
-            elif isinstance(step, Pool):
-                tensors += prologue
-            else:
+            elif isinstance(step, Head):
                 tensors += [*prologue, step.weight, step.bias]
+            elif isinstance(step, Pointwise):
+                tensors += [step.scale, step.shift]
+            else:
+                tensors += prologue
         return [tensor for tensor in tensors if tensor is not None]
 
     def __str__(self) -> str:
         """A table of the steps."""
         return table(self)
+
+
+def _pair(values: tuple[int, int]) -> str:
+    """Two numbers, or the one that they are."""
+    return str(values[0]) if values[0] == values[1] else f"{values[0]}x{values[1]}"
+
+
+def _described(prologue: Prologue | None) -> list[str]:
+    if prologue is None:
+        return []
+    return ["bn" if prologue.activation is None else f"bn-{prologue.activation}"]
 
 
 def table(plan: Plan, algorithms: tuple[str | None, ...] = ()) -> str:

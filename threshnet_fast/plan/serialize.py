@@ -74,7 +74,12 @@ def serialize(plan: Plan, arena: Arena) -> Tensor:
         output = [step.output.buffer, step.output.channel, step.output.channels]
         prologue = step.prologue is not None
         if isinstance(step, FusedConv):
-            window = [*step.kernel, step.stride, step.padding, ACTIVATIONS[step.activation or ""]]
+            window = [
+                *step.kernel,
+                step.stride[0],
+                step.padding[0],
+                ACTIVATIONS[step.activation or ""],
+            ]
             folded = [number(True), number(step.bias is not None)]
             if step.groups > 1:
                 add(DEPTHWISE, *sources, *output, *window, *folded)
@@ -84,7 +89,7 @@ def serialize(plan: Plan, arena: Arena) -> Tensor:
             continue
         affine = [number(True), number(True)] if prologue else []
         if isinstance(step, Pool):
-            window = [*step.kernel, step.stride, step.padding, step.average]
+            window = [*step.kernel, step.stride[0], step.padding[0], step.average]
             add(POOL, *sources, *output, *window, *affine)
             continue
         size = plan.buffers[step.input.buffer]
