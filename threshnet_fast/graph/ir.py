@@ -34,7 +34,14 @@ __all__ = [
 
 
 class UnsupportedModule(ValueError):
-    """A module, or a setting of it, that plans cannot express."""
+    """A module, or a setting of it, that plans cannot express.
+
+    Attributes:
+        value: What the node makes that it is about, in the graph that was to be a plan; None where
+            it is about none.
+    """
+
+    value: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

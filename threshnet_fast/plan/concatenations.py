@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from ..graph.ir import Concat, Graph, UnsupportedModule
@@ -42,12 +42,15 @@ class Block:
     growing: bool
 
 
-def find_blocks(graph: Graph, alignment: int) -> tuple[list[Block], dict[int, Slot]]:
+def find_blocks(
+    graph: Graph, alignment: int, fixed: Set[int] = frozenset()
+) -> tuple[list[Block], dict[int, Slot]]:
     """Finds the values that can share a buffer, so that a concatenation is an offset.
 
     Args:
         graph: The graph.
         alignment: Of the first channel of each member of a block that is not growing.
+        fixed: Values that have a place of their own, and are no members.
 
     Returns:
         The blocks, in the order of their first concatenations, and the slot of each member.
@@ -58,25 +61,47 @@ def find_blocks(graph: Graph, alignment: int) -> tuple[list[Block], dict[int, Sl
     blocks: list[Block] = []
     slots: dict[int, Slot] = {}
     leaves: dict[int, tuple[int, ...]] = {}
-    for concats in _connected(graph, leaves):
-        runs = [leaves[concat.output] for concat in concats]
-        members = tuple(sorted({leaf for run in runs for leaf in run}))
-        longest = runs[-1]
-        growing = len(set(longest)) == len(longest) == len(members) and all(
-            longest[: len(run)] == run for run in runs
-        )
-        if growing:
-            members = longest
+
+    def add(name: str, members: Sequence[int], growing: bool) -> None:
+        members = [member for member in members if member not in fixed]
         end = 0
         for member in members:
             channels = graph.channels[member]
             if channels is None:
-                raise UnsupportedModule(f"{concats[0].name} reads a map of unknown channels")
+                raise UnsupportedModule(f"{name} reads a map of unknown channels")
             slots[member] = Slot(len(blocks), end)
             end += channels if growing else -(-channels // alignment) * alignment
-        name = concats[0 if growing else -1].name
-        blocks.append(Block(name, members, end, growing))
+        if members:
+            blocks.append(Block(name, tuple(members), end, growing))
+
+    for concats in _connected(graph, leaves):
+        runs = [leaves[concat.output] for concat in concats]
+        chains = _chains(runs)
+        if len(chains) == 1 and len(set(runs[-1])) == len(runs[-1]):
+            add(concats[0].name, runs[-1], growing=True)
+            continue
+        for chain in chains:
+            longest = runs[chain[-1]]
+            if len(chain) > 1 and slots.keys().isdisjoint(longest):
+                add(concats[chain[0]].name, longest, growing=True)
+        rest = sorted({leaf for run in runs for leaf in run} - slots.keys())
+        add(concats[-1].name, rest, growing=False)
     return blocks, slots
+
+
+def _chains(runs: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Concatenations, by their indices, each of which extends the one before in its chain."""
+    chains: list[list[int]] = []
+    for index, run in enumerate(runs):
+        for chain in chains:
+            before = runs[chain[-1]]
+            # A value that is there twice has no one place.
+            if run[: len(before)] == before and len(set(run)) == len(run):
+                chain.append(index)
+                break
+        else:
+            chains.append([index])
+    return chains
 
 
 def _connected(graph: Graph, leaves: dict[int, tuple[int, ...]]) -> Iterator[list[Concat]]:

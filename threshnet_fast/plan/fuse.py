@@ -1,22 +1,26 @@
-"""Fusion: from a graph and an input shape to a plan of inference.
+"""Fusion: from a graph and the shapes of its inputs to a plan of inference.
 
-BatchNorm behind a convolution is folded into its weight and bias, in float64. BatchNorm and ReLU
-before a convolution, an average or the mean become the prologue of each that reads them. A
-concatenation is no step: where each extends the one before, as in a dense block, its parts are
-written side by side into one buffer; otherwise each part has a slot of a buffer, and whoever reads
-them reads several segments. Average pooling comes before a 1x1 convolution rather than behind it,
-which is the same and multiplies less often.
+BatchNorm behind a convolution is folded into its weight and bias, in float64, and a ReLU behind
+that is applied to its sums. BatchNorm and ReLU before a convolution, an average or the mean become
+the prologue of each that reads them. A concatenation is no step: where each extends the one before,
+as in a dense block, its parts are written side by side into one buffer; otherwise each part has a
+slot of a buffer, and whoever reads them reads several segments. Average pooling comes before a 1x1
+convolution rather than behind it, which is the same and multiplies less often.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..graph.ir import (
     Activate,
+    Add,
     Concat,
     Conv,
     Dropout,
@@ -26,23 +30,39 @@ from ..graph.ir import (
     Mean,
     Node,
     Norm,
+    Slice,
     UnsupportedModule,
 )
 from ..graph.ir import Pool as PoolNode
+from ..graph.ir import Resize as ResizeNode
+from .affine import Affine, folded, of_norm, single
 from .codes import ACTIVATIONS
 from .concatenations import find_blocks
-from .ir import Buffer, FusedConv, Head, Plan, Pool, Prologue, Segment, Step
+from .ir import Buffer, FusedConv, Head, Plan, Pointwise, Pool, Prologue, Resize, Segment, Step
 from .limits import GROUP
+from .windows import Window, of_convolution, of_pool
 
-__all__ = ["fuse"]
+__all__ = ["EPILOGUES", "Shape", "fuse"]
+
+EPILOGUES = ("relu", "relu6")
+"""Activations that a convolution applies to its sums, and to what it reads."""
+
+Shape = tuple[int, int, int, int] | tuple[tuple[int, int, int, int, int], ...]
+"""``(N, C, H, W)`` of a network's images; or of each input ``(N, C, H, W, pitch)``, see fuse."""
+
+# A convolution of more groups than these has few channels a group, and is no product of matrices.
+_MOST_GROUPS = 32
 
 
-def fuse(graph: Graph, input_shape: tuple[int, int, int, int], *, fold: bool = True) -> Plan:
+def fuse(graph: Graph, input_shape: Shape, *, fold: bool = True) -> Plan:
     """Fuses a graph, taken in evaluation.
 
     Args:
         graph: What to compute.
-        input_shape: ``(N, C, H, W)`` of the input, all positive.
+        input_shape: ``(N, C, H, W)`` of the input, all positive, for a plan that reads its input in
+            any strides and has one output. Or a row ``(N, C, H, W, pitch)`` for each input: with as
+            many elements between neighbouring pixels in NHWC; 0 for any strides, which only the
+            first may have, where convolutions alone read it (:func:`reads_image`).
         fold: Whether to calculate the weights; without, they are tensors on the meta device, which
             have a shape but no values, and fusing takes little time.
 
@@ -50,10 +70,13 @@ def fuse(graph: Graph, input_shape: tuple[int, int, int, int], *, fold: bool = T
         The plan. Its weights are new tensors, which do not follow those of the graph.
 
     Raises:
-        UnsupportedModule: A node, or a setting of it, is none that plans can express.
+        UnsupportedModule: A node, or a setting of it, is none that plans can express; its attribute
+            ``value`` is that node's output, where it is of one.
     """
+    island = isinstance(input_shape[0], tuple)
+    rows = input_shape if island else ((*input_shape, 0),)
     with torch.no_grad():
-        return _Fusion(graph, input_shape, fold).plan()
+        return _Fusion(graph, cast("Any", rows), fold, island).plan()
 
 
 @dataclass(frozen=True)
@@ -69,27 +92,66 @@ class _Map:
         return sum(segment.channels for segment in self.segments)
 
     @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
     def pixels(self) -> int:
         return self.height * self.width
 
+    def part(self, begin: int, end: int) -> _Map:
+        """Channels ``[begin, end)``."""
+        parts = []
+        first = 0
+        for segment in self.segments:
+            low, high = max(begin - first, 0), min(end - first, segment.channels)
+            if low < high:
+                parts.append(Segment(segment.buffer, segment.channel + low, high - low))
+            first += segment.channels
+        return _Map(tuple(parts), self.height, self.width)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A value that is not stored: ``act(source * scale + shift)``, to be applied by its readers."""
+
+    source: _Map
+    affine: Affine | None
+    activation: str | None = None
+    slope: float = 0.0
+
+    def part(self, begin: int, end: int) -> _Pending:
+        affine = None if self.affine is None else self.affine.part(begin, end)
+        return _Pending(self.source.part(begin, end), affine, self.activation, self.slope)
+
 
 class _Fusion:
-    def __init__(self, graph: Graph, input_shape: tuple[int, int, int, int], fold: bool) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        rows: tuple[tuple[int, int, int, int, int], ...],
+        fold: bool,
+        island: bool,
+    ) -> None:
         self.graph = graph
-        self.input_shape = input_shape
+        self.island = island
         self.device = None if fold else torch.device("meta")
-        self.batch, channels, height, width = input_shape
-        self.buffers = [Buffer(height, width, channels, "input")]
+        self.batch = rows[0][0]
+        self.shape = rows[0][:4]
+        self.image = rows[0][4] == 0
+        self.buffers: list[Buffer] = []
         self.steps: list[Step] = []
-        # Where the values lie that have been written.
-        self.maps = {0: _Map((Segment(0, 0, channels),), height, width)}
-        # Values that are BatchNorm and ReLU of others, which whoever reads them applies.
-        self.prologues: dict[int, tuple[int, Norm]] = {}
-        # Norms without the ReLU that must follow.
-        self.bare_norms: dict[int, Norm] = {}
+        # Where the values lie that have been written, and those that whoever reads them calculates.
+        self.values: dict[int, _Map | _Pending] = {}
+        # Those of [N, C] instead of [N, C, 1, 1].
+        self.flat: set[int] = set()
+        for value, (_, channels, height, width, pitch) in zip(graph.inputs, rows, strict=True):
+            self.values[value] = _Map((Segment(len(self.buffers), 0, channels),), height, width)
+            name = f"input {len(self.buffers)}" if len(rows) > 1 else "input"
+            self.buffers.append(Buffer(height, width, channels, name, pitch or None))
         for foreign in graph.foreign():
-            raise UnsupportedModule(foreign.reason)
-        self.blocks, self.slots = find_blocks(graph, GROUP)
+            raise _at(foreign, UnsupportedModule(foreign.reason))
+        self.blocks, self.slots = find_blocks(graph, GROUP, _fixed(graph))
         # The buffer of each block, once its first value has been written.
         self.block_buffers: dict[int, int] = {}
         # Nodes that an earlier one took in.
@@ -97,238 +159,481 @@ class _Fusion:
 
     def plan(self) -> Plan:
         for node in self.graph.nodes:
-            if node.output not in self.done:
-                self._node(node)
-        result = self.graph.output
-        if result in self.prologues:
-            self._normalise(result)
-        flat = isinstance(self.graph.makers.get(result), Flatten | Linear)
-        return self._finish(flat)
+            if node.output in self.done:
+                continue
+            try:
+                self.graph.check(node)
+                self._handlers[type(node)](self, node)
+            except UnsupportedModule as error:
+                raise _at(node, error) from None
+        outputs = [self._returned(value) for value in self.graph.outputs]
+        if not self.steps:
+            raise UnsupportedModule("there is nothing to compute")
+        flat = tuple(value in self.flat for value in self.graph.outputs)
+        buffers, steps = tuple(self.buffers), tuple(self.steps)
+        if not self.island:
+            return Plan(self.shape, buffers, steps, flat[0])
+        inputs = tuple(range(len(self.graph.inputs)))
+        return Plan(self.shape, buffers, steps, False, inputs, self.image, tuple(outputs), flat)
 
-    def _node(self, node: Node) -> None:
-        self.graph.check(node)
-        if isinstance(node, Conv):
-            self._conv_node(node)
-        elif isinstance(node, Norm):
-            if node.input in self.prologues:
-                raise _stands_alone(node.name)
-            self.bare_norms[node.output] = node
-            if not isinstance(self.graph.sole_reader(node.output), Activate):
-                raise UnsupportedModule(
-                    f"{node.name} is a {type(node.module).__name__}: expected one behind a "
-                    "convolution or before a ReLU"
-                )
-        elif isinstance(node, Activate):
-            self._activate(node)
-        elif isinstance(node, Concat):
-            self._concat(node)
-        elif isinstance(node, PoolNode):
-            self._pool_node(node)
-        elif isinstance(node, Mean):
-            self._head(node)
-        elif isinstance(node, Dropout):
-            self._alias(node)
+    def _returned(self, value: int) -> Segment:
+        """One segment with a result, copied where it is none or belongs to somebody else."""
+        found = self._stored(value)
+        first = found.segments[0]
+        alone = len(found.segments) == 1 and first.buffer >= len(self.graph.inputs)
+        if not self.island:
+            whole = first.channel == 0 and first.channels == self.buffers[first.buffer].channels
+            last = len(self.buffers) - 1
+            alone &= whole and first.buffer == last == self.steps[-1].output.buffer
+        if alone:
+            return first
+        copy = self._write(None, "output", found.channels, found.size)
+        for source, target in _pairs(found, copy):
+            self._pointwise("output", (source,), target, found.pixels)
+        return copy.segments[0]
+
+    # What nodes become.
+
+    def _norm(self, node: Norm) -> None:
+        value = self.values[node.input]
+        affine = self._affine(node)
+        if isinstance(value, _Pending) and value.activation is None:
+            affine = affine if value.affine is None else value.affine.then(affine)
+            self._postpone(node.output, _Pending(value.source, affine), node.name)
         else:
-            raise UnsupportedModule(f"{node.name} is a {type(node).__name__} on its own")
+            self._postpone(node.output, _Pending(self._stored(node.input), affine), node.name)
+
+    def _activate(self, node: Activate) -> None:
+        _check_activation(node)
+        value = self.values[node.input]
+        if isinstance(value, _Pending) and value.activation is None:
+            pending = _Pending(value.source, value.affine, node.kind, node.slope)
+        else:
+            pending = _Pending(self._stored(node.input), None, node.kind, node.slope)
+        if node.input in self.flat:
+            self.flat.add(node.output)
+        self._postpone(node.output, pending, node.name)
+
+    def _postpone(self, value: int, pending: _Pending, name: str) -> None:
+        """Leaves a value to its readers, where all of them can calculate it."""
+        self.values[value] = pending
+        readers = self.graph.readers[value]
+        if (
+            value in self.graph.outputs
+            or value in self.slots
+            or not all(self._takes(reader, pending) for reader in readers)
+        ):
+            self._stored(value, name)
+
+    def _takes(self, reader: Node, pending: _Pending) -> bool:
+        """Whether a node can calculate what it reads."""
+        if isinstance(reader, Norm | Activate):
+            return pending.activation is None
+        if isinstance(reader, Dropout | Slice):
+            return True
+        if pending.activation not in (None, *EPILOGUES) or self._reads_image(pending.source):
+            return False
+        if isinstance(reader, Conv):
+            return reader.module.groups == 1
+        return isinstance(reader, Mean | Linear) or (
+            isinstance(reader, PoolNode) and reader.average
+        )
+
+    def _reads_image(self, source: _Map) -> bool:
+        return self.image and any(segment.buffer == 0 for segment in source.segments)
+
+    def _stored(self, value: int, name: str = "norm") -> _Map:
+        """Where a value lies; calculates it where nobody has."""
+        found = self.values[value]
+        if isinstance(found, _Map):
+            return found
+        source = found.source
+        if self._reads_image(source):
+            raise UnsupportedModule(f"{name} reads the images, as no convolution does before it")
+        target = self._write(value, name, source.channels, source.size)
+        first = 0
+        for read, written in _pairs(source, target):
+            affine = found.affine
+            if affine is not None:
+                affine = affine.part(first, first + read.channels)
+            self._pointwise(
+                name,
+                (read,),
+                written,
+                source.pixels,
+                affine=affine,
+                activation=found.activation,
+                slope=found.slope,
+            )
+            first += read.channels
+        self.values[value] = target
+        return target
 
     def _alias(self, node: Node) -> None:
         """Makes a node's output another name of its input."""
-        if node.input in self.prologues:
-            self.prologues[node.output] = self.prologues[node.input]
-        else:
-            self.maps[node.output] = self.maps[node.input]
+        self.values[node.output] = self.values[node.input]
+        if node.input in self.flat:
+            self.flat.add(node.output)
 
-    def _source(self, node: Node) -> tuple[_Map, tuple[Tensor, Tensor] | None]:
-        """What a node reads, and the scale and shift of its prologue in float64."""
-        found = self.prologues.get(node.input)
-        if found is None:
-            return self.maps[node.input], None
-        value, norm = found
-        source = self.maps[value]
-        if len(source.segments) != 1:
-            raise UnsupportedModule(f"{norm.name} normalises a concatenation")
-        return source, self._affine(norm)
+    def _flatten(self, node: Flatten) -> None:
+        source = self._stored(node.input)
+        if source.size != (1, 1):
+            size = f"{source.height}x{source.width}"
+            raise UnsupportedModule(f"{node.name} flattens a map of {size}, expected 1x1")
+        self.values[node.output] = source
+        self.flat.add(node.output)
 
-    def _activate(self, node: Activate) -> None:
-        if node.kind not in ACTIVATIONS:
-            raise _unknown_activation(node)
-        norm = self.bare_norms.pop(node.input, None)
-        if norm is None or node.kind != "relu":
-            raise UnsupportedModule(f"{node.name} has activation {node.kind!r} on its own")
-        self.prologues[node.output] = norm.input, norm
+    def _slice(self, node: Slice) -> None:
+        self.values[node.output] = self.values[node.input].part(node.begin, node.end)
+        if node.input in self.flat:
+            self.flat.add(node.output)
 
     def _concat(self, node: Concat) -> None:
-        parts = [self._part(node, value) for value in node.inputs]
-        if any(segment.buffer == 0 for part in parts for segment in part.segments):
+        parts = [self._stored(value) for value in node.inputs]
+        if any(map(self._reads_image, parts)):
             raise UnsupportedModule(f"{node.name} does not follow a convolution or a pool")
-        sizes = {(part.height, part.width) for part in parts}
+        sizes = {part.size for part in parts}
         if len(sizes) != 1:
             raise UnsupportedModule(f"{node.name} concatenates maps of sizes {sorted(sizes)}")
+        if any(value in self.flat for value in node.inputs):
+            self.flat.add(node.output)
         segments = [segment for part in parts for segment in part.segments]
-        slot = self.slots.get(node.inputs[-1])
-        growing = slot is not None and self.blocks[slot.block].growing
-        self.maps[node.output] = _Map(
-            _joined(segments) if growing else tuple(segments), parts[0].height, parts[0].width
-        )
+        growing = {
+            self.block_buffers[index]
+            for index, block in enumerate(self.blocks)
+            if block.growing and index in self.block_buffers
+        }
+        self.values[node.output] = _Map(_joined(segments, growing), parts[0].height, parts[0].width)
 
-    def _part(self, node: Concat, value: int) -> _Map:
-        if value in self.prologues:
-            raise _stands_alone(node.name)
-        return self.maps[value]
+    def _add(self, node: Add) -> None:
+        parts = [self._stored(value) for value in node.inputs]
+        if any(map(self._reads_image, parts)):
+            raise UnsupportedModule(f"{node.name} adds the images themselves")
+        if len({(part.channels, *part.size) for part in parts}) != 1:
+            raise UnsupportedModule(f"{node.name} adds maps of different shapes")
+        last, affine, activation = self._epilogue(node.output, None)
+        if node.inputs[0] in self.flat:
+            self.flat |= {node.output, last}
+        target = self._write(last, node.name, parts[0].channels, parts[0].size)
+        self.values[last] = target
+        first = 0
+        for *read, written in _pairs(*parts, target):
+            self._pointwise(
+                node.name,
+                tuple(read),
+                written,
+                target.pixels,
+                affine=None if affine is None else affine.part(first, first + written.channels),
+                activation=None if activation is None else activation.kind,
+                slope=0.0 if activation is None else activation.slope,
+            )
+            first += written.channels
 
-    def _conv_node(self, node: Conv) -> None:
-        """A convolution, with the BatchNorm, the activation or the pool behind it."""
+    def _epilogue(
+        self, value: int, affine: Affine | None
+    ) -> tuple[int, Affine | None, Activate | None]:
+        """The norms and the activation that alone follow a value, and the value behind them."""
+        reader = self.graph.sole_reader(value)
+        while isinstance(reader, Norm):
+            self.graph.check(reader)
+            following = self._affine(reader)
+            affine = following if affine is None else affine.then(following)
+            value = reader.output
+            self.done.add(value)
+            reader = self.graph.sole_reader(value)
+        if not isinstance(reader, Activate):
+            return value, affine, None
+        _check_activation(reader)
+        self.done.add(reader.output)
+        return reader.output, affine, reader
+
+    def _conv(self, node: Conv) -> None:
+        """A convolution, with the norms, the activation or the pool behind it."""
         conv = node.module
-        groups = conv.in_channels if node.depthwise else 1
-        kernel, stride = conv.weight.shape[2], _first(conv.stride)
-        if stride < 1:
-            raise UnsupportedModule(f"{node.name} has stride {stride}")
-        _require_plain(conv, node.name, kernel, stride, groups)
-        affine = activation = None
-        name, last = node.unit, node.output
-        norm = self.graph.sole_reader(last)
-        if isinstance(norm, Norm):
-            self.graph.check(norm)
-            affine, last = self._affine(norm), norm.output
-            self.done.add(last)
-            activate = self.graph.sole_reader(last)
-            if isinstance(activate, Activate):
-                activation, last = activate.kind, activate.output
-                self.done.add(last)
-                if activation not in ACTIVATIONS:
-                    raise _unknown_activation(activate)
-        elif self._pools_before(node, norm):
-            assert isinstance(norm, PoolNode)
-            self._pooled_conv(node, norm)
+        window = of_convolution(conv, node.name)
+        reader = self.graph.sole_reader(node.output)
+        if self._pools_before(node, window, reader):
+            self._pooled_conv(node, cast(PoolNode, reader))
             return
-        source, prologue = self._source(node)
-        if groups > 1 and (len(source.segments) != 1 or prologue is not None):
-            raise UnsupportedModule(f"{name} reads a concatenation")
-        size = _out_size(source, kernel, stride, kernel // 2)
-        self.maps[last] = self._write(last, name, conv.out_channels, size)
-        weight = self._double(conv.weight)
-        self._conv(
-            name,
-            source,
-            self.maps[last],
-            weight if affine is None else _scaled(weight, affine[0]),
-            None if affine is None else affine[1],
-            prologue=prologue,
-            stride=stride,
-            padding=kernel // 2,
-            activation=activation,
-            groups=groups,
+        weight, bias = self._double(conv.weight), self._optional(conv.bias)
+        last, affine, activation = self._epilogue(node.output, None)
+        weight, bias = folded(weight, bias, affine)
+        source, prologue = self._source(node.input, conv.groups)
+        target = self._write(last, node.unit, conv.out_channels, self._sized(source, window, node))
+        self.values[last] = target
+        self._convs(node, window, source, target, weight, bias, prologue, activation)
+
+    def _convs(
+        self,
+        node: Conv,
+        window: Window,
+        source: _Map,
+        target: _Map,
+        weight: Tensor,
+        bias: Tensor | None,
+        prologue: _Pending | None,
+        activation: Activate | None,
+    ) -> None:
+        """The steps of a convolution: one, or one for each group or segment of channels."""
+        groups = node.module.groups
+        if groups == 1:
+            self._conv_step(node, window, source, target, weight, bias, prologue, activation)
+            return
+        if self._reads_image(source):
+            raise UnsupportedModule(f"{node.name} reads the images in {groups} groups")
+        if node.depthwise:
+            bounds = _bounds(source)
+        elif groups <= _MOST_GROUPS:
+            each = source.channels // groups
+            bounds = [each * group for group in range(groups + 1)]
+        else:
+            raise UnsupportedModule(f"{node.name} has {groups} groups, expected {_MOST_GROUPS}")
+        ratio = target.channels // source.channels if node.depthwise else 1
+        outputs = bounds if node.depthwise else _even(target.channels, groups)
+        for (begin, end), (first, last) in zip(_spans(bounds), _spans(outputs), strict=True):
+            self._conv_step(
+                node,
+                window,
+                source.part(begin, end),
+                target.part(first * ratio, last * ratio),
+                weight[first:last],
+                None if bias is None else bias[first:last],
+                None,
+                activation,
+                groups=end - begin if node.depthwise else 1,
+            )
+
+    def _pools_before(self, node: Conv, window: Window, reader: Node | None) -> bool:
+        """Whether the average behind a convolution of single pixels can come before it."""
+        if not isinstance(reader, PoolNode) or not reader.average:
+            return False
+        pool = of_pool(reader.module, reader.name)
+        return (
+            node.module.groups == 1
+            and (window.kernel, window.stride, window.padding) == ((1, 1), (1, 1), (0, 0))
+            and (pool.padding, pool.ceil) == ((0, 0), False)
+            and cast(nn.AvgPool2d, reader.module).divisor_override is None
+            and not self._reads_image(self._unread(node.input))
         )
 
-    def _pools_before(self, conv: Conv, reader: Node | None) -> bool:
-        """Whether the average behind a convolution of single pixels can come before it."""
-        module = conv.module
-        return (
-            isinstance(reader, PoolNode)
-            and reader.average
-            and module.weight.shape[2:] == (1, 1)
-            and _first(module.stride) == 1
-        )
+    def _unread(self, value: int) -> _Map:
+        found = self.values[value]
+        return found if isinstance(found, _Map) else found.source
 
     def _pooled_conv(self, node: Conv, pool: PoolNode) -> None:
-        source, prologue = self._source(node)
-        if len(source.segments) != 1:
-            raise UnsupportedModule(f"{node.name} reads a concatenation")
-        pooled = self._pool(pool, pool.name, None, source, prologue)
+        source, prologue = self._source(node.input, 1)
+        window = of_pool(pool.module, pool.name)
+        pooled = self._write(None, pool.name, source.channels, self._sized(source, window, pool))
+        self._pools(pool, window, source, pooled, prologue)
         self.done.add(pool.output)
-        size = pooled.height, pooled.width
-        out = self._write(pool.output, node.unit, node.module.out_channels, size)
-        self.maps[pool.output] = out
-        weight = self._double(node.module.weight)
-        self._conv(node.name, pooled, out, weight, None, module_pixels=source.pixels)
-
-    def _pool_node(self, node: PoolNode) -> None:
-        source, prologue = self._source(node)
-        if prologue is not None and not node.average:
-            raise _stands_alone(node.name)
-        if len(source.segments) != 1:
-            raise UnsupportedModule(f"{node.name} pools a concatenation")
-        self.maps[node.output] = self._pool(node, node.name, node.output, source, prologue)
-
-    def _pool(
-        self,
-        node: PoolNode,
-        name: str,
-        value: int | None,
-        source: _Map,
-        prologue: tuple[Tensor, Tensor] | None,
-    ) -> _Map:
-        """A pool; of a value of the graph, or of one between two steps."""
-        kernel, stride, padding = _window(node, prologue is not None)
-        size = _out_size(source, kernel, stride, padding)
-        out = self._write(value, name, source.channels, size)
-        self._pool_step(name, source, out, kernel, stride, padding, prologue)
-        return out
-
-    def _normalise(self, value: int) -> None:
-        """Writes a value that is the BatchNorm and ReLU of another, as the result."""
-        read, norm = self.prologues[value]
-        source = self.maps[read]
-        out = self._write(None, "norm", source.channels, (source.height, source.width))
-        self._pool_step("norm", source, out, 1, 1, 0, self._affine(norm))
-
-    def _pool_step(
-        self,
-        name: str,
-        source: _Map,
-        out: _Map,
-        kernel: int,
-        stride: int,
-        padding: int,
-        prologue: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        self.steps.append(
-            Pool(
-                name=name,
-                input=source.segments[0],
-                output=out.segments[0],
-                kernel=(kernel, kernel),
-                stride=(stride, stride),
-                padding=(padding, padding),
-                average=prologue is not None,
-                input_pixels=source.pixels,
-                output_pixels=out.pixels,
-                batch=self.batch,
-                prologue=_prologue(prologue),
-            )
+        out = self._write(pool.output, node.unit, node.module.out_channels, pooled.size)
+        self.values[pool.output] = out
+        self._conv_step(
+            node,
+            of_convolution(node.module, node.name),
+            pooled,
+            out,
+            self._double(node.module.weight),
+            self._optional(node.module.bias),
+            None,
+            None,
+            name=node.name,
+            module_pixels=source.pixels,
         )
 
-    def _head(self, node: Mean) -> None:
-        """The mean of whole maps, with the classifier behind it."""
-        source, prologue = self._source(node)
-        flatten = self.graph.readers[node.output][0]
-        assert isinstance(flatten, Flatten)
-        linear = next(iter(self.graph.readers[flatten.output]), None)
+    def _pool(self, node: PoolNode) -> None:
+        window = of_pool(node.module, node.name)
+        if node.average:
+            source, prologue = self._source(node.input, 1)
+        else:
+            source, prologue = self._stored(node.input), None
+        if self._reads_image(source):
+            raise UnsupportedModule(f"{node.name} pools the images themselves")
+        size = self._sized(source, window, node)
+        target = self._write(node.output, node.name, source.channels, size)
+        self.values[node.output] = target
+        self._pools(node, window, source, target, prologue)
+
+    def _pools(
+        self,
+        node: PoolNode,
+        window: Window,
+        source: _Map,
+        target: _Map,
+        prologue: _Pending | None,
+    ) -> None:
+        divisor = None
+        if node.average:
+            module = cast(nn.AvgPool2d, node.module)
+            if module.divisor_override is not None:
+                divisor = module.divisor_override
+            elif module.count_include_pad and window.padding != (0, 0):
+                divisor = 0
+        self._pool_steps(
+            node.name,
+            window,
+            source,
+            target,
+            prologue,
+            average=node.average,
+            divisor=divisor,
+        )
+
+    def _pool_steps(
+        self,
+        name: str,
+        window: Window,
+        source: _Map,
+        target: _Map,
+        prologue: _Pending | None,
+        *,
+        average: bool,
+        divisor: int | None = None,
+    ) -> None:
+        first = 0
+        for read, written in _pairs(source, target):
+            part = None if prologue is None else prologue.part(first, first + read.channels)
+            self.steps.append(
+                Pool(
+                    name=name,
+                    input=read,
+                    output=written,
+                    kernel=window.kernel,
+                    stride=window.stride,
+                    padding=window.padding,
+                    average=average,
+                    input_pixels=source.pixels,
+                    output_pixels=target.pixels,
+                    batch=self.batch,
+                    prologue=self._prologue(part),
+                    divisor=divisor,
+                )
+            )
+            first += read.channels
+
+    def _resize(self, node: ResizeNode) -> None:
+        source = self._stored(node.input)
+        if self._reads_image(source):
+            raise UnsupportedModule(f"{node.name} resizes the images themselves")
+        if len(node.inputs) > 1:
+            size = self._unread(node.inputs[1]).size
+        elif node.size is not None:
+            size = node.size
+        else:
+            assert node.factors is not None
+            size = (
+                int(source.height * node.factors[0]),
+                int(source.width * node.factors[1]),
+            )
+        if min(size) < 1:
+            raise UnsupportedModule(f"{node.name} makes a map of {size}")
+        factors = None if node.recompute or len(node.inputs) > 1 else node.factors
+        down, right = (
+            _resize_scale(node, axis, source.size[axis], size[axis], factors) for axis in (0, 1)
+        )
+        target = self._write(node.output, node.name, source.channels, size)
+        self.values[node.output] = target
+        for read, written in _pairs(source, target):
+            self.steps.append(
+                Resize(
+                    name=node.name,
+                    input=read,
+                    output=written,
+                    mode=node.mode,
+                    align_corners=node.align_corners,
+                    scale=(down, right),
+                    input_pixels=source.pixels,
+                    output_pixels=target.pixels,
+                    batch=self.batch,
+                )
+            )
+
+    def _mean(self, node: Mean) -> None:
+        """The mean of whole maps, as a head where a classifier or the end follows."""
+        source, prologue = self._source(node.input, 1)
+        if self._reads_image(source):
+            raise UnsupportedModule(f"{node.name} averages the images themselves")
+        flatten = self.graph.sole_reader(node.output)
+        if isinstance(flatten, Flatten) and len(source.segments) == 1:
+            linear = self.graph.sole_reader(flatten.output)
+            ends = not self.graph.readers[flatten.output]
+            following = None if linear is None else self.graph.sole_reader(linear.output)
+            if ends or (isinstance(linear, Linear) and not isinstance(following, Activate | Norm)):
+                self._head(node, flatten, cast("Linear | None", linear), source, prologue)
+                return
+        window = Window(source.size, (1, 1), (0, 0), (0, 0))
+        target = self._write(node.output, node.name, source.channels, (1, 1))
+        self.values[node.output] = target
+        self._pool_steps(node.name, window, source, target, prologue, average=True)
+
+    def _head(
+        self,
+        node: Mean,
+        flatten: Flatten,
+        linear: Linear | None,
+        source: _Map,
+        prologue: _Pending | None,
+    ) -> None:
         last: Node = flatten
         weight = bias = None
         channels = source.channels
-        if isinstance(linear, Linear):
+        if linear is not None:
             self.graph.check(linear)
             last, module = linear, linear.module
             channels = module.weight.shape[0]
-            weight = _single(self._double(module.weight))
-            bias = None if module.bias is None else _single(self._double(module.bias))
-        elif linear is not None:
-            raise UnsupportedModule(f"{linear.name} is no Linear")
+            weight = single(self._double(module.weight))
+            bias = None if module.bias is None else single(self._double(module.bias))
         self.done |= {flatten.output, last.output}
-        self.maps[last.output] = self._write(last.output, node.name, channels, (1, 1))
+        target = self._write(last.output, node.name, channels, (1, 1))
+        self.values[last.output] = target
+        self.flat.add(last.output)
         self.steps.append(
             Head(
                 name=node.name,
                 input=source.segments[0],
-                output=self.maps[last.output].segments[0],
+                output=target.segments[0],
                 weight=weight,
                 bias=bias,
                 input_pixels=source.pixels,
                 batch=self.batch,
-                prologue=_prologue(prologue),
+                prologue=self._prologue(prologue),
             )
         )
+
+    def _linear(self, node: Linear) -> None:
+        """A linear layer of what is flat: a convolution of one pixel."""
+        if node.input not in self.flat:
+            raise UnsupportedModule(f"{node.name} is a Linear on its own")
+        source, prologue = self._source(node.input, 1)
+        weight = self._double(node.module.weight)[:, :, None, None]
+        last, affine, activation = self._epilogue(node.output, None)
+        weight, bias = folded(weight, self._optional(node.module.bias), affine)
+        target = self._write(last, node.name, weight.shape[0], (1, 1))
+        self.values[last] = target
+        self.flat |= {node.output, last}
+        window = Window((1, 1), (1, 1), (0, 0), (0, 0))
+        self._conv_step(node, window, source, target, weight, bias, prologue, activation)
+
+    def _refuse(self, node: Node) -> None:
+        raise UnsupportedModule(f"{node.name} is a {type(node).__name__} on its own")
+
+    # Parts of those.
+
+    def _source(self, value: int, groups: int) -> tuple[_Map, _Pending | None]:
+        """What a node reads, and what it has to calculate of it."""
+        found = self.values[value]
+        if isinstance(found, _Map):
+            return found, None
+        if groups > 1 or found.activation not in (None, *EPILOGUES):
+            return self._stored(value), None
+        return found.source, found
+
+    def _sized(self, source: _Map, window: Window, node: Node) -> tuple[int, int]:
+        size = window.size(*source.size)
+        if min(size) < 1:
+            shown = f"{source.height}x{source.width}"
+            raise UnsupportedModule(f"{node.name} makes nothing of a map of {shown}")
+        return size
 
     def _write(self, value: int | None, name: str, channels: int, size: tuple[int, int]) -> _Map:
         """Gives a value its place: a slot of a block's buffer, or a buffer of its own."""
@@ -337,178 +642,203 @@ class _Fusion:
         if slot is None:
             self.buffers.append(Buffer(height, width, channels, name))
             return _Map((Segment(len(self.buffers) - 1, 0, channels),), height, width)
+        block = self.blocks[slot.block]
         buffer = self.block_buffers.get(slot.block)
         if buffer is None:
-            block = self.blocks[slot.block]
             self.buffers.append(Buffer(height, width, block.channels, block.name))
             buffer = self.block_buffers[slot.block] = len(self.buffers) - 1
+        there = self.buffers[buffer]
+        if (there.height, there.width) != size:
+            sizes = sorted({(there.height, there.width), size})
+            raise UnsupportedModule(f"{block.name} concatenates maps of sizes {sizes}")
         return _Map((Segment(buffer, slot.channel, channels),), height, width)
 
-    def _conv(
+    def _conv_step(
         self,
-        name: str,
+        node: Conv | Linear,
+        window: Window,
         source: _Map,
         target: _Map,
         weight: Tensor,
         bias: Tensor | None,
+        prologue: _Pending | None,
+        activation: Activate | None,
         *,
-        prologue: tuple[Tensor, Tensor] | None = None,
-        stride: int = 1,
-        padding: int = 0,
-        activation: str | None = None,
         groups: int = 1,
+        name: str | None = None,
         module_pixels: int | None = None,
     ) -> None:
-        valid = _valid(source.height, target.height, weight.shape[2], stride, padding) * _valid(
-            source.width, target.width, weight.shape[3], stride, padding
-        )
+        name = name or (node.unit if isinstance(node, Conv) else node.name)
+        fused = activation is not None and activation.kind in EPILOGUES
         self.steps.append(
             FusedConv(
                 name=name,
                 inputs=source.segments,
                 output=target.segments[0],
-                weight=_single(weight),
-                bias=None if bias is None else _single(bias),
-                prologue=_prologue(prologue),
-                stride=(stride, stride),
-                padding=(padding, padding),
-                activation=activation,
+                weight=single(weight),
+                bias=None if bias is None else single(bias),
+                prologue=self._prologue(prologue),
+                stride=window.stride,
+                padding=window.padding,
+                activation=activation.kind if activation is not None and fused else None,
                 input_pixels=source.pixels,
                 output_pixels=target.pixels,
-                valid_taps=valid,
+                valid_taps=window.valid_taps(source.size, target.size),
                 batch=self.batch,
                 groups=groups,
                 module_pixels=module_pixels,
+                dilation=window.dilation,
             )
         )
+        if activation is not None and not fused:
+            (there,) = target.segments
+            self._pointwise(
+                activation.name,
+                (there,),
+                there,
+                target.pixels,
+                activation=activation.kind,
+                slope=activation.slope,
+            )
+
+    def _pointwise(
+        self,
+        name: str,
+        inputs: tuple[Segment, ...],
+        output: Segment,
+        pixels: int,
+        *,
+        affine: Affine | None = None,
+        activation: str | None = None,
+        slope: float = 0.0,
+    ) -> None:
+        self.steps.append(
+            Pointwise(
+                name=name,
+                inputs=inputs,
+                output=output,
+                scale=None if affine is None else single(affine.scale),
+                shift=None if affine is None else single(affine.shift),
+                activation=activation,
+                pixels=pixels,
+                batch=self.batch,
+                slope=slope,
+            )
+        )
+
+    def _prologue(self, pending: _Pending | None) -> Prologue | None:
+        if pending is None:
+            return None
+        affine = pending.affine or Affine.identity(pending.source.channels, self.device)
+        return Prologue(single(affine.scale), single(affine.shift), pending.activation)
 
     def _double(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, torch.float64)
 
-    def _affine(self, node: Norm) -> tuple[Tensor, Tensor]:
-        """The float64 scale and shift of a BatchNorm in evaluation."""
-        norm = node.module
-        if norm.running_mean is None or norm.running_var is None:
-            raise UnsupportedModule(
-                f"{node.name} keeps no running statistics, so it cannot be folded"
-            )
-        scale = self._double(norm.running_var)
-        if scale.is_meta:
-            return scale, scale
-        scale = torch.rsqrt(scale + norm.eps)
-        if norm.weight is not None:
-            scale = scale * self._double(norm.weight)
-        shift = -self._double(norm.running_mean) * scale
-        if norm.bias is not None:
-            shift = shift + self._double(norm.bias)
-        return scale, shift
+    def _optional(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else self._double(tensor)
 
-    def _finish(self, flat: bool) -> Plan:
-        if not self.steps:
-            raise UnsupportedModule("there is nothing to compute")
-        last = self.steps[-1].output
-        if last.channel != 0 or last.channels != self.buffers[last.buffer].channels:
-            raise UnsupportedModule("the network ends inside a block")
-        if last.buffer != len(self.buffers) - 1:
-            raise UnsupportedModule("the network's last step does not write its last buffer")
-        return Plan(self.input_shape, tuple(self.buffers), tuple(self.steps), flat)
+    def _affine(self, node: Norm) -> Affine:
+        return of_norm(node.module, node.name, self._double)
+
+    _handlers: dict[type[Node], Callable[[_Fusion, Any], None]] = {  # noqa: RUF012
+        Activate: _activate,
+        Add: _add,
+        Concat: _concat,
+        Conv: _conv,
+        Dropout: _alias,
+        Flatten: _flatten,
+        Linear: _linear,
+        Mean: _mean,
+        Norm: _norm,
+        PoolNode: _pool,
+        ResizeNode: _resize,
+        Slice: _slice,
+    }
 
 
-def _joined(segments: list[Segment]) -> tuple[Segment, ...]:
-    """Segments, with those that lie side by side made one."""
+def reads_image(graph: Graph) -> bool:
+    """Whether the first input of a graph may be given in any strides: convolutions alone read it.
+
+    Args:
+        graph: The graph.
+    """
+    image = graph.inputs[0]
+    readers = graph.readers[image]
+    return (
+        bool(readers)
+        and image not in graph.outputs
+        and all(
+            isinstance(reader, Conv)
+            and reader.module.groups == 1
+            and reader.module.dilation in (1, (1, 1))
+            for reader in readers
+        )
+    )
+
+
+def _fixed(graph: Graph) -> set[int]:
+    """Values that nobody writes anew: inputs, parts and other names of values."""
+    return set(graph.inputs) | {
+        node.output for node in graph.nodes if isinstance(node, Slice | Dropout | Flatten)
+    }
+
+
+def _at(node: Node, error: UnsupportedModule) -> UnsupportedModule:
+    if error.value is None:
+        error.value = node.output
+    return error
+
+
+def _check_activation(node: Activate) -> None:
+    if node.kind not in ACTIVATIONS:
+        raise UnsupportedModule(
+            f"{node.name} has activation {node.kind!r}, which no engine computes"
+        )
+
+
+def _bounds(*maps: _Map) -> list[int]:
+    """The channels at which a segment of some map begins or ends."""
+    bounds = {0}
+    for found in maps:
+        end = 0
+        for segment in found.segments:
+            end += segment.channels
+            bounds.add(end)
+    return sorted(bounds)
+
+
+def _even(channels: int, parts: int) -> list[int]:
+    return [channels // parts * part for part in range(parts + 1)]
+
+
+def _spans(bounds: Sequence[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(bounds))
+
+
+def _pairs(*maps: _Map) -> Iterator[tuple[Segment, ...]]:
+    """The segments of maps of as many channels, each cut where a segment of any of them ends."""
+    for begin, end in _spans(_bounds(*maps)):
+        yield tuple(found.part(begin, end).segments[0] for found in maps)
+
+
+def _joined(segments: list[Segment], growing: set[int]) -> tuple[Segment, ...]:
+    """Segments, with those that lie side by side in the buffer of a growing block made one."""
     result = segments[:1]
     for segment in segments[1:]:
         last = result[-1]
-        if (segment.buffer, segment.channel) == (last.buffer, last.channel + last.channels):
+        adjacent = (segment.buffer, segment.channel) == (last.buffer, last.channel + last.channels)
+        if adjacent and segment.buffer in growing:
             result[-1] = Segment(last.buffer, last.channel, last.channels + segment.channels)
         else:
             result.append(segment)
     return tuple(result)
 
 
-def _stands_alone(name: str) -> UnsupportedModule:
-    return UnsupportedModule(f"{name} follows a BatchNorm and a ReLU that stand alone")
-
-
-def _window(node: PoolNode, averages: bool) -> tuple[int, int, int]:
-    """Kernel, stride and padding of a pool."""
-    pool = node.module
-    if isinstance(pool, nn.AvgPool2d):
-        if not averages:
-            raise UnsupportedModule(
-                f"{node.name} is a {type(pool).__name__} that no BatchNorm and ReLU come before"
-            )
-        options = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
-        if (*options, pool.divisor_override) != (2, 2, 0, False, None):
-            raise UnsupportedModule(f"{node.name} is not a plain 2x2 average pooling")
-        return 2, 2, 0
-    kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
-    if (
-        not isinstance(kernel, int)
-        or not isinstance(stride, int)
-        or not isinstance(padding, int)
-        or pool.dilation not in (1, (1, 1))
-        or pool.ceil_mode
-        or pool.return_indices
-        or not (kernel >= 1 and stride >= 1 and 0 <= padding <= kernel // 2)
-    ):
-        raise UnsupportedModule(f"{node.name} is not a plain square max pooling")
-    return kernel, stride, padding
-
-
-def _unknown_activation(node: Activate) -> UnsupportedModule:
-    return UnsupportedModule(f"{node.name} has activation {node.kind!r}, which no engine computes")
-
-
-def _out_size(source: _Map, kernel: int, stride: int, padding: int) -> tuple[int, int]:
-    height, width = (
-        (size + 2 * padding - kernel) // stride + 1 for size in (source.height, source.width)
-    )
-    return height, width
-
-
-def _valid(size: int, out_size: int, kernel: int, stride: int, padding: int) -> int:
-    """Sum over output positions of the taps that fall inside, in one direction."""
-    starts = (position * stride - padding for position in range(out_size))
-    return sum(min(start + kernel, size) - max(start, 0) for start in starts)
-
-
-def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """A weight with each output channel scaled."""
-    # Arithmetic on the meta device imports a compiler at its first use, which takes a second.
-    return weight if weight.is_meta else weight * scale[:, None, None, None]
-
-
-def _prologue(affine: tuple[Tensor, Tensor] | None) -> Prologue | None:
-    return None if affine is None else Prologue(*map(_single, affine))
-
-
-def _single(tensor: Tensor) -> Tensor:
-    """A float32 copy that shares nothing with the module's tensor."""
-    return tensor.detach().to(torch.float32, copy=True).contiguous()
-
-
-def _require_plain(conv: nn.Conv2d, name: str, kernel: int, stride: int, groups: int) -> None:
-    window = list(conv.weight.shape[2:])
-    if window != [kernel, kernel]:
-        raise UnsupportedModule(f"{name} has a window of {window}, expected {kernel}x{kernel}")
-    expected = {
-        "stride": (stride, stride),
-        "padding": (kernel // 2, kernel // 2),
-        "dilation": (1, 1),
-        "groups": groups,
-        "bias": None,
-        "padding_mode": "zeros",
-    }
-    for attribute, value in expected.items():
-        actual = getattr(conv, attribute)
-        # One number stands for both directions.
-        if actual is not value and actual != value and (actual, actual) != value:
-            raise UnsupportedModule(f"{name} has {attribute} {actual}, expected {value}")
-
-
-def _first(value: object) -> int:
-    """The first of two numbers, or the one that stands for both; 0 where it is neither."""
-    if isinstance(value, tuple | list) and value:
-        value = value[0]
-    return value if isinstance(value, int) else 0
+def _resize_scale(
+    node: ResizeNode, axis: int, size: int, out_size: int, factors: tuple[float, float] | None
+) -> float:
+    """Pixels of the input to one of the output, in one direction, as PyTorch has them."""
+    if node.mode == "bilinear" and node.align_corners:
+        return (size - 1) / (out_size - 1) if out_size > 1 else 0.0
+    return size / out_size if factors is None else 1 / factors[axis]
