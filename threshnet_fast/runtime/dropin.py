@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..engines import cuda_graphs, select
 from ..engines.base import (
@@ -27,6 +26,7 @@ from ..models.validate import check_memory
 from ..plan.lower import PlanSource, UnsupportedModule
 from .fingerprint import Fingerprint
 from .training import CannotTrain, FusedTraining
+from .transforms import transformed
 
 if TYPE_CHECKING:
     from ..models.network import Network
@@ -138,7 +138,7 @@ class FusedForward:
         """
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             raise Objection(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
-        if _transformed():
+        if transformed():
             raise Objection("a tracer, a transform or a tensor mode is active")
         if x.device.type in ("cpu", "cuda"):
             check_memory("x", x)
@@ -272,14 +272,3 @@ class _PackedModel:
             if engine.remembers_unsupported or isinstance(error, CompilationFailed):
                 self.unsupported[engine.name] = str(error)
             raise Objection(str(error)) from None
-
-
-def _transformed() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or forward_ad._current_level >= 0
-    )

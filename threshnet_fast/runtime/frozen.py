@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,100 +20,110 @@ from ..engines.cache import PlanCache
 from ..models.network import Network
 from ..models.validate import check_input, check_memory
 from ..plan.lower import PlanSource, UnsupportedModule, lower
-from .adoption import NotAdopted, adopt
+from .host import Arguments, Host, host_or_reason
+from .island import FusedIsland
 
 __all__ = ["FrozenNetwork", "optimize"]
 
 
 class FrozenNetwork(nn.Module):
-    """A network whose weights are fixed, for inference only; what :func:`optimize` returns.
+    """A module whose weights are fixed, for inference only; what :func:`optimize` returns.
 
-    Call it with ``[N, C, H, W]`` images of any size that the network takes: each new size is
-    compiled once. Calls may come from several threads.
+    A model of this package takes ``[N, C, H, W]`` images of any size: each new size is compiled
+    once. Any other module takes what it took before; its islands, the parts that run fused, are
+    compiled for each new size, and a size for which one has no plan runs that one as plain PyTorch.
+    Calls may come from several threads.
 
-    It may be a part of other modules. It has the children, parameters and state dict of the network
+    It may be a part of other modules. It has the children, parameters and state dict of the module
     that was frozen, but what they hold was packed: to change them changes nothing, they want no
     gradients, and a state dict with other values is an error. It stays in evaluation mode, whatever
     ``train()`` says, and where and in what dtype it is: ``to()`` another device or dtype is an
-    error, except of a module that runs as plain PyTorch. Hooks on it run, those on its children do
-    not, with the same exception.
+    error, except of a module that runs as plain PyTorch. Hooks on it run. Those on its children do
+    not, if they were added after it was frozen, with the same exception.
 
     Attributes:
         backend: ``"cpu"``, ``"triton"``, ``"cuda"``, or ``"reference"`` for plain PyTorch.
         reason: One line that says why.
+        islands: The parts that run fused, of a module that does not as a whole.
+        foreign: One line for each operation that runs as plain PyTorch beside them: its name and
+            why.
     """
 
     _module: nn.Module
-    _head: nn.Module | None
-    _weight: Tensor
+    _host: Host | None
+    _weight: Tensor | None
 
     def __init__(
-        self, module: nn.Module, backend: str, reason: str, winograd: int, head: nn.Module | None
+        self,
+        module: nn.Module,
+        backend: str,
+        reason: str,
+        winograd: int,
+        host: Host | None = None,
+        example: Arguments | None = None,
     ) -> None:
         super().__init__()
         self.backend = backend
         self.reason = reason
+        self.islands: tuple[FusedIsland, ...] = () if host is None else host.islands
+        self.foreign: tuple[str, ...] = () if host is None else host.foreign
         self.training = False
         self._winograd = winograd
         self._engine = select.engine(backend)
+        self._example = None if example is None else example.map(lambda x: x.to("meta"))
         # Beside the modules, as their names are to be those of the module that was frozen.
-        whole = module if head is None else nn.ModuleDict({"network": module, "head": head})
-        self.__dict__.update(_module=module, _head=head)
-        self._modules, self._parameters = whole._modules, whole._parameters
-        self._buffers = whole._buffers
-        self._non_persistent_buffers_set = whole._non_persistent_buffers_set
+        self.__dict__.update(_module=module, _host=host)
+        self._modules, self._parameters = module._modules, module._parameters
+        self._buffers = module._buffers
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
         for parameter in self.parameters():
             parameter.requires_grad_(False)
-        if isinstance(module, Network):
-            self.__dict__["_weight"] = module._first_weight
+        self.__dict__["_weight"] = _first_weight(module)
+        self._whole = host is None and isinstance(module, Network)
+        if self._whole:
+            network = cast(Network, module)
             # Found in the settings of all modules, which takes as long as a small network.
-            self._min_size = module.min_size
+            self._min_size = network.min_size
             if self._engine.fused:
-                self._plans = PlanCache(self._engine, PlanSource(module))
-                self._frozen = self._engine.freeze(self._weight.dtype, winograd)
+                self._plans = PlanCache(self._engine, PlanSource(network))
+                self._frozen = self._engine.freeze(network._first_weight.dtype, winograd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Runs the network.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module.
 
         Args:
-            x: Images, ``[N, C, H, W]``, in any memory format; of none, the result is empty. Where
-                a module of another package runs as plain PyTorch, whatever it takes.
+            *args: What the module takes: images, ``[N, C, H, W]``, in any memory format, of a model
+                of this package; of none, the result is empty.
+            **kwargs: As well.
 
         Returns:
             What the module returns, without a graph.
 
         Raises:
-            TypeError: ``x`` is not a dense tensor of the network's dtype.
-            ValueError: ``x`` has the wrong rank, number of channels, or size.
-            RuntimeError: ``x`` is on another device, requires a gradient that a frozen network
+            TypeError: Images are not a dense tensor of the network's dtype.
+            ValueError: They have the wrong rank, number of channels, or size.
+            RuntimeError: An input is on another device, requires a gradient that a frozen network
                 cannot give, or spans memory that was freed.
         """
-        module = self._module
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "x requires a gradient: expected an input without, as a frozen network has no "
-                "backward pass; use torch.no_grad() or x.detach()"
-            )
-        if not isinstance(module, Network):
-            with torch.no_grad():
-                output: Tensor = module(x)
-                return output
+        if torch.is_grad_enabled():
+            _refuse_gradients(args, kwargs)
+        if self._whole:
+            return self._images(*args, **kwargs)
+        run: Any = self._module if self._host is None else self._host
+        with torch.no_grad():
+            return run(*args, **kwargs)
+
+    def _images(self, x: Tensor) -> Tensor:
+        network = cast(Network, self._module)
         image = _or_one_image(x)
         if image is not x:
-            return self.forward(image)[:0]
-        check_input(x, module.in_chans, self._min_size, self._weight)
+            return self._images(image)[:0]
+        check_input(x, network.in_chans, self._min_size, cast(Tensor, self._weight))
         check_memory("x", x)
-        if self._head is None:
-            return self._run(module, x)
-        with torch.no_grad():
-            output = self._head(self._run(module, x))
-            return output
-
-    def _run(self, module: Network, x: Tensor) -> Tensor:
         engine = self._engine
         if not engine.fused:
             with torch.no_grad(), select.use_backend(engine.name):
-                output: Tensor = module(x)
+                output: Tensor = network(x)
                 return output
         setting = engine.setting(x.device, x.dtype, self._frozen)
         plan, packed = self._plans.get(x.shape, True, setting)
@@ -132,14 +143,11 @@ class FrozenNetwork(nn.Module):
         Raises:
             RuntimeError: It would change one of them.
         """
-        if not self._engine.fused:
-            self._module._apply(fn)
-            if self._head is not None:
-                self._head._apply(fn)
-            if isinstance(self._module, Network):
-                self.__dict__["_weight"] = self._module._first_weight
-            return self
         weight = self._weight
+        if not self._engine.fused or weight is None:
+            self._module._apply(fn)
+            self.__dict__["_weight"] = _first_weight(self._module)
+            return self
         other = fn(weight)
         if (other.device, other.dtype) != (weight.device, weight.dtype):
             raise RuntimeError(
@@ -168,10 +176,12 @@ class FrozenNetwork(nn.Module):
                 # One says it for all.
                 break
 
-    def __reduce__(self) -> tuple[type[FrozenNetwork], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Copies and pickles the network; the copy compiles its plans anew."""
-        parts = self._module, self.backend, self.reason, self._winograd, self._head
-        return FrozenNetwork, parts
+        parts = self._module, self.backend, self.reason, self._winograd
+        if self._host is None:
+            return FrozenNetwork, parts
+        return _with_islands, (*parts, self._example)
 
     def __repr__(self) -> str:
         return f"FrozenNetwork({type(self._module).__name__}, {self.backend}: {self.reason})"
@@ -179,7 +189,7 @@ class FrozenNetwork(nn.Module):
 
 def optimize(
     module: nn.Module,
-    example_input: Tensor,
+    example_input: Any,
     dtype: torch.dtype | None = None,
     exact: bool = False,
 ) -> FrozenNetwork:
@@ -190,11 +200,15 @@ def optimize(
     on. On a GPU the launches of each input size are captured in a CUDA graph at its second call on
     a stream, and replayed from then on.
 
+    A module of another package is known by what it computes, not by its class or names: it is
+    traced on the example, and what plans can express of it runs fused, in islands, with the rest as
+    it is between them. It and what was made of it both run on the example and on random numbers,
+    and if they differ, the module stays as it is.
+
     Args:
-        module: A model of this package; or a DenseNet or HarDNet of another, say torchvision's,
-            that has the same parameters and computes the same, whatever its head is; perhaps
-            within ``DataParallel`` or ``torch.compile``. Any other module runs as it is.
-        example_input: An input, ``[N, C, H, W]``; its size is compiled now.
+        module: Any module; perhaps within ``DataParallel`` or ``torch.compile``.
+        example_input: An input, ``[N, C, H, W]``; its size is compiled now. Or a tuple of all
+            positional arguments.
         dtype: What to compute in, and the dtype of inputs: None keeps the module's. On the CPU
             float32 or bfloat16, on a GPU also float16. Where the processor cannot multiply
             bfloat16, its kernels compute in float32 on weights and inputs in bfloat16.
@@ -204,12 +218,12 @@ def optimize(
             of 2x2 or 4x4 outputs. ``THRESHNET_FAST_EXACT=1`` has the same effect.
 
     Returns:
-        A module that takes images and returns what ``module`` would. Where no fused backend is
-        available, or the module has parts that plans cannot express, it runs plain PyTorch and
-        its ``reason`` says why. If that is for the module's sake, a ``UserWarning`` does too.
+        A module that takes and returns what ``module`` does. What no fused backend computes runs as
+        plain PyTorch: ``reason`` and ``foreign`` say what and why, and if that is for the module's
+        sake, one ``UserWarning`` does too.
 
     Raises:
-        TypeError: ``module`` is no module, or ``example_input`` is not a tensor that it takes.
+        TypeError: ``module`` is no module, or ``example_input`` is nothing that it takes.
         ValueError: ``dtype`` is not supported, or ``example_input`` has a wrong shape.
         RuntimeError: ``example_input`` requires a gradient or is on another device, or a weight
             spans memory that was freed.
@@ -222,48 +236,133 @@ def optimize(
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda"):
             check_memory(name, tensor)
-    head: nn.Module | None = None
     winograd = 0 if exact else environment.winograd_by_default()
+    module = _baked(copy.deepcopy(module)).eval()
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    example = Arguments(args)
     if isinstance(module, Network):
-        module = _baked(copy.deepcopy(module)).eval()
-    else:
-        try:
-            module, head = adopt(_baked(copy.deepcopy(module)), example_input)
-        except NotAdopted as error:
-            return _as_it_is(module, example_input, dtype, str(error), winograd)
-    assert isinstance(module, Network)
-    module._check_input(_or_one_image(example_input))
-    weight = module._first_weight
-    # Who asks for plain PyTorch around it still wants what is made here to be fast.
-    asked = select.AUTO if select.request().plain else select.requested_backend()
-    with select.use_backend(asked):
-        engines = [select.engine(name) for name in select.network_backends(weight)]
+        module._check_input(_or_one_image(example_input))
+        if _unsupported(module) is None:
+            return _whole(module, example_input, dtype, winograd)
+    return _divided(module, example, dtype, winograd)
+
+
+def _whole(
+    module: Network, example: Tensor, dtype: torch.dtype | None, winograd: int
+) -> FrozenNetwork:
+    """Freezes a model of this package, all of which plans can express."""
+    engines = _engines(module._first_weight)
     _check_dtype(dtype, engines[0].dtypes.get(Purpose.NETWORK, ()))
     if dtype is not None:
-        module, example_input = module.to(dtype), example_input.to(dtype)
-        head = None if head is None else head.to(dtype)
+        module, example = module.to(dtype), example.to(dtype)
     objections: list[str] = []
     unsupported: str | None = None
     for engine in engines:
         objection = _objection(module, engine)
         if objection is None:
             reason = "; ".join([*objections, engine.describe(module._first_weight)])
-            frozen = FrozenNetwork(module, engine.name, reason, winograd, head)
+            frozen = FrozenNetwork(module, engine.name, reason, winograd)
             try:
-                frozen(example_input)
+                frozen(example)
                 return frozen
             except (UnsupportedModule, CompilationFailed) as error:
                 objection = str(error)
                 if engine.remembers_unsupported:
                     unsupported = objection
         objections.append(objection)
-    unsupported = unsupported or _unsupported(module)
     if unsupported is not None:
-        _warn(unsupported)
+        _warn(f"the module is left to plain PyTorch: {unsupported}")
     reason = "; ".join(dict.fromkeys(objections))
-    frozen = FrozenNetwork(module, "reference", reason, winograd, head)
-    frozen(example_input)
+    frozen = FrozenNetwork(module, "reference", reason, winograd)
+    frozen(example)
     return frozen
+
+
+def _divided(
+    module: nn.Module, example: Arguments, dtype: torch.dtype | None, winograd: int
+) -> FrozenNetwork:
+    """Freezes a module whose islands run fused."""
+    _refuse_gradients(example.args, example.kwargs)
+    weight = _first_weight(module)
+    engines = [] if weight is None else _engines(weight)
+    allowed = select.dtypes_of_networks()
+    _check_dtype(dtype, engines[0].dtypes.get(Purpose.NETWORK, ()) if engines else allowed)
+    expected = [(example, example.call(module))]
+    if dtype is not None:
+        module = module.to(dtype)
+        example = example.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        weight = _first_weight(module)
+        expected = [(example, expected[0][1])]
+    objections: list[str] = []
+    for engine in engines:
+        assert weight is not None
+        error = engine.objection(weight, purpose=Purpose.NETWORK)
+        found: Host | str = str(error)
+        if error is None:
+            found = host_or_reason(module, example, engine, weight.dtype, winograd)
+        if isinstance(found, str):
+            objections.append(found)
+            continue
+        if len(expected) == 1:
+            expected += _on_noise(module, example)
+        for x, result in expected:
+            difference = found.difference(x, result)
+            if difference is not None:
+                objections.append(f"traced and fused, {difference}")
+                break
+        else:
+            reason = "; ".join([*objections, engine.describe(weight), found.summary()])
+            if found.foreign:
+                _warn(f"not all of the module runs fused: {found.summary()}")
+            return FrozenNetwork(module, engine.name, reason, winograd, found, example)
+    reason = "; ".join(dict.fromkeys(objections)) or "the module has no weights"
+    frozen = FrozenNetwork(module, "reference", reason, winograd)
+    _warn(f"the module is left to plain PyTorch: {reason}")
+    return frozen
+
+
+def _on_noise(module: nn.Module, example: Arguments) -> list[tuple[Arguments, Any]]:
+    """Random numbers and what a module makes of them, as an example may be all zeros."""
+    noise = example.noise()
+    try:
+        return [(noise, noise.call(module))]
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        # What it takes has to be of a kind.
+        return []
+
+
+def _with_islands(
+    module: nn.Module, backend: str, reason: str, winograd: int, example: Arguments
+) -> FrozenNetwork:
+    """Freezes a copy of a module that was frozen."""
+    weight = _first_weight(module)
+    assert weight is not None
+    zeros = example.map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=weight.device))
+    host = Host(module, zeros, select.engine(backend), weight.dtype, winograd)
+    return FrozenNetwork(module, backend, reason, winograd, host, zeros)
+
+
+def _engines(weight: Tensor) -> list[Engine]:
+    """The fused engines for a device, in order."""
+    # Who asks for plain PyTorch around it still wants what is made here to be fast.
+    asked = select.AUTO if select.request().plain else select.requested_backend()
+    with select.use_backend(asked):
+        return [select.engine(name) for name in select.network_backends(weight)]
+
+
+def _first_weight(module: nn.Module) -> Tensor | None:
+    """The first floating-point parameter or buffer, which tells device and dtype."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def _refuse_gradients(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise RuntimeError(
+                "x requires a gradient: expected an input without, as a frozen network has no "
+                "backward pass; use torch.no_grad() or x.detach()"
+            )
 
 
 def _or_one_image(x: Tensor) -> Tensor:
@@ -276,7 +375,7 @@ def _or_one_image(x: Tensor) -> Tensor:
 def _unwrapped(module: nn.Module) -> nn.Module:
     """What a wrapper that computes the same was made of."""
     while True:
-        if isinstance(module, FrozenNetwork) and module._head is None:
+        if isinstance(module, FrozenNetwork):
             module = module._module
         elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
@@ -311,26 +410,9 @@ def _check_dtype(dtype: torch.dtype | None, allowed: tuple[torch.dtype, ...]) ->
         raise ValueError(f"dtype is {dtype}: expected None or {' or '.join(map(str, allowed))}")
 
 
-def _as_it_is(
-    module: nn.Module, example: Any, dtype: torch.dtype | None, reason: str, winograd: int
-) -> FrozenNetwork:
-    """Freezes a module of another package that plain PyTorch runs."""
-    _check_dtype(dtype, select.dtypes_of_networks())
-    module = copy.deepcopy(module).eval()
-    if dtype is not None:
-        module = module.to(dtype)
-        example = example.to(dtype) if isinstance(example, Tensor) else example
-    frozen = FrozenNetwork(module, "reference", reason, winograd, None)
-    frozen(example)
-    _warn(reason)
-    return frozen
-
-
-def _warn(reason: str) -> None:
+def _warn(text: str) -> None:
     # Where optimize was called.
-    warnings.warn(
-        f"optimize leaves the module to plain PyTorch: {reason}", UserWarning, stacklevel=4
-    )
+    warnings.warn(f"optimize: {text}", UserWarning, stacklevel=4)
 
 
 def _unsupported(module: Network) -> str | None:

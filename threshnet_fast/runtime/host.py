@@ -1,0 +1,181 @@
+"""A traced module whose islands run fused, and all else as plain PyTorch between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..engines.base import CompilationFailed, Engine
+from ..graph.export import annotate, trace
+from ..graph.ir import UnsupportedModule
+from ..graph.islands import Island, find_islands, insert
+from .island import FusedIsland
+
+__all__ = ["Arguments", "Host", "host_or_reason"]
+
+# Of the largest output. Float32 in different orders of additions stays far below; bfloat16 keeps
+# eight bits of each feature map.
+_TOLERANCE = {torch.float32: 1e-3}
+_COARSE = 5e-2
+
+
+class Arguments:
+    """What a module is called with.
+
+    Args:
+        args: Positional arguments.
+        kwargs: The others.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        self.args = args
+        self.kwargs = dict(kwargs or {})
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among them, however deep."""
+        leaves, _ = tree_flatten((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def map(self, change: Any) -> Arguments:
+        """The same with every tensor changed.
+
+        Args:
+            change: Takes a tensor and returns another.
+        """
+
+        def changed(leaf: Any) -> Any:
+            return change(leaf) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = tree_map(changed, (self.args, self.kwargs))
+        return Arguments(args, kwargs)
+
+    def noise(self) -> Arguments:
+        """The same with random numbers in the place of floating-point ones."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            noise = torch.randn(tensor.shape, generator=generator)
+            return noise.to(tensor.device, tensor.dtype)
+
+        return self.map(random)
+
+    def call(self, function: Any) -> Any:
+        """Calls something with them, without gradients."""
+        with torch.no_grad():
+            return function(*self.args, **self.kwargs)
+
+
+class Host:
+    """A module with islands.
+
+    Args:
+        module: The module, in evaluation mode; it must not change from now on.
+        example: What it is called with.
+        engine: What computes the islands.
+        dtype: Of the maps that islands take and make.
+        winograd: As :func:`threshnet_fast.environment.winograd_by_default` returns it.
+
+    Raises:
+        UnsupportedModule: The module cannot be traced, or has no island.
+
+    Attributes:
+        islands: In order.
+        foreign: Why each other operation is in none, one line each.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        example: Arguments,
+        engine: Engine,
+        dtype: torch.dtype,
+        winograd: int,
+    ) -> None:
+        self._module = module
+        traced = trace(module, example.args, example.kwargs)
+        annotate(traced, example.args, example.kwargs)
+        fused: dict[tuple[fx.Node, ...], FusedIsland] = {}
+
+        def check(island: Island) -> None:
+            if island.nodes not in fused:
+                new = FusedIsland(island, engine, dtype, winograd)
+                new.prepare()
+                fused[island.nodes] = new
+
+        found = find_islands(traced, check)
+        if not found.islands:
+            raise UnsupportedModule(_summary(found.foreign) or "the module computes nothing")
+        insert(traced, found.islands)
+        self.islands = tuple(fused[island.nodes] for island in found.islands)
+        for island, whole in zip(found.islands, self.islands, strict=True):
+            setattr(traced, island.name, whole)
+            whole.name = island.name
+        self.foreign = found.foreign
+        self._traced = traced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module."""
+        return self._traced(*args, **kwargs)
+
+    def summary(self) -> str:
+        """One line: how much of the module is fused."""
+        held = sum(island.nodes for island in self.islands)
+        count = len(self.islands)
+        text = f"{held} operations in {count} island{'s' if count != 1 else ''}"
+        return text if not self.foreign else f"{text}; as plain PyTorch: {_summary(self.foreign)}"
+
+    def difference(self, example: Arguments, expected: Any) -> str | None:
+        """Returns what it and the module itself differ in on an input, or None.
+
+        Args:
+            example: The input.
+            expected: What the module returns for it.
+        """
+        actual = example.call(self)
+        ours, form = tree_flatten(actual)
+        theirs, other_form = tree_flatten(expected)
+        if form != other_form:
+            return "it returns something else"
+        for a, b in zip(ours, theirs, strict=True):
+            if not isinstance(b, Tensor):
+                if not isinstance(a, type(b)) or a != b:
+                    return "it returns something else"
+                continue
+            if not isinstance(a, Tensor) or a.shape != b.shape:
+                return "it returns something else"
+            if not b.is_floating_point():
+                continue
+            wide, limit = b.float(), _TOLERANCE.get(a.dtype, _COARSE)
+            largest = float(wide.abs().nan_to_num(0, 0, 0).max()) if wide.numel() else 0.0
+            if not torch.allclose(a.float(), wide, rtol=0, atol=limit * largest, equal_nan=True):
+                return "it computes something else"
+        return None
+
+
+def host_or_reason(
+    module: nn.Module,
+    example: Arguments,
+    engine: Engine,
+    dtype: torch.dtype,
+    winograd: int,
+) -> Host | str:
+    """Returns a module's host, or why it has none, in one line."""
+    try:
+        return Host(module, example, engine, dtype, winograd)
+    except (CompilationFailed, UnsupportedModule) as error:
+        return str(error)
+
+
+def _summary(reasons: tuple[str, ...], most: int = 3) -> str:
+    """The first of some reasons, and how many others there are."""
+    different = list(dict.fromkeys(reasons))
+    text = "; ".join(different[:most])
+    more = len(different) - most
+    return text if more <= 0 else f"{text}; and {more} more"

@@ -1,0 +1,165 @@
+"""An island at work: a part of a traced module that an engine computes in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..engines.base import CompilationFailed, Engine
+from ..engines.cache import PlanCache
+from ..graph.ir import Graph, UnsupportedModule
+from ..graph.islands import Island
+from ..plan.fuse import Shape, fuse, reads_image
+from ..plan.ir import Plan
+from .transforms import transformed
+
+__all__ = ["FusedIsland", "IslandSource"]
+
+Row = tuple[int, int, int, int, int]
+
+
+class IslandSource:
+    """Makes the plans of one graph.
+
+    Args:
+        graph: The graph.
+        example: Rows of its inputs, as :func:`threshnet_fast.plan.fuse.fuse` takes them.
+    """
+
+    def __init__(self, graph: Graph, example: tuple[Row, ...]) -> None:
+        self.graph = graph
+        self._example = example
+
+    def __call__(self, shape: Any, *, head: bool, values: bool) -> Plan:
+        """Fuses the graph.
+
+        Args:
+            shape: Rows of the inputs; None for the example's, as weights are the same for all.
+            head: Nothing, as a graph has no head.
+            values: Whether to calculate the weights.
+
+        Raises:
+            UnsupportedModule: As :func:`threshnet_fast.plan.fuse.fuse`.
+        """
+        return fuse(self.graph, cast(Shape, shape or self._example), fold=values)
+
+
+class FusedIsland(nn.Module):
+    """Takes maps and returns maps, a tuple; what it cannot run fused, it runs as plain PyTorch.
+
+    Args:
+        island: The island.
+        engine: What computes it.
+        dtype: Of its inputs and weights.
+        winograd: As :func:`threshnet_fast.environment.winograd_by_default` returns it.
+
+    Attributes:
+        name: Which it is of the module's islands.
+        graph: What it computes.
+        nodes: How many operations it holds.
+    """
+
+    plain: fx.GraphModule
+
+    def __init__(self, island: Island, engine: Engine, dtype: torch.dtype, winograd: int) -> None:
+        super().__init__()
+        self.name = island.name
+        self.graph = island.graph
+        self.nodes = len(island.graph.nodes)
+        # Beside the submodules, as its parameters are those of the module that was traced.
+        self.__dict__["plain"] = island.module
+        self._engine = engine
+        self._dtype = dtype
+        self._frozen = engine.freeze(dtype, winograd)
+        self._image = reads_image(island.graph)
+        self._channels = [island.graph.channels[value] for value in island.graph.inputs]
+        self.example = self._example(island.shapes)
+        self.source = IslandSource(island.graph, self.example)
+        self._plans = PlanCache(engine, self.source)
+        # Why there is no plan for some shapes.
+        self.refused: dict[Hashable, str] = {}
+
+    def _example(self, shapes: tuple[tuple[int, int, int, int], ...]) -> tuple[Row, ...]:
+        rows = [(*shape, shape[1]) for shape in shapes]
+        if self._image:
+            rows[0] = (*shapes[0], 0)
+        return tuple(rows)
+
+    def prepare(self) -> None:
+        """Compiles the plan for the example, and packs the weights.
+
+        Raises:
+            UnsupportedModule: There is none.
+            CompilationFailed: The engine cannot compile it.
+        """
+        setting = self._engine.setting(torch.device("cpu"), self._dtype, self._frozen)
+        self._plans.get(cast(Any, self.example), True, setting)
+
+    def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        """Runs the island.
+
+        Args:
+            *xs: ``[N, C, H, W]`` each.
+
+        Returns:
+            What :attr:`graph` makes, as views of maps in channels_last format.
+        """
+        if transformed() or not all(map(self._takes, xs, self._channels)):
+            return self._plainly(xs)
+        maps = list(xs)
+        rows: list[Row] = []
+        for index, x in enumerate(xs):
+            if index or not self._image:
+                pitch = _pitch(x)
+                if not pitch:
+                    x = maps[index] = x.contiguous(memory_format=torch.channels_last)
+                    pitch = _pitch(x)
+                rows.append((*cast("tuple[int, int, int, int]", x.shape), pitch))
+            else:
+                rows.append((*cast("tuple[int, int, int, int]", x.shape), 0))
+        shape = tuple(rows)
+        setting = self._engine.setting(xs[0].device, self._dtype, self._frozen)
+        if shape in self.refused:
+            return self._plainly(xs)
+        try:
+            plan, packed = self._plans.get(cast(Any, shape), True, setting)
+        except (CompilationFailed, UnsupportedModule) as error:
+            self.refused[shape] = str(error)
+            return self._plainly(xs)
+        return tuple(cast(Any, plan).run(maps, packed))
+
+    def _takes(self, x: object, channels: int | None) -> bool:
+        return (
+            type(x) is Tensor
+            and x.dtype is self._dtype
+            and x.ndim == 4
+            and x.shape[1] == channels
+            and x.device.type == "cpu"
+            and x.layout is torch.strided
+            and x.numel() > 0
+        )
+
+    def _plainly(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return cast("tuple[Tensor, ...]", self.plain(*xs))
+
+
+def _pitch(x: Tensor) -> int:
+    """Elements between neighbouring pixels of a map whose channels are innermost; 0 for others."""
+    batch, channels, height, width = x.shape
+    image, channel, row, pixel = x.stride()
+    if width > 1:
+        pitch = pixel
+    elif height > 1:
+        pitch = row
+    else:
+        pitch = image if batch > 1 else channels
+    dense = (
+        (channels == 1 or channel == 1)
+        and pitch >= channels
+        and (height == 1 or row == width * pitch)
+        and (batch == 1 or image == height * width * pitch)
+    )
+    return pitch if dense else 0
