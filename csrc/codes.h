@@ -7,10 +7,28 @@
 namespace threshnet_fast {
 
 // What a step of a plan's description is.
-enum class PlanStepKind : int64_t { kConvolution = 0, kPool = 1, kDepthwise = 2 };
+enum class PlanStepKind : int64_t {
+  kConvolution = 0,
+  kPool = 1,
+  kDepthwise = 2,
+  kPointwise = 3,
+  kResize = 4
+};
 
-// What follows a sum: nothing, max(x, 0), or min(max(x, 0), 6). A NaN stays a NaN.
-enum Activation : int64_t { kIdentity = 0, kRelu = 1, kRelu6 = 2 };
+// What follows a sum: nothing, max(x, 0), min(max(x, 0), 6), and behind kRelu6 what pointwise steps
+// alone have. A NaN stays a NaN.
+enum Activation : int64_t {
+  kIdentity = 0,
+  kRelu = 1,
+  kRelu6 = 2,
+  kLeakyRelu = 3,
+  kSilu = 4,
+  kHardswish = 5,
+  kSigmoid = 6
+};
+
+// Where a pixel of a resized map is taken from.
+enum ResizeMode : int64_t { kNearest = 0, kNearestExact = 1, kBilinear = 2 };
 
 namespace cpu {
 

@@ -25,6 +25,11 @@ struct TapRange {
 inline TapRange valid_taps(int64_t first, int64_t size, int64_t kernel) {
   return {first < 0 ? -first : 0, size - first < kernel ? size - first : kernel};
 }
+// The same where neighbouring taps are `dilation` pixels apart.
+inline TapRange valid_taps(int64_t first, int64_t size, int64_t kernel, int64_t dilation) {
+  const int64_t behind = size > first ? (size - first + dilation - 1) / dilation : 0;
+  return {first < 0 ? (dilation - 1 - first) / dilation : 0, behind < kernel ? behind : kernel};
+}
 
 // In one direction, the taps that can meet a pixel, from the first such tap to the last: of a
 // padded 3x3 window on a map of one pixel that is one, not nine.

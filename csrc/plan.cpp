@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace threshnet_fast {
@@ -28,6 +30,9 @@ int64_t product_of_sizes(std::initializer_list<int64_t> sizes, const std::string
 }
 
 namespace {
+
+// The most rows or columns of padding on one side.
+constexpr int64_t kMostPadding = 1 << 20;
 
 class Reader {
  public:
@@ -70,12 +75,15 @@ class Reader {
     plan_.output_channels = dimension();
     plan_.output_height = dimension();
     plan_.output_width = dimension();
-    plan_.external_count = next();
+    plan_.input_count = next();
+    const int64_t output_count = next();
     plan_.weight_count = next();
     plan_.arena_size = next();
     const int64_t buffer_count = next();
     step_count_ = next();
-    require_plan(plan_.external_count >= 0 && plan_.external_count < 1 << 20, "external inputs");
+    require_plan(plan_.input_count >= 0 && plan_.input_count < 1 << 20, "external inputs");
+    require_plan(output_count >= 0 && output_count < 1 << 20, "external outputs");
+    plan_.external_count = plan_.input_count + output_count;
     require_plan(plan_.arena_size >= 0 && plan_.arena_size < int64_t{1} << 48,
                  "the arena's size is not between 0 and 2^48 floats");
     require_plan(plan_.arena_size % kGroupChannels == 0,
@@ -83,14 +91,27 @@ class Reader {
     require_plan(buffer_count > 0 && buffer_count < 1 << 20, "number of buffers");
     require_plan(step_count_ > 0 && step_count_ < 1 << 20, "number of steps");
     for (int64_t i = 0; i < buffer_count; ++i) read_buffer();
+    check_externals();
+  }
+
+  // A caller's map is checked against the one buffer that it is.
+  void check_externals() const {
+    std::vector<int64_t> buffers(plan_.external_count);
+    for (const Buffer& buffer : plan_.buffers) {
+      if (buffer.offset <= kFirstExternal) ++buffers[kFirstExternal - buffer.offset];
+    }
+    for (const int64_t count : buffers)
+      require_plan(count == 1, "an external map is not that of one buffer");
   }
 
   void read_buffer() {
     Buffer buffer{};
     buffer.height = dimension();
     buffer.width = dimension();
+    buffer.channels = dimension();
     buffer.pitch = dimension();
     buffer.offset = next();
+    require_plan(buffer.channels <= buffer.pitch, "a buffer has more channels than its pitch");
     const std::string name = "buffer " + std::to_string(plan_.buffers.size());
     const int64_t pixels = product_of_sizes({plan_.batch, buffer.height, buffer.width}, name);
     require_plan(pixels <= std::numeric_limits<int32_t>::max(), "a buffer has over 2^31 pixels");
@@ -103,7 +124,7 @@ class Reader {
           "a buffer does not fit in the arena");
     } else {
       require_plan(buffer.offset > kFirstExternal - plan_.external_count,
-                   "a buffer names an external input that does not exist");
+                   "a buffer names an external map that does not exist");
     }
     if (buffer.offset == kNetworkInput) {
       require_plan(buffer.height == plan_.input_height && buffer.width == plan_.input_width,
@@ -114,7 +135,14 @@ class Reader {
                        buffer.pitch == plan_.output_channels,
                    "the network's output has another size than its buffer");
     }
+    if (is_external_output(buffer)) {
+      require_plan(buffer.pitch == buffer.channels, "an external output is not dense");
+    }
     plan_.buffers.push_back(buffer);
+  }
+
+  bool is_external_output(const Buffer& buffer) const {
+    return buffer.offset <= kFirstExternal - plan_.input_count;
   }
 
   const Buffer& buffer(int64_t index) const {
@@ -130,8 +158,8 @@ class Reader {
     segment.channels = dimension();
     const Buffer& of = buffer(segment.buffer);
     // Compared without adding, as the sum need not fit in 64 bits.
-    require_plan(segment.channel >= 0 && segment.channel <= of.pitch &&
-                     segment.channels <= of.pitch - segment.channel,
+    require_plan(segment.channel >= 0 && segment.channel <= of.channels &&
+                     segment.channels <= of.channels - segment.channel,
                  leaves);
     return segment;
   }
@@ -148,25 +176,59 @@ class Reader {
 
   void read_output(PlanStep& step) {
     step.output = read_segment("an output leaves its buffer");
-    const int64_t offset = buffer(step.output.buffer).offset;
-    require_plan(offset >= 0 || offset == kNetworkOutput, "a step writes to an input");
+    const Buffer& to = buffer(step.output.buffer);
+    require_plan(to.offset >= 0 || to.offset == kNetworkOutput || is_external_output(to),
+                 "a step writes to an input");
     if (step.output.channels > kMostChannels)
       fail_plan(name_of_step() + " writes over 2^24 channels");
   }
 
+  int64_t padding() {
+    const int64_t value = next();
+    require_plan(value >= 0 && value < kMostPadding, "padding");
+    return value;
+  }
+
   void read_window(PlanStep& step) {
-    step.kernel_height = dimension();
-    step.kernel_width = dimension();
-    step.stride = dimension();
-    step.padding = next();
-    require_plan(step.padding >= 0 && step.padding < 1 << 20, "padding");
+    PlanWindow& window = step.window;
+    window.kernel_height = dimension();
+    window.kernel_width = dimension();
+    window.stride_height = dimension();
+    window.stride_width = dimension();
+    window.padding_top = padding();
+    window.padding_left = padding();
+    window.dilation_height = dimension();
+    window.dilation_width = dimension();
     const Buffer& from = buffer(step.inputs[0].buffer);
     const Buffer& to = buffer(step.output.buffer);
-    const int64_t height = from.height + 2 * step.padding - step.kernel_height;
-    const int64_t width = from.width + 2 * step.padding - step.kernel_width;
-    require_plan(height >= 0 && width >= 0, "a window is larger than its padded input");
-    require_plan(to.height == height / step.stride + 1 && to.width == width / step.stride + 1,
+    check_windows(from.height, to.height, window.height(), window.stride_height,
+                  window.padding_top);
+    check_windows(from.width, to.width, window.width(), window.stride_width, window.padding_left);
+  }
+
+  // In one direction: `output` windows, of which one reaches over `extent` pixels, are no fewer
+  // than those that fit without any padding behind the map, and no more than fit with the most.
+  static void check_windows(int64_t input, int64_t output, int64_t extent, int64_t stride,
+                            int64_t padding) {
+    require_plan(extent <= std::numeric_limits<int32_t>::max(),
+                 "a window reaches over more than 2^31 - 1 pixels");
+    const int64_t room = input + padding - extent;
+    const int64_t last = (output - 1) * stride;
+    require_plan(last < room + kMostPadding && (room < 0 || output >= room / stride + 1),
                  "an output map has the wrong size");
+  }
+
+  // Of a pool: no window lies beside the map.
+  static void check_pooled(int64_t input, int64_t output, int64_t kernel, int64_t stride,
+                           int64_t padding) {
+    require_plan(2 * padding <= kernel, "a pool's padding is over half its window");
+    require_plan((output - 1) * stride - padding < input, "a pool's window begins behind the map");
+  }
+
+  // Two segments of one buffer that have channels in common.
+  static bool overlap(const BufferSegment& a, const BufferSegment& b) {
+    return a.buffer == b.buffer && a.channel < b.channel + b.channels &&
+           b.channel < a.channel + a.channels;
   }
 
   void read_step() {
@@ -174,18 +236,26 @@ class Reader {
     PlanStep step{};
     const int64_t kind = next();
     const int64_t length = next();
-    require_plan(kind >= 0 && kind <= static_cast<int64_t>(PlanStepKind::kDepthwise),
+    require_plan(kind >= 0 && kind <= static_cast<int64_t>(PlanStepKind::kResize),
                  "unknown kind of step");
     step.kind = static_cast<PlanStepKind>(kind);
+    step.window = {1, 1, 1, 1, 0, 0, 1, 1};
+    step.weight_index = step.bias_index = step.scale_index = step.shift_index = -1;
     switch (step.kind) {
       case PlanStepKind::kConvolution:
         read_convolution(step);
         break;
       case PlanStepKind::kPool:
-        read_pool(step, start + length);
+        read_pool(step);
         break;
       case PlanStepKind::kDepthwise:
         read_depthwise(step);
+        break;
+      case PlanStepKind::kPointwise:
+        read_pointwise(step);
+        break;
+      case PlanStepKind::kResize:
+        read_resize(step);
         break;
     }
     require_plan(position_ - start == length, "a step has the wrong length");
@@ -197,12 +267,14 @@ class Reader {
   std::string name_of_step() const { return "step " + std::to_string(plan_.steps.size()); }
 
   void check_sizes(const PlanStep& step) const {
-    product_of_sizes({step.kernel_height, step.kernel_width}, "the window of " + name_of_step());
-    if (step.kind == PlanStepKind::kPool) return;
+    product_of_sizes({step.window.kernel_height, step.window.kernel_width},
+                     "the window of " + name_of_step());
+    if (step.weight_index < 0) return;
     const int64_t inputs =
         step.kind == PlanStepKind::kConvolution ? step.input_channels : int64_t{1};
-    product_of_sizes({step.output.channels, inputs, step.kernel_height, step.kernel_width},
-                     "the weight of " + name_of_step());
+    product_of_sizes(
+        {step.output.channels, inputs, step.window.kernel_height, step.window.kernel_width},
+        "the weight of " + name_of_step());
   }
 
   void read_convolution(PlanStep& step) {
@@ -211,18 +283,12 @@ class Reader {
     read_output(step);
     read_window(step);
     read_epilogue(step);
-    step.scale_index = weight_index(true);
-    step.shift_index = weight_index(true);
-    require_plan((step.scale_index < 0) == (step.shift_index < 0), "a scale without a shift");
-    const Buffer& from = buffer(step.inputs[0].buffer);
+    read_affine(step);
+    step.prologue_activation = activation(kRelu6);
     for (const BufferSegment& segment : step.inputs) {
       const Buffer& other = buffer(segment.buffer);
-      require_plan(other.height == from.height && other.width == from.width,
-                   "segments of different sizes");
-      require_plan(!(segment.buffer == step.output.buffer &&
-                     segment.channel < step.output.channel + step.output.channels &&
-                     step.output.channel < segment.channel + segment.channels),
-                   "a convolution writes over its own input");
+      require_same_size(other, buffer(step.inputs[0].buffer));
+      require_plan(!overlap(segment, step.output), "a convolution writes over its own input");
       if (other.offset != kNetworkInput) continue;
       step.reads_network_input = true;
       require_plan(step.inputs.size() == 1 && segment.channel == 0 && step.scale_index < 0 &&
@@ -231,45 +297,109 @@ class Reader {
     }
   }
 
+  static void require_same_size(const Buffer& a, const Buffer& b) {
+    require_plan(a.height == b.height && a.width == b.width, "segments of different sizes");
+  }
+
+  Activation activation(Activation last) {
+    const int64_t code = next();
+    require_plan(code >= 0 && code <= last, "unknown activation");
+    return static_cast<Activation>(code);
+  }
+
+  // A float32 by its bits.
+  float number() {
+    const int64_t bits = next();
+    require_plan(bits >= 0 && bits <= std::numeric_limits<uint32_t>::max(),
+                 "a number is not the bits of a float32");
+    const uint32_t word = static_cast<uint32_t>(bits);
+    float value = 0;
+    std::memcpy(&value, &word, sizeof value);
+    require_plan(std::isfinite(value), "a number is not finite");
+    return value;
+  }
+
+  void read_affine(PlanStep& step) {
+    step.scale_index = weight_index(true);
+    step.shift_index = weight_index(true);
+    require_plan((step.scale_index < 0) == (step.shift_index < 0), "a scale without a shift");
+  }
+
   void read_epilogue(PlanStep& step) {
-    const int64_t activation = next();
-    require_plan(activation >= 0 && activation <= kRelu6, "unknown activation");
-    step.activation = static_cast<Activation>(activation);
+    step.activation = activation(kRelu6);
     step.weight_index = weight_index(false);
     step.bias_index = weight_index(true);
+  }
+
+  void require_map(const BufferSegment& segment) const {
+    require_plan(buffer(segment.buffer).offset != kNetworkInput,
+                 "a step that is no convolution reads the network's input");
   }
 
   // What every channel of the output is made of is the same channel of the input alone.
   void read_channelwise(PlanStep& step) {
     read_input(step);
     read_output(step);
-    read_window(step);
-    require_plan(buffer(step.inputs[0].buffer).offset != kNetworkInput,
-                 "a pool or a depthwise convolution reads the network's input");
+    require_map(step.inputs[0]);
     require_plan(step.inputs[0].channels == step.output.channels,
-                 "a pool or a depthwise convolution changes the number of channels");
-    step.weight_index = step.bias_index = step.scale_index = step.shift_index = -1;
+                 "a step that is no convolution changes the number of channels");
+    require_plan(!overlap(step.inputs[0], step.output),
+                 "a step writes to the channels of the buffer that it reads");
   }
 
   void read_depthwise(PlanStep& step) {
     read_channelwise(step);
+    read_window(step);
     read_epilogue(step);
-    require_plan(step.inputs[0].buffer != step.output.buffer,
-                 "a depthwise convolution writes to the buffer that it reads");
   }
 
-  // Scale and shift are there if the step does not end without them.
-  void read_pool(PlanStep& step, int64_t end) {
+  void read_pool(PlanStep& step) {
     read_channelwise(step);
-    step.average = next() != 0;
-    if (position_ != end) {
-      step.scale_index = weight_index(false);
-      step.shift_index = weight_index(false);
-      require_plan(step.average, "a maximum with a prologue");
+    read_window(step);
+    const int64_t average = next();
+    require_plan(average == 0 || average == 1, "a pool is neither a maximum nor an average");
+    step.average = average == 1;
+    step.divisor = next();
+    require_plan(step.divisor >= kPixelsOfMap && step.divisor < int64_t{1} << 31, "divisor");
+    read_affine(step);
+    step.prologue_activation = activation(kRelu6);
+    require_plan(step.average || step.scale_index < 0, "a maximum with a prologue");
+    const PlanWindow& window = step.window;
+    const Buffer& from = buffer(step.inputs[0].buffer);
+    const Buffer& to = buffer(step.output.buffer);
+    require_plan(window.dilation_height == 1 && window.dilation_width == 1, "a dilated pool");
+    check_pooled(from.height, to.height, window.kernel_height, window.stride_height,
+                 window.padding_top);
+    check_pooled(from.width, to.width, window.kernel_width, window.stride_width,
+                 window.padding_left);
+  }
+
+  void read_pointwise(PlanStep& step) {
+    const int64_t count = dimension();
+    for (int64_t i = 0; i < count; ++i) read_input(step);
+    read_output(step);
+    read_affine(step);
+    step.activation = activation(kSigmoid);
+    step.slope = number();
+    for (const BufferSegment& segment : step.inputs) {
+      require_map(segment);
+      require_same_size(buffer(segment.buffer), buffer(step.output.buffer));
+      require_plan(segment.channels == step.output.channels,
+                   "a sum of maps with different numbers of channels");
+      require_plan(!overlap(segment, step.output) || segment.channel == step.output.channel,
+                   "a sum is written over a part of what it reads");
     }
-    require_plan(!(step.average && step.padding > 0), "an average pool with padding");
-    require_plan(2 * step.padding <= step.kernel_height && 2 * step.padding <= step.kernel_width,
-                 "a pool's padding is over half its window");
+  }
+
+  void read_resize(PlanStep& step) {
+    read_channelwise(step);
+    const int64_t mode = next();
+    require_plan(mode >= kNearest && mode <= kBilinear, "unknown interpolation");
+    const int64_t aligned = next();
+    require_plan(aligned == 0 || aligned == 1, "align_corners");
+    step.resizing = {static_cast<ResizeMode>(mode), aligned == 1, number(), number()};
+    require_plan(step.resizing.scale_height >= 0 && step.resizing.scale_width >= 0,
+                 "a map is resized by a negative scale");
   }
 
   const int64_t* data_;

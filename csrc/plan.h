@@ -14,12 +14,14 @@
 namespace threshnet_fast {
 
 constexpr int64_t kDescriptionMagic = 0x4e4c5046544e54;  // "TNTFPLN"
-constexpr int64_t kDescriptionVersion = 1;
+constexpr int64_t kDescriptionVersion = 2;
 
 // Where a buffer lives: at a non-negative offset (in elements) of the arena, or outside of it.
-constexpr int64_t kNetworkInput = -1;   // any strides; only the first convolution may read it
+constexpr int64_t kNetworkInput = -1;   // any strides; only convolutions without prologue read it
 constexpr int64_t kNetworkOutput = -2;  // dense NHWC
-constexpr int64_t kFirstExternal = -3;  // NHWC with the buffer's pitch; -3 - i is external input i
+// NHWC with the buffer's pitch; -3 - i is external map i. The first are inputs, which no step
+// writes; those behind are outputs, which steps may write and read.
+constexpr int64_t kFirstExternal = -3;
 
 // The most channels of a segment or of all that a step reads.
 constexpr int64_t kMostChannels = int64_t{1} << 24;
@@ -30,7 +32,7 @@ constexpr int64_t kMostThreads = int64_t{1} << 12;
 
 // NHWC, pitch elements between neighbouring pixels.
 struct Buffer {
-  int64_t height, width, pitch, offset;
+  int64_t height, width, channels, pitch, offset;
 };
 
 // Some channels of a buffer.
@@ -38,14 +40,43 @@ struct BufferSegment {
   int64_t buffer, channel, channels;
 };
 
+// Of a convolution or a pool. How many rows and columns of padding there are below and to the right
+// follows from the size of the output.
+struct PlanWindow {
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t padding_top, padding_left;
+  int64_t dilation_height, dilation_width;
+
+  int64_t taps() const { return kernel_height * kernel_width; }
+  // From a window's first row or column to behind its last.
+  int64_t height() const { return (kernel_height - 1) * dilation_height + 1; }
+  int64_t width() const { return (kernel_width - 1) * dilation_width + 1; }
+};
+
+// Pixels of the input to one of the output, down and to the right.
+struct Resizing {
+  ResizeMode mode;
+  bool align_corners;
+  float scale_height, scale_width;
+};
+
+// What an average divides by, where that is not a number.
+constexpr int64_t kPixelsOfMap = -1;    // the window's pixels on the map
+constexpr int64_t kPixelsOfPadded = 0;  // and on a padding that is the same on all sides
+
 struct PlanStep {
   PlanStepKind kind;
-  std::vector<BufferSegment> inputs;  // several only for a convolution
+  std::vector<BufferSegment> inputs;  // several only for convolutions and pointwise steps
   BufferSegment output;
   int64_t input_channels;
-  int64_t kernel_height, kernel_width, stride, padding;
-  Activation activation;                                       // of convolutions only
+  PlanWindow window;          // 1x1 of pointwise steps and of those that resize
+  Activation activation;  // of convolutions and pointwise steps
+  Activation prologue_activation;
   bool average;                                                // pool only
+  int64_t divisor;                                             // average pool only: that, or kPixelsOfMap or kPixelsOfPadded
+  float slope;                                                 // pointwise only
+  Resizing resizing;                                           // resize only
   int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
   bool reads_network_input;
 };
@@ -53,7 +84,8 @@ struct PlanStep {
 struct Plan {
   int64_t batch, input_channels, input_height, input_width;
   int64_t output_channels, output_height, output_width;
-  int64_t external_count, weight_count, arena_size;
+  int64_t input_count, external_count;  // of external maps, those that are inputs and all
+  int64_t weight_count, arena_size;
   std::vector<Buffer> buffers;
   std::vector<PlanStep> steps;
 
@@ -71,8 +103,9 @@ int64_t product_of_sizes(std::initializer_list<int64_t> sizes, const std::string
 void require_size(int64_t elements, const std::string& what);
 
 // Reads a description of `length` entries. Every index in the result is within bounds, every
-// segment within its buffer, every buffer within the arena, and every output as large as its window
-// makes it. Throws std::invalid_argument where that is not so.
+// segment within its buffer, every buffer within the arena, every external map that of one buffer,
+// and every output as large as its window makes it. Throws std::invalid_argument where that is not
+// so.
 Plan read_plan(const int64_t* description, int64_t length);
 
 }  // namespace threshnet_fast

@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("create_workspace(Tensor program, int threads) -> Tensor");
   m.def("run_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor");
   m.def(
+      "run_island(Tensor[] xs, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor[]");
+  m.def(
       "profile_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) "
       "-> (Tensor, Tensor)");
   m.def("peak_flops(int isa, int threads) -> float");

@@ -482,14 +482,14 @@ def test_compile_refuses_an_inconsistent_description():
     average = Window(16, (8, 8), (2, 2), stride=2).plan(average=True)
     large = Window(16, (20, 20), (9, 9), padding=4).plan(average=False)
     cases = {
-        "unknown activation": edited(depthwise, [3, 3, 1, 1, 2], [3, 3, 1, 1, 3]),
-        "unknown kind of step": edited(depthwise, [2, 15, 1, 5, 16], [3, 15, 1, 5, 16]),
+        "unknown activation": edited(depthwise, [1, 1, 1, 1, 1, 1, 2], [1, 1, 1, 1, 1, 1, 3]),
+        "unknown kind of step": edited(depthwise, [2, 19, 1, 5, 16], [5, 19, 1, 5, 16]),
         "changes the number of channels": edited(depthwise, [1, 5, 16, 2], [1, 5, 15, 2]),
-        "no such weight": edited(depthwise, [3, 3, 1, 1, 2, 1, 2], [3, 3, 1, 1, 2, 1, 3]),
-        "reads the network's input": edited(depthwise, [2, 15, 1, 5, 16], [2, 15, 0, 0, 16]),
+        "no such weight": edited(depthwise, [1, 1, 1, 1, 2, 1, 2], [1, 1, 1, 1, 2, 1, 3]),
+        "reads the network's input": edited(depthwise, [2, 19, 1, 5, 16], [2, 19, 0, 0, 16]),
         "buffer that it reads": edited(depthwise, [1, 5, 16, 2, 0, 16], [1, 5, 16, 1, 0, 16]),
-        "a maximum with a prologue": edited(average, [2, 2, 2, 0, 1], [2, 2, 2, 0, 0]),
-        "wrong length": edited(average, [1, 15, 1, 5, 16], [1, 16, 1, 5, 16]),
+        "a maximum with a prologue": edited(average, [1, 1, 1, -1, 1, 2], [1, 1, 0, -1, 1, 2]),
+        "wrong length": edited(average, [1, 21, 1, 5, 16], [1, 22, 1, 5, 16]),
         "over 64 taps": serialize(large, plan_memory(large)),
     }
     for message, description in cases.items():

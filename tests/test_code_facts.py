@@ -67,11 +67,17 @@ def test_description():
         "kConvolution": codes.CONVOLUTION,
         "kPool": codes.POOL,
         "kDepthwise": codes.DEPTHWISE,
+        "kPointwise": codes.POINTWISE,
+        "kResize": codes.RESIZE,
     }
+    assert numbers["kFirstExternal"] == serialize._FIRST_EXTERNAL
+    names = {mode.title().replace("-", ""): code for mode, code in codes.RESIZE_MODES.items()}
+    assert {name[1:]: code for name, code in enum("ResizeMode").items()} == names
 
 
 def test_activations():
-    names = {"kIdentity": "", "kRelu": "relu", "kRelu6": "relu6"}
+    names = {"kIdentity": "", "kRelu": "relu", "kRelu6": "relu6", "kLeakyRelu": "leaky_relu"}
+    names |= {"kSilu": "silu", "kHardswish": "hardswish", "kSigmoid": "sigmoid"}
     assert {names[name]: code for name, code in enum("Activation").items()} == codes.ACTIVATIONS
 
 

@@ -1,7 +1,6 @@
 """The C++ engine against the float64 reference: step by step, whole networks, failure paths."""
 
 import copy
-import dataclasses
 from pathlib import Path
 from random import Random
 
@@ -153,8 +152,9 @@ def normalised(step, x):
     """What a step computes on, after its prologue if it has one, and the magnitude of its terms."""
     if step.prologue is None:
         return x, x.abs()
-    scale, shift = (t.double()[:, None, None] for t in dataclasses.astuple(step.prologue))
-    return torch.relu(x * scale + shift), x.abs() * scale.abs() + shift.abs()
+    prologue = step.prologue
+    scale, shift = (t.double()[:, None, None] for t in (prologue.scale, prologue.shift))
+    return activate(x * scale + shift, prologue.activation), x.abs() * scale.abs() + shift.abs()
 
 
 def double_step(step, x):
@@ -412,7 +412,7 @@ def test_compile_refuses_an_inconsistent_description(randomised):
         "dimension": _edit(description, 2, 0),
         "ends too early": description[:-1],
         "longer than its steps": torch.cat([description, description[:1]]),
-        "does not fit in the arena": _edit(description, 11, 16),
+        "does not fit in the arena": _edit(description, 12, 16),
     }
     for message, case in cases.items():
         with pytest.raises((RuntimeError, ValueError), match=message):
@@ -442,12 +442,14 @@ def test_compile_survives_any_single_wrong_entry(randomised):
 def convolution(channels, out, kernel, size, *, segments=1, padding=0):
     """A description of one convolution that reads external inputs."""
     window = (size + 2 * padding - kernel) + 1
-    header = [0x4E4C5046544E54, 1, 1, channels, size, size, out, window, window]
-    header += [segments, 1, 0, segments + 1, 1]
-    buffers = [number for i in range(segments) for number in (size, size, channels, -3 - i)]
-    buffers += [window, window, out, -2]
+    header = [0x4E4C5046544E54, 2, 1, channels, size, size, out, window, window]
+    header += [segments, 0, 1, 0, segments + 1, 1]
+    maps = range(segments)
+    buffers = [number for i in maps for number in (size, size, channels, channels, -3 - i)]
+    buffers += [window, window, out, out, -2]
     inputs = [number for i in range(segments) for number in (i, 0, channels)]
-    step = [segments, *inputs, segments, 0, out, kernel, kernel, 1, padding, 0, 0, -1, -1, -1]
+    step = [segments, *inputs, segments, 0, out, kernel, kernel, 1, 1, padding, padding, 1, 1]
+    step += [0, 0, -1, -1, -1, 0]
     return torch.tensor([*header, *buffers, 0, len(step) + 2, *step])
 
 

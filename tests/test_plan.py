@@ -181,7 +181,7 @@ def test_description_is_flat_and_complete():
     assert description.dtype == torch.int64
     assert description.dim() == 1
     assert description[2:6].tolist() == list(SHAPES[0])
-    assert description[10] == len(plan.weights())
+    assert description[11] == len(plan.weights())
 
 
 def test_lowering_without_folding_has_the_same_description():

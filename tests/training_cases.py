@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from threshnet_fast.engines import cpu
-from threshnet_fast.plan.raw import ACTIVATIONS
+from threshnet_fast.plan.raw import FUSED_ACTIVATIONS
 
 operators = torch.ops.threshnet_fast_cpu
 
@@ -119,7 +119,7 @@ class Case:
 
     @property
     def code(self) -> int:
-        return ACTIVATIONS[self.activation]
+        return FUSED_ACTIVATIONS[self.activation]
 
     @property
     def window(self) -> list[int]:

@@ -30,11 +30,6 @@ inline constexpr int32_t kIota[kMaxTilePixels] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 
 inline constexpr int32_t kZeroRows[kMaxTilePixels] = {};
 inline constexpr float kNoBias[kMaxTileVectors * 16] = {};
 
-// How many pixels of a map a tap lies behind a window's first one.
-inline int64_t tap_shift(int64_t tap, int64_t kernel_width, int64_t map_width) {
-  return tap / kernel_width * map_width + tap % kernel_width;
-}
-
 // Appends a run to those from `first` on, of which `end` is behind the last; returns the new end. A
 // run that goes on where the one before it ends, in memory and in the weights, joins it: where
 // pixels lie side by side, neighbouring taps do so.

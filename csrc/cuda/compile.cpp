@@ -20,7 +20,7 @@ class Compiler {
       : plan_(plan), dtype_(dtype), device_(device) {
     if (const char* reason = objection(dtype, device.architecture))
       throw std::invalid_argument(std::string("threshnet_fast: ") + reason);
-    require_plan(plan.external_count == 0, "external inputs are not supported");
+    require_plan(plan.external_count == 0, "external maps are not supported");
     header_.magic = kMagic;
     header_.version = kVersion;
     header_.dtype = static_cast<int64_t>(dtype);
@@ -82,10 +82,18 @@ class Compiler {
                    static_cast<int32_t>(from.width),
                    static_cast<int32_t>(to.height),
                    static_cast<int32_t>(to.width),
-                   static_cast<int32_t>(planned.kernel_height),
-                   static_cast<int32_t>(planned.kernel_width),
-                   static_cast<int32_t>(planned.stride),
-                   static_cast<int32_t>(planned.padding)};
+                   static_cast<int32_t>(planned.window.kernel_height),
+                   static_cast<int32_t>(planned.window.kernel_width),
+                   static_cast<int32_t>(planned.window.stride_height),
+                   static_cast<int32_t>(planned.window.padding_top)};
+    require_window(planned, from, to);
+    require_plan(planned.kind != PlanStepKind::kPointwise && planned.kind != PlanStepKind::kResize,
+                 "a step is a sum or resizes a map, for which no GPU has a kernel");
+    require_plan(planned.scale_index < 0 || planned.prologue_activation == kRelu,
+                 "an input is normalised without ReLU, for which no GPU has a kernel");
+    require_plan(!planned.average || planned.divisor == kPixelsOfMap ||
+                     planned.divisor == kPixelsOfPadded,
+                 "an average has a divisor of its own, for which no GPU has a kernel");
     require_plan(planned.activation != kRelu6,
                  "an activation is ReLU6, which no kernel for a GPU has");
     require_plan(planned.kind != PlanStepKind::kDepthwise,
@@ -106,6 +114,23 @@ class Compiler {
     step.scale_index = planned.scale_index;
     step.shift_index = planned.shift_index;
     return step;
+  }
+
+  // Windows that move, and are padded, alike in both directions and on all sides.
+  static void require_window(const PlanStep& planned, const Buffer& from, const Buffer& to) {
+    const PlanWindow& window = planned.window;
+    const int64_t stride = window.stride_height, padding = window.padding_top;
+    const auto windows = [&](int64_t size, int64_t kernel) {
+      return (size + 2 * padding - kernel) / stride + 1;
+    };
+    require_plan(window.stride_width == stride && window.padding_left == padding &&
+                     window.dilation_height == 1 && window.dilation_width == 1 &&
+                     to.height == windows(from.height, window.kernel_height) &&
+                     to.width == windows(from.width, window.kernel_width),
+                 "a window is dilated, or not the same in both directions, for which no GPU has a "
+                 "kernel");
+    require_plan(!(planned.average && padding > 0),
+                 "an average is padded, for which no GPU has a kernel");
   }
 
   static constexpr int64_t group() { return kGroup; }
@@ -187,12 +212,13 @@ class Compiler {
     const Buffer& pooled = plan_.buffer_of(pool.output);
     const Buffer& to = plan_.buffer_of(linear.output);
     const BufferSegment& input = linear.inputs[0];
-    return pool.average && pool.kernel_height == from.height && pool.kernel_width == from.width &&
+    return pool.average && pool.window.kernel_height == from.height &&
+           pool.window.kernel_width == from.width &&
            pooled.height == 1 && pooled.width == 1 && linear.inputs.size() == 1 &&
            input.buffer == pool.output.buffer && input.channel == pool.output.channel &&
            input.channels == pool.output.channels && readers_.at(input.buffer) == 1 &&
-           linear.scale_index < 0 && linear.activation == kIdentity && linear.kernel_height == 1 &&
-           linear.kernel_width == 1 && linear.padding == 0 && to.offset == kNetworkOutput &&
+           linear.scale_index < 0 && linear.activation == kIdentity && linear.window.taps() == 1 &&
+           linear.window.padding_top == 0 && to.offset == kNetworkOutput &&
            linear.output.channel == 0 && to.pitch == linear.output.channels &&
            round_up(input.channels, group()) <= kMaxHeadChannels;
   }

@@ -14,10 +14,11 @@ from .. import environment, extension
 from ..environment import AUTOMATIC_WINOGRAD, winograd_by_default
 from ..graph.ir import UnsupportedModule
 from ..plan.codes import ALGORITHMS, ISAS
-from ..plan.ir import FusedConv, Plan, Step
+from ..plan.ir import FusedConv, Head, Plan, Segment, Step
 from ..plan.limits import of_convolution_on_the_cpu
 from ..plan.memory import plan_memory
 from ..plan.serialize import serialize
+from ..plan.shapes import Shape, batch_of, with_batch
 from .base import Engine, PreparedPlan, Purpose, Source
 from .registry import register
 
@@ -183,6 +184,17 @@ class CompiledPlan:
         self._isa = isa
         self._threads = threads
         self._run = operators.run_plan.default
+        self._run_island = operators.run_island.default
+        self._classic = plan.classic
+        self._pitches = tuple(
+            0 if plan.image and index == 0 else arena.pitches[buffer]
+            for index, buffer in enumerate(plan.inputs)
+        )
+        flat = plan.flat_outputs or (plan.flat_output,) * len(plan.returned)
+        self._outputs = tuple(
+            _Output.of(plan, segment, flat)
+            for segment, flat in zip(plan.returned, flat, strict=True)
+        )
         self._workspaces: deque[Tensor] = deque()
 
     def describe(self) -> str:
@@ -223,19 +235,88 @@ class CompiledPlan:
         """
         if x.dtype is not self.dtype:
             return self(x.to(self.dtype), packed).to(x.dtype)
-        try:
-            workspace = self._workspaces.pop()
-        except IndexError:
-            workspace = torch.ops.threshnet_fast_cpu.create_workspace(self.program, self._threads)
+        workspace = self._take_workspace()
         output: Tensor = self._run(x, self.program, packed, workspace)
+        self._keep_workspace(workspace)
+        return output.flatten(1) if self.flat_output else output
+
+    def run(self, xs: Sequence[Tensor], packed: Tensor) -> list[Tensor]:
+        """Runs a plan of any number of inputs and outputs.
+
+        Args:
+            xs: The plan's inputs, ``[N, C, H, W]``: an image in any strides, all others in NHWC with
+                the pitch that the plan has; at least ``batch`` images each.
+            packed: The plan's packed weights, see :func:`pack_network`.
+
+        Returns:
+            The plan's outputs, of the dtype of the first input: views of new NHWC maps as
+            ``[N, C, H, W]``, or ``[N, C]`` of those that are flat.
+
+        Raises:
+            RuntimeError: An input is not what the plan was compiled for, or has no memory.
+        """
+        dtype = xs[0].dtype if xs else self.dtype
+        if dtype is not self.dtype:
+            inputs = [
+                _converted(x, self.dtype, pitch)
+                for x, pitch in zip(xs, self._pitches, strict=True)
+            ]
+            return [output.to(dtype) for output in self.run(inputs, packed)]
+        if self._classic:
+            return [self(*xs, packed)]
+        workspace = self._take_workspace()
+        maps: list[Tensor] = self._run_island(xs, self.program, packed, workspace)
+        self._keep_workspace(workspace)
+        return [output.view(maps) for output in self._outputs]
+
+    def _take_workspace(self) -> Tensor:
+        try:
+            return self._workspaces.pop()
+        except IndexError:
+            created: Tensor = torch.ops.threshnet_fast_cpu.create_workspace(
+                self.program, self._threads
+            )
+            return created
+
+    def _keep_workspace(self, workspace: Tensor) -> None:
         if not self._workspaces or self.kept_bytes + workspace.nbytes <= _SPARE_BYTES:
             self._workspaces.append(workspace)
-        return output.flatten(1) if self.flat_output else output
+
+
+class _Output(NamedTuple):
+    """Which part of which of the maps that a run returns is an output."""
+
+    index: int
+    channel: int
+    channels: int
+    whole: bool
+    flat: bool
+
+    @classmethod
+    def of(cls, plan: Plan, segment: Segment, flat: bool) -> _Output:
+        whole = segment.channels == plan.buffers[segment.buffer].channels
+        index = plan.output_buffers.index(segment.buffer)
+        return cls(index, segment.channel, segment.channels, whole, flat)
+
+    def view(self, maps: list[Tensor]) -> Tensor:
+        output = maps[self.index]
+        if not self.whole:
+            output = output.narrow(1, self.channel, self.channels)
+        return output.flatten(1) if self.flat else output
+
+
+def _converted(x: Tensor, dtype: torch.dtype, pitch: int) -> Tensor:
+    """An input in another dtype, its pixels as far apart as before: 0 stands for any strides."""
+    if pitch == 0:
+        return x.to(dtype)
+    batch, channels, height, width = x.shape
+    memory = torch.empty(batch, height, width, pitch, dtype=dtype)
+    return memory[..., :channels].permute(0, 3, 1, 2).copy_(x)
 
 
 def compile_network(
     source: Source,
-    input_shape: Sequence[int],
+    input_shape: Shape,
     *,
     head: bool,
     isa: int,
@@ -248,7 +329,7 @@ def compile_network(
 
     Args:
         source: Makes the network's plans.
-        input_shape: ``(N, C, H, W)``.
+        input_shape: ``(N, C, H, W)``, or a row for each of several inputs.
         head: Whether to end with the logits rather than with the last features.
         isa: As :func:`isa_code` returns it.
         threads: How many threads to split the work for.
@@ -257,13 +338,16 @@ def compile_network(
     Raises:
         UnsupportedModule: The network cannot be lowered.
     """
-    batch, *image = input_shape
-    plan = source((1, *image), head=head, values=False)
+    batch = batch_of(input_shape)
+    plan = source(with_batch(input_shape, 1), head=head, values=False)
     if batch > 1:
-        image_bytes = plan_memory(plan).size * _dtype_of(isa).itemsize
-        at_once = max(1, _ARENA_BYTES // image_bytes)
+        elements = plan_memory(plan).size
+        if not plan.classic:
+            maps = [plan.buffers[index] for index in plan.output_buffers]
+            elements += sum(buffer.pixels * buffer.channels for buffer in maps)
+        at_once = max(1, _ARENA_BYTES // (elements * _dtype_of(isa).itemsize))
         parts = -(-batch // at_once)
-        plan = source((-(-batch // parts), *image), head=head, values=False)
+        plan = source(with_batch(input_shape, -(-batch // parts)), head=head, values=False)
     return CompiledPlan(plan, isa, threads, winograd)
 
 
@@ -282,12 +366,18 @@ def pack_network(source: Source, compiled: CompiledPlan) -> Tensor:
     """
     plan = source(None, head=True, values=True)
     for step in plan.steps:
-        if isinstance(step, FusedConv) and skips_products([step.weight], max(step.padding)):
+        if isinstance(step, FusedConv) and skips_products([step.weight], _padding(step)):
             raise UnsupportedModule(
                 f"the weight of {step.name} is not finite, and products of padding are left out"
             )
     packed: Tensor = torch.ops.threshnet_fast_cpu.pack_weights(compiled.program, plan.weights())
     return packed
+
+
+def _padding(step: FusedConv) -> int:
+    """The zeros above or to the left of a convolution's input, or 1 where others alone are."""
+    taps = step.kernel[0] * step.kernel[1]
+    return max(*step.padding, int(step.valid_taps < taps * step.output_pixels))
 
 
 def skips_products(weights: Sequence[Tensor], padding: int) -> bool:
@@ -397,7 +487,7 @@ class CpuEngine(Engine):
         return setting._replace(winograd=0) if setting.winograd == AUTOMATIC_WINOGRAD else None
 
     def prepare(
-        self, source: Source, shape: Sequence[int], *, head: bool, setting: CpuSetting
+        self, source: Source, shape: Shape, *, head: bool, setting: CpuSetting
     ) -> CompiledPlan:
         """See :meth:`.base.Engine.prepare`."""
         return compile_network(source, shape, head=head, **setting._asdict())
@@ -406,7 +496,7 @@ class CpuEngine(Engine):
         self,
         source: Source,
         prepared: CompiledPlan,
-        shape: Sequence[int],
+        shape: Shape,
         *,
         head: bool,
         setting: CpuSetting,
@@ -417,7 +507,14 @@ class CpuEngine(Engine):
 
     def algorithms(self, prepared: PreparedPlan, plan: Plan) -> tuple[str, ...]:
         """See :meth:`.base.Engine.algorithms`."""
-        return tuple(map(_algorithm, plan.steps, prepared.algorithms))
+        names = iter(prepared.algorithms)
+        found = []
+        for step in plan.steps:
+            found.append(_algorithm(step, next(names)))
+            if isinstance(step, Head) and step.weight is not None:
+                # Its classifier's.
+                next(names)
+        return tuple(found)
 
     def operator_objection(
         self,

@@ -484,6 +484,23 @@ class Plan:
         return self.buffers[-1]
 
     @property
+    def classic(self) -> bool:
+        """Whether it is that of a network: an image in any strides, and all of the last buffer."""
+        return self.inputs == (0,) and self.image and self.outputs is None
+
+    @property
+    def returned(self) -> tuple[Segment, ...]:
+        """What is returned."""
+        if self.outputs is not None:
+            return self.outputs
+        return (Segment(len(self.buffers) - 1, 0, self.output.channels),)
+
+    @property
+    def output_buffers(self) -> tuple[int, ...]:
+        """Buffers of which something is returned, in the order in which it is."""
+        return tuple(dict.fromkeys(segment.buffer for segment in self.returned))
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of the network as usually counted, with those on padding."""
         return sum(step.macs for step in self.steps)

@@ -17,7 +17,7 @@ class Arena:
     """Places in an arena, in elements.
 
     Attributes:
-        offsets: Start of each buffer; None for the network's input and output, which lie outside.
+        offsets: Start of each buffer; None for the inputs and outputs, which lie outside.
         pitches: Distance between neighbouring pixels of each buffer.
         size: Elements in the arena.
     """
@@ -37,23 +37,23 @@ def plan_memory(plan: Plan) -> Arena:
         plan: The plan.
 
     Returns:
-        Offsets and pitches, all multiples of 16 elements. A pitch is 16 elements more than the
+        Offsets and pitches, in the arena multiples of 16 elements. A pitch is there 16 elements more than the
         channels where pixels of float32 would otherwise lie a multiple of 1024 bytes apart and
         share few of the cache's sets.
     """
-    last = len(plan.buffers) - 1
+    outside = {*plan.inputs, *plan.output_buffers}
     lives: dict[int, tuple[int, int]] = {}
     for index, step in enumerate(plan.steps):
         for segment in (*step.inputs, step.output):
             first, _ = lives.get(segment.buffer, (index, index))
             lives[segment.buffer] = (first, index)
 
-    pitches = [buffer.channels for buffer in plan.buffers]
+    pitches = [buffer.pitch or buffer.channels for buffer in plan.buffers]
     sizes: dict[int, int] = {}
     for buffer in lives:
-        if buffer in (0, last):
+        if buffer in outside:
             continue
-        pitch = -(-pitches[buffer] // GROUP) * GROUP
+        pitch = -(-plan.buffers[buffer].channels // GROUP) * GROUP
         if FLOAT_BYTES * pitch % 1024 == 0:
             pitch += GROUP
         pitches[buffer] = pitch

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..graph import ir
 from ..graph.ir import UnsupportedModule
-from .codes import ACTIVATIONS
+from .codes import FUSED_ACTIVATIONS
 from .concatenations import Block, find_blocks
 
 __all__ = [
-    "ACTIVATIONS",
+    "FUSED_ACTIVATIONS",
     "AveragePool",
     "Buffer",
     "Convolution",
@@ -95,7 +95,7 @@ class Convolution:
         module: The convolution, without bias.
         name: Its name in the network.
         reads: What it reads, in the order of the weight's input channels.
-        activation: One of ``ACTIVATIONS``.
+        activation: One of ``FUSED_ACTIVATIONS``.
         buffer: Index of the buffer that it writes to.
         channel: First channel there.
     """
@@ -140,7 +140,7 @@ class _Pool:
     Attributes:
         name: The name of the module in the network.
         reads: The one read.
-        activation: One of ``ACTIVATIONS``.
+        activation: One of ``FUSED_ACTIVATIONS``.
         buffer: Index of the buffer that it writes to.
         channel: First channel there.
         kernel: Side of the window.
@@ -214,7 +214,7 @@ class _Features:
 
     Attributes:
         reads: Of its parts, in order.
-        activation: One of ``ACTIVATIONS``.
+        activation: One of ``FUSED_ACTIVATIONS``.
         activated_by: The activation that its values have had already, where they are stored.
     """
 
@@ -235,7 +235,7 @@ class _Raw:
                 raise UnsupportedModule(node.reason)
             if isinstance(node, ir.Dropout):
                 raise UnsupportedModule(f"{node.name} is a {type(node.module).__name__}")
-            if isinstance(node, ir.Activate) and node.kind not in ACTIVATIONS:
+            if isinstance(node, ir.Activate) and node.kind not in FUSED_ACTIVATIONS:
                 raise UnsupportedModule(
                     f"{node.name} has activation {node.kind!r}, which no engine computes"
                 )

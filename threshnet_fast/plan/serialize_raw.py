@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .raw import ACTIVATIONS, AveragePool, Depthwise, MaxPool, Node, RawPlan
+from .raw import FUSED_ACTIVATIONS, AveragePool, Depthwise, MaxPool, Node, RawPlan
 
 __all__ = ["serialize_raw"]
 
@@ -40,7 +40,7 @@ def serialize_raw(plan: RawPlan) -> Tensor:
     for norm in plan.norms:
         flat += [norm.buffer, norm.channel, norm.channels]
     for node in plan.nodes:
-        flat += [_kind(node), ACTIVATIONS[node.activation], node.buffer, node.channel]
+        flat += [_kind(node), FUSED_ACTIVATIONS[node.activation], node.buffer, node.channel]
         flat += [node.channels, node.kernel, node.stride, node.padding, len(node.reads)]
         for read in node.reads:
             norm_index = -1 if read.norm is None else read.norm

@@ -127,43 +127,73 @@ Tensor create_workspace(const Tensor& program, int64_t threads) {
   return empty_floats(program_of(program).workspace_floats(threads));
 }
 
+// What every run of a program needs beside its maps.
+void check_operands(const cpu::Program& program, const Tensor& packed, const Tensor& workspace,
+                    int64_t threads) {
+  check_float(packed, "packed");
+  check_dense(packed, "packed");
+  check(packed.numel() >= program.header().packed_floats, "packed does not belong to program");
+  check_float(workspace, "workspace");
+  check_dense(workspace, "workspace");
+  check(workspace.numel() >= program.workspace_floats(threads),
+        "workspace is too small for " + std::to_string(threads) + " threads");
+  check(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 64 == 0,
+        "workspace is not aligned to 64 bytes");
+}
+
+ScalarType dtype_of(const cpu::Program& program) {
+  return cpu::kind_of(program.header().isa)->dtype == cpu::DType::kBfloat16 ? ScalarType::BFloat16
+                                                                            : ScalarType::Float;
+}
+
+// An input of a program.
+void check_map(const Tensor& x, const std::string& name, ScalarType dtype) {
+  check(x.is_cpu(), name + " is not on the CPU");
+  check(x.scalar_type() == dtype,
+        name + " has the wrong dtype, expected " +
+            (dtype == ScalarType::BFloat16 ? "bfloat16" : "float32"));
+  check(x.dim() == 4,
+        name + " has shape " + shape_of(x) + ", expected four dimensions [N, C, H, W]");
+}
+
+void check_shape(const Tensor& x, const std::string& name, int64_t channels, int64_t height,
+                 int64_t width, int64_t batch) {
+  check(x.size(1) == channels && x.size(2) == height && x.size(3) == width && x.size(0) >= batch,
+        name + " has shape " + shape_of(x) + ", which is not what the program was compiled for");
+}
+
+Tensor empty_map(int64_t batch, int64_t channels, int64_t height, int64_t width, ScalarType dtype) {
+  return torch::stable::empty({batch, channels, height, width}, dtype, std::nullopt, std::nullopt,
+                              std::nullopt, MemoryFormat::ChannelsLast);
+}
+
+// Calls part(first image) for one part of a batch after another. The last part of one that is no
+// multiple of the program's overlaps the part before it.
+template <typename Part>
+void for_parts(int64_t batch, int64_t at_once, const Part& part) {
+  for (int64_t start = 0; start < batch; start += at_once) part(std::min(start, batch - at_once));
+}
+
 // Calls run(program, packed, workspace, binding, threads) for one part of the batch after another.
 template <typename Run>
 Tensor run_parts(const Tensor& x, const Tensor& program, const Tensor& packed,
                  const Tensor& workspace, const Run& run) {
   const cpu::Program view = program_of(program);
   const cpu::ProgramHeader& header = view.header();
-  const bool narrow = cpu::kind_of(header.isa)->dtype == cpu::DType::kBfloat16;
-  const ScalarType dtype = narrow ? ScalarType::BFloat16 : ScalarType::Float;
-  check(x.is_cpu(), "x is not on the CPU");
-  check(x.scalar_type() == dtype,
-        std::string("x has the wrong dtype, expected ") + (narrow ? "bfloat16" : "float32"));
-  check(x.dim() == 4, "x has shape " + shape_of(x) + ", expected four dimensions [N, C, H, W]");
-  check(x.size(1) == header.input_channels && x.size(2) == header.input_height &&
-            x.size(3) == header.input_width && x.size(0) >= header.batch,
-        "x has shape " + shape_of(x) + ", which is not what the program was compiled for");
+  const ScalarType dtype = dtype_of(view);
+  check_map(x, "x", dtype);
+  check_shape(x, "x", header.input_channels, header.input_height, header.input_width, header.batch);
   check_memory(x, "x");
-  check(header.external_count == 0, "program is one of a single operation");
-  check_float(packed, "packed");
-  check_dense(packed, "packed");
-  check(packed.numel() >= header.packed_floats, "packed does not belong to program");
-  check_float(workspace, "workspace");
-  check_dense(workspace, "workspace");
+  check(header.external_count == 0, "program is one with external maps");
   const int64_t threads = torch::stable::get_num_threads();
-  check(workspace.numel() >= view.workspace_floats(threads),
-        "workspace is too small for " + std::to_string(threads) + " threads");
-  check(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 64 == 0,
-        "workspace is not aligned to 64 bytes");
+  check_operands(view, packed, workspace, threads);
 
   const int64_t batch = x.size(0);
-  Tensor output = torch::stable::empty(
-      {batch, header.output_channels, header.output_height, header.output_width}, dtype,
-      std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+  Tensor output = empty_map(batch, header.output_channels, header.output_height,
+                            header.output_width, dtype);
   const int64_t image_elements =
       header.output_channels * header.output_height * header.output_width;
-  for (int64_t start = 0; start < batch; start += header.batch) {
-    // The last part of a batch that is no multiple of the program's overlaps the part before it.
-    const int64_t first = std::min(start, batch - header.batch);
+  for_parts(batch, header.batch, [&](int64_t first) {
     cpu::Binding binding;
     const int64_t bytes = cpu::element_bytes(header.isa);
     binding.input = {static_cast<const std::byte*>(x.data_ptr()) + first * x.stride(0) * bytes,
@@ -171,8 +201,86 @@ Tensor run_parts(const Tensor& x, const Tensor& program, const Tensor& packed,
     binding.output = static_cast<std::byte*>(output.data_ptr()) + first * image_elements * bytes;
     run(view, static_cast<const float*>(packed.data_ptr()),
         static_cast<float*>(workspace.data_ptr()), binding, threads);
-  }
+  });
   return output;
+}
+
+// Whether a tensor's pixels lie so many elements apart, wherever it has several.
+bool has_pitch(const Tensor& x, int64_t pitch) {
+  int64_t stride = pitch;
+  for (const int64_t dimension : {3, 2, 0}) {
+    if (x.size(dimension) > 1 && x.stride(dimension) != stride) return false;
+    stride *= x.size(dimension);
+  }
+  return x.size(1) == 1 || x.stride(1) == 1;
+}
+
+// The maps that a program of several inputs and outputs returns, [N, C, H, W] in channels_last.
+// `xs` are the network's input, where it reads one in any strides, and the external inputs.
+std::vector<Tensor> run_island(const std::vector<Tensor>& xs, const Tensor& program,
+                               const Tensor& packed, Tensor workspace) {
+  const cpu::Program view = program_of(program);
+  const cpu::ProgramHeader& header = view.header();
+  const ScalarType dtype = dtype_of(view);
+  const int64_t bytes = cpu::element_bytes(header.isa);
+  const int64_t images = static_cast<int64_t>(xs.size()) - header.input_count;
+  check(!xs.empty() && (images == 1 || (images == 0 && !header.reads_network_input)),
+        "xs has " + std::to_string(xs.size()) + " maps, which is not what the program reads");
+  check(!header.writes_network_output, "program is one of a single output");
+  // What a run reads or writes of a map, and the bytes from one image to the next.
+  struct Map {
+    std::byte* data;
+    int64_t image_bytes;
+  };
+  std::vector<Map> maps;
+  const int64_t batch = xs[0].dim() > 0 ? xs[0].size(0) : 0;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const Tensor& x = xs[i];
+    const std::string name = "xs[" + std::to_string(i) + "]";
+    check_map(x, name, dtype);
+    const int64_t external = static_cast<int64_t>(i) - images;
+    if (external < 0) {
+      check_shape(x, name, header.input_channels, header.input_height, header.input_width,
+                  header.batch);
+    } else {
+      const Buffer& buffer = view.external(external);
+      check_shape(x, name, buffer.channels, buffer.height, buffer.width, header.batch);
+      check(has_pitch(x, buffer.pitch),
+            name + " is not in NHWC with pixels " + std::to_string(buffer.pitch) +
+                " elements apart, which is what the program was compiled for");
+    }
+    check(x.size(0) == batch, name + " has " + std::to_string(x.size(0)) + " images, expected " +
+                                  std::to_string(batch) + " as xs[0] has");
+    check_memory(x, name);
+    // The stride of a single image is any number.
+    const int64_t stride = external < 0 ? x.stride(0)
+                                        : x.size(2) * x.size(3) * view.external(external).pitch;
+    maps.push_back({static_cast<std::byte*>(x.data_ptr()), stride * bytes});
+  }
+  const int64_t threads = torch::stable::get_num_threads();
+  check_operands(view, packed, workspace, threads);
+
+  std::vector<Tensor> outputs;
+  for (int64_t i = header.input_count; i < header.external_count; ++i) {
+    const Buffer& buffer = view.external(i);
+    outputs.push_back(empty_map(batch, buffer.channels, buffer.height, buffer.width, dtype));
+    maps.push_back({static_cast<std::byte*>(outputs.back().data_ptr()),
+                    buffer.height * buffer.width * buffer.pitch * bytes});
+  }
+  cpu::Binding binding;
+  binding.externals.resize(header.external_count);
+  for_parts(batch, header.batch, [&](int64_t first) {
+    const auto at = [&](const Map& map) { return map.data + first * map.image_bytes; };
+    if (images == 1) {
+      const Tensor& x = xs[0];
+      binding.input = {at(maps[0]), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+    }
+    for (int64_t i = 0; i < header.external_count; ++i)
+      binding.externals[i] = at(maps[i + images]);
+    cpu::run(view, static_cast<const float*>(packed.data_ptr()),
+             static_cast<float*>(workspace.data_ptr()), binding, threads, parallel_for);
+  });
+  return outputs;
 }
 
 Tensor run_plan(const Tensor& x, const Tensor& program, const Tensor& packed, Tensor workspace) {
@@ -226,15 +334,11 @@ double read_bandwidth(const Tensor& memory, int64_t threads) {
                                 threads, parallel_for);
 }
 
-struct Window {
-  int64_t stride, padding;
-};
-
 // One fused convolution over segments, as a plan of a single step.
 Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
                        const std::vector<cpu::Weight>& weights, bool has_prologue, bool relu,
-                       Window window, int64_t isa) {
-  check_convolution(xs, weight, window.stride, window.padding);
+                       int64_t stride, int64_t padding, int64_t isa) {
+  check_convolution(xs, weight, stride, padding);
   check(cpu::element_bytes(isa) == sizeof(float),
         "isa is " + std::to_string(isa) + ", expected one that computes in float32");
   std::vector<Tensor> segments;
@@ -250,8 +354,8 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
   const int64_t channels = weight.size(1);
   const int64_t batch = xs[0].size(0), height = xs[0].size(2), width = xs[0].size(3);
   const int64_t kernel_height = weight.size(2), kernel_width = weight.size(3);
-  const int64_t output_height = output_extent(height, kernel_height, window.stride, window.padding);
-  const int64_t output_width = output_extent(width, kernel_width, window.stride, window.padding);
+  const int64_t output_height = output_extent(height, kernel_height, stride, padding);
+  const int64_t output_width = output_extent(width, kernel_width, stride, padding);
   const int64_t output_channels = weight.size(0);
   const int64_t count = static_cast<int64_t>(segments.size());
 
@@ -265,6 +369,7 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
                                       output_height,
                                       output_width,
                                       count,
+                                      0,
                                       static_cast<int64_t>(weights.size()),
                                       0,
                                       count + 1,
@@ -272,19 +377,21 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
   cpu::Binding binding;
   for (int64_t i = 0; i < count; ++i) {
     description.insert(description.end(),
-                       {height, width, pixel_pitch(segments[i]), kFirstExternal - i});
-    binding.externals.push_back(static_cast<const float*>(segments[i].data_ptr()));
+                       {height, width, segments[i].size(1), pixel_pitch(segments[i]),
+                        kFirstExternal - i});
+    binding.externals.push_back(segments[i].data_ptr());
   }
+  description.insert(description.end(), {output_height, output_width, output_channels,
+                                         output_channels, kNetworkOutput});
   description.insert(description.end(),
-                     {output_height, output_width, output_channels, kNetworkOutput});
-  description.insert(description.end(),
-                     {static_cast<int64_t>(PlanStepKind::kConvolution), 3 * count + 15, count});
+                     {static_cast<int64_t>(PlanStepKind::kConvolution), 3 * count + 20, count});
   for (int64_t i = 0; i < count; ++i)
     description.insert(description.end(), {i, 0, segments[i].size(1)});
   description.insert(
       description.end(),
-      {count, 0, output_channels, kernel_height, kernel_width, window.stride, window.padding, relu,
-       0, has_prologue ? -1 : 1, has_prologue ? 1 : -1, has_prologue ? 2 : -1});
+      {count, 0, output_channels, kernel_height, kernel_width, stride, stride, padding, padding, 1,
+       1, relu, 0, has_prologue ? -1 : 1, has_prologue ? 1 : -1, has_prologue ? 2 : -1,
+       has_prologue ? kRelu : kIdentity});
 
   const int64_t threads = torch::stable::get_num_threads();
   const std::vector<std::byte> bytes =
@@ -321,7 +428,7 @@ Tensor cat_bn_relu_conv(const std::vector<Tensor>& xs, const Tensor& scale, cons
   const Tensor dense_shift = checked_vector(shift, "shift", weight.size(1));
   return run_convolution(xs, weight,
                          {weight_of(dense), weight_of(dense_scale), weight_of(dense_shift)}, true,
-                         false, {stride, padding}, isa);
+                         false, stride, padding, isa);
 }
 
 Tensor cat_conv_bn_relu(const std::vector<Tensor>& xs, const Tensor& weight, const Tensor& scale,
@@ -341,7 +448,7 @@ Tensor cat_conv_bn_relu(const std::vector<Tensor>& xs, const Tensor& weight, con
       folded[i] = from[i] * factor[channel];
   }
   return run_convolution(xs, weight, {{folded.data(), dense.numel()}, weight_of(dense_shift)},
-                         false, relu, {stride, padding}, isa);
+                         false, relu, stride, padding, isa);
 }
 
 }  // namespace
@@ -363,6 +470,7 @@ STABLE_TORCH_LIBRARY_IMPL(threshnet_fast_cpu, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("create_workspace", TORCH_BOX(&create_workspace));
   m.impl("run_plan", TORCH_BOX(&run_plan));
+  m.impl("run_island", TORCH_BOX(&run_island));
   m.impl("profile_plan", TORCH_BOX(&profile_plan));
   m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth));
   m.impl("cat_bn_relu_conv", TORCH_BOX(&cat_bn_relu_conv));

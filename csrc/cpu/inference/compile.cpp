@@ -91,6 +91,7 @@ class Compiler {
     header_.output_channels = plan_.output_channels;
     header_.output_height = plan_.output_height;
     header_.output_width = plan_.output_width;
+    header_.input_count = plan_.input_count;
     header_.external_count = plan_.external_count;
     header_.weight_count = plan_.weight_count;
     header_.arena_floats = round_up(floats(plan_.arena_size), 16);
@@ -98,6 +99,7 @@ class Compiler {
     for (const PlanStep& step : plan_.steps) add(step);
     header_.step_count = static_cast<int64_t>(steps_.size());
     header_.buffers = writer_.append(plan_.buffers);
+    header_.externals = writer_.append(external_buffers());
     header_.steps = writer_.append(steps_);
     return writer_.finish(header_);
   }
@@ -109,24 +111,42 @@ class Compiler {
     step.output_buffer = planned.output.buffer;
     step.output_channel = planned.output.channel;
     step.output_channels = planned.output.channels;
-    step.kernel_height = planned.kernel_height;
-    step.kernel_width = planned.kernel_width;
-    step.stride = planned.stride;
-    step.padding = planned.padding;
+    step.window = planned.window;
     step.activation = planned.activation;
+    step.prologue_activation = planned.prologue_activation;
     step.average = planned.average;
+    step.divisor = planned.divisor;
+    step.slope = planned.slope;
+    step.resizing = planned.resizing;
+    header_.reads_network_input |= planned.reads_network_input;
+    header_.writes_network_output |= plan_.buffer_of(planned.output).offset == kNetworkOutput;
     step.weight_index = planned.weight_index;
     step.bias_index = planned.bias_index;
     step.scale_index = planned.scale_index;
     step.shift_index = planned.shift_index;
     step.segment_count = static_cast<int64_t>(planned.inputs.size());
     step.segments = writer_.append(planned.inputs);
-    if (planned.kind == PlanStepKind::kConvolution) {
-      step.kind = kConvolution;
-      finish_convolution(step, planned);
-    } else {
-      step.kind = planned.kind == PlanStepKind::kPool ? kPool : kDepthwise;
-      finish_channelwise(step, planned);
+    switch (planned.kind) {
+      case PlanStepKind::kConvolution:
+        step.kind = kConvolution;
+        finish_convolution(step, planned);
+        break;
+      case PlanStepKind::kPool:
+        step.kind = kPool;
+        finish_channelwise(step, planned);
+        break;
+      case PlanStepKind::kDepthwise:
+        step.kind = kDepthwise;
+        finish_channelwise(step, planned);
+        break;
+      case PlanStepKind::kPointwise:
+        step.kind = kPointwise;
+        finish_pointwise(step, planned);
+        break;
+      case PlanStepKind::kResize:
+        step.kind = kResize;
+        finish_resize(step, planned);
+        break;
     }
     require_size(header_.packed_floats, "what is packed of the weights up to " + name_of_step());
     if (step.winograd == kWinogradInSteps) steps_.push_back(transform_step(step));
@@ -144,7 +164,7 @@ class Compiler {
   // A pool or a depthwise convolution: tasks are rows of the map.
   void finish_channelwise(Step& step, const PlanStep& planned) {
     const Buffer& to = plan_.buffer_of(planned.output);
-    const int64_t taps = step.kernel_height * step.kernel_width;
+    const int64_t taps = step.window.taps();
     step.input_channels = planned.input_channels;
     step.block_count = std::min(header_.batch * to.height, threads_ * kTasksPerThread);
     step.group_count = 1;
@@ -164,6 +184,38 @@ class Compiler {
     reserve(2 * 2 * taps);
   }
 
+  // Tasks are pixels side by side, of all images.
+  void finish_pointwise(Step& step, const PlanStep& planned) {
+    const Buffer& to = plan_.buffer_of(planned.output);
+    step.input_channels = step.output_channels;
+    step.block_count =
+        std::min(header_.batch * to.height * to.width, threads_ * kTasksPerThread);
+    step.group_count = 1;
+    reserve_prologue(step);
+    // Where the inputs begin, and the elements between their pixels.
+    reserve(2 * 2 * step.segment_count);
+  }
+
+  // Tasks are rows of the output.
+  void finish_resize(Step& step, const PlanStep& planned) {
+    const Buffer& to = plan_.buffer_of(planned.output);
+    step.input_channels = planned.input_channels;
+    step.block_count = std::min(header_.batch * to.height, threads_ * kTasksPerThread);
+    step.group_count = 1;
+    // Of every column of the output, two offsets and a weight.
+    reserve(to.width * (2 * 2 + 1));
+  }
+
+  // Which buffer each external map is.
+  std::vector<int64_t> external_buffers() const {
+    std::vector<int64_t> buffers(plan_.external_count);
+    for (size_t i = 0; i < plan_.buffers.size(); ++i) {
+      const int64_t offset = plan_.buffers[i].offset;
+      if (offset <= kFirstExternal) buffers[kFirstExternal - offset] = static_cast<int64_t>(i);
+    }
+    return buffers;
+  }
+
   static void require_taps(int64_t taps) {
     if (taps > kMostTaps) fail_plan("a kernel has over " + std::to_string(kMostTaps) + " taps");
   }
@@ -178,7 +230,7 @@ class Compiler {
   void finish_convolution(Step& step, const PlanStep& planned) {
     const Buffer& from = plan_.buffer_of(planned.inputs[0]);
     const Buffer& to = plan_.buffer_of(planned.output);
-    require_taps(step.kernel_height * step.kernel_width);
+    require_taps(step.window.taps());
     step.input_channels = planned.input_channels;
     step.padded_channels = round_up(step.input_channels, word_channels());
     if (planned.reads_network_input) {
@@ -188,7 +240,7 @@ class Compiler {
     }
 
     std::vector<Panel> panels = split_panels(step.output_channels);
-    choose_winograd(step, to);
+    choose_winograd(step, from, to);
     if (step.winograd) {
       // FNV-1a over the numbers of the steps.
       const uint64_t hash = static_cast<uint64_t>(header_.layout) ^
@@ -253,9 +305,12 @@ class Compiler {
   }
 
   PixelTables pixel_tables(const Step& step, const Buffer& from, const Buffer& to) {
+    const PlanWindow& window = step.window;
     const auto key =
-        std::make_tuple(from.height, from.width, to.height, to.width, step.kernel_height,
-                        step.kernel_width, step.stride, step.padding);
+        std::make_tuple(from.height, from.width, to.height, to.width, window.kernel_height,
+                        window.kernel_width, window.stride_height, window.stride_width,
+                        window.padding_top, window.padding_left, window.dilation_height,
+                        window.dilation_width);
     if (const auto found = tables_.find(key); found != tables_.end()) return found->second;
 
     check_pixels(step, from, to);
@@ -268,16 +323,18 @@ class Compiler {
     for (int64_t n = 0; n < header_.batch; ++n) {
       for (int64_t y = 0; y < to.height; ++y) {
         for (int64_t x = 0; x < to.width; ++x) {
-          const int64_t top = y * step.stride - step.padding;
-          const int64_t left = x * step.stride - step.padding;
+          const int64_t top = y * window.stride_height - window.padding_top;
+          const int64_t left = x * window.stride_width - window.padding_left;
           Pixel pixel{};
           pixel.input = static_cast<int32_t>((n * from.height + top) * from.width + left);
           pixel.output = static_cast<int32_t>((n * to.height + y) * to.width + x);
-          const TapRange rows = valid_taps(top, from.height, step.kernel_height);
-          const TapRange columns = valid_taps(left, from.width, step.kernel_width);
+          const TapRange rows =
+              valid_taps(top, from.height, window.kernel_height, window.dilation_height);
+          const TapRange columns =
+              valid_taps(left, from.width, window.kernel_width, window.dilation_width);
           for (int64_t ky = rows.begin; ky < rows.end; ++ky) {
             for (int64_t kx = columns.begin; kx < columns.end; ++kx)
-              pixel.taps |= uint64_t{1} << (ky * step.kernel_width + kx);
+              pixel.taps |= uint64_t{1} << (ky * window.kernel_width + kx);
           }
           pixels.push_back(pixel);
         }
@@ -305,9 +362,12 @@ class Compiler {
   // The tables hold the top left pixel of every window, which may lie beyond the map, in 32 bits,
   // and micro-kernels count on from there up to the end of a tile.
   void check_pixels(const Step& step, const Buffer& from, const Buffer& to) {
-    const int64_t before = step.padding * (from.width + 1);
-    const int64_t row = std::max<int64_t>(from.height + step.padding - step.kernel_height, 0);
-    const int64_t column = std::max<int64_t>(from.width + step.padding - step.kernel_width, 0);
+    const PlanWindow& window = step.window;
+    const int64_t before = window.padding_top * from.width + window.padding_left;
+    const int64_t row =
+        std::max<int64_t>((to.height - 1) * window.stride_height - window.padding_top, 0);
+    const int64_t column =
+        std::max<int64_t>((to.width - 1) * window.stride_width - window.padding_left, 0);
     const int64_t behind = ((header_.batch - 1) * from.height + row) * from.width + column;
     constexpr int64_t kMostBegin = std::numeric_limits<int32_t>::max() - kMaxTilePixels;
     if (std::max(before, behind) > kMostBegin)
@@ -322,10 +382,13 @@ class Compiler {
   // Winograd multiplies 16 numbers where direct convolution multiplies 36, or 36 where that
   // multiplies 144, but transforms every input and reads more weights: it pays where enough tiles
   // share them and few reach over the map's edge.
-  void choose_winograd(Step& step, const Buffer& to) const {
-    const bool possible = !step.packs && step.kernel_height == 3 && step.kernel_width == 3 &&
-                          step.stride == 1 && step.padding == 1 &&
-                          step.input_channels >= kWinogradChannels;
+  void choose_winograd(Step& step, const Buffer& from, const Buffer& to) const {
+    const PlanWindow& window = step.window;
+    const bool possible = !step.packs && window.height() == 3 && window.width() == 3 &&
+                          window.taps() == 9 && window.stride_height == 1 &&
+                          window.stride_width == 1 && window.padding_top == 1 &&
+                          window.padding_left == 1 && from.height == to.height &&
+                          from.width == to.width && step.input_channels >= kWinogradChannels;
     if (!possible || forced_winograd_ == 0) return;
     double best = direct_time(step, to);
     for (const int64_t size : {2, 4}) {
@@ -442,10 +505,12 @@ class Compiler {
   void split_image(Step& step, const Buffer& to) {
     const int64_t rows = step.pixel_count = header_.batch * to.height;
     const int64_t row_elements = image_row_elements(step, to);
-    const int64_t held = kPackBytes / (element_bytes_ * row_elements) - step.kernel_height;
+    const int64_t held = kPackBytes / (element_bytes_ * row_elements) - step.window.height();
     const int64_t wanted = threads_ > 1 ? round_up(threads_ * kTasksPerThread, threads_) : 1;
     step.block_count = std::min(
-        rows, std::max(wanted, divide_up(rows, std::max<int64_t>(held, 0) / step.stride + 1)));
+        rows, std::max(wanted, divide_up(rows, std::max<int64_t>(held, 0) /
+                                                       step.window.stride_height +
+                                                   1)));
     step.split_count = step.chunk_count = 1;
     step.group_count = 1;
     step.group_panels = step.panel_count;
@@ -455,7 +520,7 @@ class Compiler {
   // Small maps with many weights are split by output channels, so that each core streams its own
   // part of the weights; large maps by pixels, so that each core keeps its own part of the map.
   void split_tasks(Step& step, const Buffer& from, const std::vector<Panel>& panels) {
-    const int64_t taps = step.kernel_height * step.kernel_width;
+    const int64_t taps = step.window.taps();
     const int64_t panel_count = step.panel_count;
     const int64_t tile = tiling_->tile_pixels[panels[0].vectors];
     const int64_t tiles = divide_up(step.pixel_count, tile);
@@ -560,7 +625,8 @@ class Compiler {
   int64_t element_bytes_;
   ProgramHeader header_{};
   std::vector<Step> steps_;
-  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>,
+  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                      int64_t, int64_t, int64_t>,
            PixelTables>
       tables_;
 };

@@ -46,7 +46,7 @@ class DirectConvolution {
         part.starts = c == first_chunk;
         part.has_bias = split == 0;
         part.finishes = whole && c + 1 == last_chunk;
-        part.fetches_inputs = first_panel && step.kernel_height * step.kernel_width == 1;
+        part.fetches_inputs = first_panel && step.window.taps() == 1;
         part.runs = runs;
         part.sums = keeps_sums ? sums + tiles.begin(t) * lanes : sums;
         convolve_part(step, panel, part);
@@ -102,7 +102,7 @@ class DirectConvolution {
       position += segments[s].channels;
       if (channels <= 0) continue;
       const Buffer& buffer = operands_.program.buffer(segments[s].buffer);
-      const int64_t shift = tap_shift(tap, step.kernel_width, buffer.width);
+      const int64_t shift = tap_shift(step.window, tap, buffer.width);
       const Run next{operands_.input_of(segments[s]) + shift * buffer.pitch + skipped,
                      weights + (position - segments[s].channels + skipped) * panel.pitch,
                      buffer.pitch,

@@ -9,7 +9,9 @@
 #include "gathered.h"
 #include "image.h"
 #include "operands.h"
+#include "pointwise.h"
 #include "program.h"
+#include "resize.h"
 #include "winograd.h"
 
 namespace threshnet_fast::cpu {
@@ -37,6 +39,10 @@ class Engine {
       }
       case kDepthwise:
         return depthwise(operands_, step, task, scratch);
+      case kPointwise:
+        return pointwise(operands_, step, task, scratch);
+      case kResize:
+        return resize(operands_, step, task, scratch);
       default:
         return convolve(step, task, scratch);
     }

@@ -25,9 +25,10 @@ class GatheredConvolution {
     const BufferSegment* segments = operands_.segments_of(step);
     const int32_t* input_pixels = operands_.input_pixels_of(step) + first_pixel;
     const uint64_t* pixel_taps = operands_.pixel_taps_of(step) + first_pixel;
+    const AffineFunction<Element> normalise = operands_.table.affine[step.prologue_activation];
     for (int64_t i = 0; i < pixels; ++i) {
       Element* row = rows + i * pitch;
-      for (int64_t tap = 0; tap < step.kernel_height * step.kernel_width; ++tap) {
+      for (int64_t tap = 0; tap < step.window.taps(); ++tap) {
         Element* to = row + tap * step.padded_channels;
         if (!(pixel_taps[i] >> tap & 1)) {
           std::memset(to, 0, step.padded_channels * sizeof(Element));
@@ -36,11 +37,11 @@ class GatheredConvolution {
         int64_t channel = 0;
         for (int64_t s = 0; s < step.segment_count; ++s) {
           const Buffer& buffer = operands_.program.buffer(segments[s].buffer);
-          const int64_t shift = tap_shift(tap, step.kernel_width, buffer.width);
+          const int64_t shift = tap_shift(step.window, tap, buffer.width);
           const Element* from =
               operands_.input_of(segments[s]) + (input_pixels[i] + shift) * buffer.pitch;
           if (step.scale_index >= 0) {
-            operands_.table.bn_relu(from, operands_.packed + step.scale + channel,
+            normalise(from, operands_.packed + step.scale + channel,
                                     operands_.packed + step.shift + channel, segments[s].channels,
                                     to + channel);
           } else {
@@ -56,8 +57,9 @@ class GatheredConvolution {
   // What the block of pixels behind this one, which probably comes next, will gather. Only pixels
   // that lie side by side, as those of a 1x1 convolution in a dense block do.
   Fetching next_block(const Step& step, int64_t first_pixel, int64_t pixels) const {
-    if (step.kernel_height * step.kernel_width > 1 || step.stride > 1 || step.segment_count > 1 ||
-        first_pixel + pixels > step.pixel_count)
+    const PlanWindow& window = step.window;
+    if (window.taps() > 1 || window.stride_height > 1 || window.stride_width > 1 ||
+        step.segment_count > 1 || first_pixel + pixels > step.pixel_count)
       return {{}, 0};
     const BufferSegment& segment = *operands_.segments_of(step);
     const Buffer& buffer = operands_.program.buffer(segment.buffer);
@@ -71,7 +73,7 @@ class GatheredConvolution {
   void convolve(const Step& step, const Panel& panel, int64_t first_pixel, int64_t pixels,
                 const Element* rows, Fetching& next) const {
     const int64_t pitch = gathered_pitch(step);
-    const int64_t length = step.kernel_height * step.kernel_width * step.padded_channels;
+    const int64_t length = step.window.taps() * step.padded_channels;
     const int32_t* output_pixels = operands_.output_pixels_of(step) + first_pixel;
     ConvTile<Element> tile = operands_.output_tile(step, panel);
     const Tiles tiles = operands_.tiles_of(panel, pixels);

@@ -26,7 +26,7 @@ class ImageConvolution {
       // As many as belong to one image.
       const int64_t y = first_row % to.height;
       const int64_t rows = std::min(last_row - first_row, to.height - y);
-      copy_image(step, first_row / to.height, y * step.stride - step.padding,
+      copy_image(step, first_row / to.height, y * step.window.stride_height - step.window.padding_top,
                  image_rows(step, rows), image);
       for (int64_t p = 0; p < step.panel_count; ++p)
         convolve_rows(step, operands_.panels_of(step)[p], first_row, rows, image, runs);
@@ -46,7 +46,7 @@ class ImageConvolution {
     const int64_t pitch = step.padded_channels;
     const int64_t row_elements =
         image_row_elements(step, operands_.program.buffer(step.output_buffer));
-    const int64_t left = std::min(step.padding * pitch, row_elements);
+    const int64_t left = std::min(step.window.padding_left * pitch, row_elements);
     const int64_t columns = std::min(header.input_width, (row_elements - left) / pitch);
     const bool dense = input.channel_stride == 1 && input.width_stride == pitch;
     for (int64_t y = top; y < top + rows; ++y, to += row_elements) {
@@ -74,17 +74,19 @@ class ImageConvolution {
     }
   }
 
-  // One panel of some rows of the output; a row of the window is one run.
+  // One panel of some rows of the output; a row of the window is one run, but where it is dilated.
   void convolve_rows(const Step& step, const Panel& panel, int64_t first_row, int64_t rows,
                      const Element* image, Run* runs) const {
     const Buffer& to = operands_.program.buffer(step.output_buffer);
     const int64_t row_elements = image_row_elements(step, to);
-    const int64_t window = step.kernel_width * step.padded_channels;
-    const int64_t pitch = step.stride * step.padded_channels;
+    const PlanWindow& window = step.window;
+    const int64_t columns = window.dilation_width == 1 ? 1 : window.kernel_width;
+    const int64_t length = window.kernel_width / columns * step.padded_channels;
+    const int64_t pitch = window.stride_width * step.padded_channels;
     const Tiles tiles = operands_.tiles_of(panel, to.width);
     Tile tile = operands_.output_tile(step, panel);
     tile.runs = runs;
-    tile.run_count = step.kernel_height;
+    tile.run_count = window.kernel_height * columns;
     tile.input_pixels = kIota;
     int32_t outputs[kMaxTilePixels];
     tile.output_rows = outputs;
@@ -92,12 +94,15 @@ class ImageConvolution {
       for (int64_t t = 0; t < tiles.tiles; ++t) {
         const int64_t x = tiles.begin(t);
         const int64_t pixels = tiles.begin(t + 1) - x;
-        for (int64_t ky = 0; ky < step.kernel_height; ++ky)
-          runs[ky] = {image + (y * step.stride + ky) * row_elements + x * pitch,
-                      operands_.weights_of(panel) + ky * window * panel.pitch,
-                      pitch,
-                      window,
-                      {}};
+        for (int64_t i = 0; i < tile.run_count; ++i) {
+          const int64_t row = y * window.stride_height + i / columns * window.dilation_height;
+          const int64_t column = i % columns * window.dilation_width * step.padded_channels;
+          runs[i] = {image + row * row_elements + x * pitch + column,
+                     operands_.weights_of(panel) + i * length * panel.pitch,
+                     pitch,
+                     length,
+                     {}};
+        }
         for (int64_t i = 0; i < pixels; ++i)
           outputs[i] = static_cast<int32_t>((first_row + y) * to.width + x + i);
         operands_.table.conv_tile[panel.vectors][pixels](tile);

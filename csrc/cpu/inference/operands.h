@@ -49,18 +49,21 @@ struct Operands {
 
   const Element* input_of(const BufferSegment& segment) const {
     const Buffer& buffer = program.buffer(segment.buffer);
-    const Element* base =
-        buffer.offset >= 0
-            ? arena + buffer.offset
-            : elements_at<Element>(binding.externals[kFirstExternal - buffer.offset]);
-    return base + segment.channel;
+    return map_of(buffer) + segment.channel;
   }
 
   Element* output_of(const Step& step) const {
     const Buffer& buffer = program.buffer(step.output_buffer);
-    Element* base =
-        buffer.offset >= 0 ? arena + buffer.offset : static_cast<Element*>(binding.output);
+    Element* const base =
+        buffer.offset == kNetworkOutput ? static_cast<Element*>(binding.output) : map_of(buffer);
     return base + step.output_channel;
+  }
+
+  // A map of the arena or of the caller's.
+  Element* map_of(const Buffer& buffer) const {
+    return buffer.offset >= 0
+               ? arena + buffer.offset
+               : static_cast<Element*>(binding.externals[kFirstExternal - buffer.offset]);
   }
 
   const BufferSegment* segments_of(const Step& step) const {

@@ -34,7 +34,7 @@ template <typename Element>
 void pack_panel(const Step& step, const Panel& panel, const float* weight, const float* bias,
                 float* packed) {
   constexpr int64_t kElements = kWordChannels<Element>;
-  const int64_t taps = step.kernel_height * step.kernel_width;
+  const int64_t taps = step.window.taps();
   const int64_t channels = step.input_channels;
   const int64_t position_elements = step.padded_channels * panel.pitch;
   Element* const words = reinterpret_cast<Element*>(packed + panel.weights);
@@ -71,7 +71,7 @@ void pack_panel(const Step& step, const Panel& panel, const float* weight, const
 // From [channel][tap] to [tap][pitch]: floats, whatever the elements are.
 void pack_depthwise(const Step& step, const Panel& panel, const std::vector<Weight>& weights,
                     float* packed) {
-  const int64_t taps = step.kernel_height * step.kernel_width;
+  const int64_t taps = step.window.taps();
   const float* weight = weights[step.weight_index].data;
   for (int64_t channel = 0; channel < panel.channels; ++channel) {
     for (int64_t tap = 0; tap < taps; ++tap)
@@ -102,7 +102,7 @@ void pack(const Program& program, const std::vector<Weight>& weights, float* pac
       require_count(weights[step.shift_index], step.input_channels, "shift", s);
     }
     if (step.weight_index < 0) continue;
-    const int64_t taps = step.kernel_height * step.kernel_width;
+    const int64_t taps = step.window.taps();
     const int64_t channels = step.kind == kDepthwise ? 1 : step.input_channels;
     require_count(weights[step.weight_index], step.output_channels * channels * taps, "weight", s);
     if (step.bias_index >= 0)

@@ -18,14 +18,16 @@
 namespace threshnet_fast::cpu {
 
 constexpr int64_t kProgramMagic = 0x4752504654544e;  // "NTTFPRG"
-constexpr int64_t kVersion = 3;
+constexpr int64_t kVersion = 4;
 
 enum StepKind : int64_t {
   kConvolution = 0,
   kPool = 1,
   kReduction = 2,
   kTransform = 3,
-  kDepthwise = 4
+  kDepthwise = 4,
+  kPointwise = 5,
+  kResize = 6
 };
 
 // Whether a task of a Winograd convolution transforms its own inputs, or a step before did so for
@@ -56,9 +58,13 @@ struct Step {
   int64_t output_buffer, output_channel, output_channels;
   int64_t input_channels;
   int64_t padded_channels;  // input channels rounded up to whole words
-  int64_t kernel_height, kernel_width, stride, padding;
-  Activation activation;                                       // of convolutions only
-  int64_t average;                                             // pool only
+  PlanWindow window;
+  Activation activation;  // of convolutions and pointwise steps
+  Activation prologue_activation;
+  int64_t average;    // pool only
+  int64_t divisor;    // average pool only: that, or kPixelsOfMap or kPixelsOfPadded
+  float slope;        // pointwise only
+  Resizing resizing;  // resize only
   int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
   int64_t scale, shift;         // float offsets into the packed weights
   int64_t panels, panel_count;  // a depthwise convolution has one, [tap][pitch] floats
@@ -87,28 +93,34 @@ inline bool is_planned(const Step& step) {
 // Weights of an output channel for each input channel.
 inline int64_t positions_of(const Step& step) {
   return step.winograd ? winograd_positions(step.winograd_size)
-                       : step.kernel_height * step.kernel_width;
+                       : step.window.taps();
 }
 
 // Elements between the gathered windows of neighbouring pixels.
 inline int64_t gathered_pitch(const Step& step) {
-  return round_up(step.kernel_height * step.kernel_width * step.padded_channels, 32) + 16;
+  return round_up(step.window.taps() * step.padded_channels, 32) + 16;
 }
 
 // Elements of a row of the network's input that has been copied with its padding: as many columns
 // as windows reach.
 inline int64_t image_row_elements(const Step& step, const Buffer& to) {
-  return ((to.width - 1) * step.stride + step.kernel_width) * step.padded_channels;
+  return ((to.width - 1) * step.window.stride_width + step.window.width()) * step.padded_channels;
 }
 
 // Rows of the input that some rows of the output reach.
 inline int64_t image_rows(const Step& step, int64_t rows) {
-  return (rows - 1) * step.stride + step.kernel_height;
+  return (rows - 1) * step.window.stride_height + step.window.height();
+}
+
+// How many pixels of a map a tap lies behind a window's first one.
+inline int64_t tap_shift(const PlanWindow& window, int64_t tap, int64_t map_width) {
+  return tap / window.kernel_width * window.dilation_height * map_width +
+         tap % window.kernel_width * window.dilation_width;
 }
 
 // Floats that the runs of a tile take at the beginning of the scratch memory.
 inline int64_t run_floats(const Step& step) {
-  const int64_t runs = step.kernel_height * step.kernel_width * step.segment_count;
+  const int64_t runs = step.window.taps() * step.segment_count;
   return round_up(runs * static_cast<int64_t>(sizeof(ChannelRun<float>) / sizeof(float)), 16);
 }
 
@@ -131,7 +143,11 @@ struct ProgramHeader {
   int64_t isa;
   int64_t batch, input_channels, input_height, input_width;
   int64_t output_channels, output_height, output_width;
-  int64_t external_count, weight_count;
+  int64_t input_count, external_count;  // of external maps, those that are inputs and all
+  int64_t externals;                    // byte offset of the index of each one's buffer
+  int64_t reads_network_input;          // whether a step does
+  int64_t writes_network_output;
+  int64_t weight_count;
   int64_t
       layout;  // which steps' weights are packed for Winograd; programs of equal layout share them
   int64_t arena_floats, partial_floats, scratch_floats, packed_floats;
@@ -147,6 +163,7 @@ class Program {
 
   const ProgramHeader& header() const { return *at<ProgramHeader>(0); }
   const Buffer& buffer(int64_t i) const { return at<Buffer>(header().buffers)[i]; }
+  const Buffer& external(int64_t i) const { return buffer(at<int64_t>(header().externals)[i]); }
   const Step& step(int64_t i) const { return at<Step>(header().steps)[i]; }
   template <typename T>
   const T* at(int64_t offset) const {
@@ -186,7 +203,7 @@ struct StridedInput {
 
 struct Binding {
   StridedInput input;
-  std::vector<const float*> externals;
+  std::vector<void*> externals;  // of which inputs are read only
   void* output = nullptr;
 };
 
@@ -196,7 +213,7 @@ struct TaskObserver {
   void* context;
 };
 
-// Runs a program on input, external features and output of its elements. `workspace` holds
+// Runs a program on input, external maps and output of its elements. `workspace` holds
 // workspace_floats(threads) floats, 64-byte aligned.
 void run(const Program& program, const float* packed, float* workspace, const Binding& binding,
          int64_t threads, ParallelFor parallel_for, const TaskObserver* observer = nullptr);

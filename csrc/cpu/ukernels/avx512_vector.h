@@ -43,6 +43,14 @@ struct Vector {
                            _mm512_cmp_ps_mask(a.value, a.value, _CMP_ORD_Q);
     value = _mm512_maskz_mov_ps(keep, value);
   }
+  inline void at_least(Vector least) { value = _mm512_max_ps(least.value, value); }
+  inline void multiply(Vector other) { value = _mm512_mul_ps(value, other.value); }
+  inline void divide(Vector other) { value = _mm512_div_ps(value, other.value); }
+  // Two to the power in the lowest bits.
+  inline Vector power_of_two() const {
+    const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(value), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_set1_epi32(127 << 23)))};
+  }
   inline void scale(float factor) { value = _mm512_mul_ps(value, _mm512_set1_ps(factor)); }
 };
 

@@ -51,6 +51,14 @@ struct Vector {
                                       _mm256_cmp_ps(a.value, a.value, _CMP_ORD_Q));
     value = _mm256_and_ps(keep, value);
   }
+  inline void at_least(Vector least) { value = _mm256_max_ps(least.value, value); }
+  inline void multiply(Vector other) { value = _mm256_mul_ps(value, other.value); }
+  inline void divide(Vector other) { value = _mm256_div_ps(value, other.value); }
+  // Two to the power in the lowest bits.
+  inline Vector power_of_two() const {
+    const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(value), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(power, _mm256_set1_epi32(127 << 23)))};
+  }
   inline void scale(float factor) { value = _mm256_mul_ps(value, _mm256_set1_ps(factor)); }
 };
 

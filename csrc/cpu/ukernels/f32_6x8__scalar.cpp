@@ -43,6 +43,14 @@ struct Vector {
   inline void drop_where_equal(Vector a, Vector b) {
     value = ((a.value == b.value) | (a.value != a.value)) ? Lanes{} : value;
   }
+  inline void at_least(Vector least) { value = value < least.value ? least.value : value; }
+  inline void multiply(Vector other) { value *= other.value; }
+  inline void divide(Vector other) { value /= other.value; }
+  // Two to the power in the lowest bits.
+  inline Vector power_of_two() const {
+    typedef uint32_t Words __attribute__((vector_size(16)));
+    return Vector{(Lanes)(((Words)value << 23) + (127u << 23))};
+  }
   inline void scale(float factor) { value *= factor; }
 };
 

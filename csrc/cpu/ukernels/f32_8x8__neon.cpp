@@ -57,6 +57,14 @@ struct Vector {
     const uint32x4_t keep = vbicq_u32(vceqq_f32(a.value, a.value), vceqq_f32(a.value, b.value));
     value = vbslq_f32(keep, value, vdupq_n_f32(0.0f));
   }
+  inline void at_least(Vector least) { value = vmaxq_f32(value, least.value); }
+  inline void multiply(Vector other) { value = vmulq_f32(value, other.value); }
+  inline void divide(Vector other) { value = vdivq_f32(value, other.value); }
+  // Two to the power in the lowest bits.
+  inline Vector power_of_two() const {
+    const uint32x4_t power = vshlq_n_u32(vreinterpretq_u32_f32(value), 23);
+    return {vreinterpretq_f32_u32(vaddq_u32(power, vdupq_n_u32(127u << 23)))};
+  }
   inline void scale(float factor) { value = vmulq_n_f32(value, factor); }
 };
 

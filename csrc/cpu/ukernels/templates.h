@@ -282,20 +282,21 @@ void conv_tile(const ConvTile<Element>& tile) {
   }
 }
 
-void bn_relu(const Element* input, const float* scale, const float* shift, int64_t channels,
+template <Activation kActivation>
+void affine(const Element* input, const float* scale, const float* shift, int64_t channels,
              Element* output) {
   constexpr int64_t kLanes = Vector::kLanes;
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
     Vector value = Vector::load(shift + c);
     value.multiply_add(load_elements(input + c), Vector::load(scale + c));
-    value.relu();
+    activate(value, kActivation);
     store_elements(value, output + c);
   }
   if (const int64_t left = channels - c; left > 0) {
     Vector value = Vector::load(shift + c, left);
     value.multiply_add(load_elements(input + c, left), Vector::load(scale + c, left));
-    value.relu();
+    activate(value, kActivation);
     store_elements(value, output + c, left);
   }
 }
@@ -323,9 +324,10 @@ void average_pool(const Element* input, const int64_t* offsets, int64_t count, i
   }
 }
 
-void bn_relu_average_pool(const Element* input, const int64_t* offsets, int64_t count,
-                          const float* scale, const float* shift, int64_t channels, float factor,
-                          Element* output) {
+template <Activation kActivation>
+void affine_average_pool(const Element* input, const int64_t* offsets, int64_t count,
+                         const float* scale, const float* shift, int64_t channels, float factor,
+                         Element* output) {
   constexpr int64_t kLanes = Vector::kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t left = channels - c < kLanes ? channels - c : kLanes;
@@ -335,7 +337,7 @@ void bn_relu_average_pool(const Element* input, const int64_t* offsets, int64_t 
     for (int64_t i = 0; i < count; ++i) {
       Vector value = channel_shift;
       value.multiply_add(load_elements(input + offsets[i] + c, left), channel_scale);
-      value.relu();
+      activate(value, kActivation);
       sum.add(value);
     }
     sum.scale(factor);
@@ -392,6 +394,111 @@ void depthwise(const DepthwiseRow<Element>& row) {
     } else {
       depthwise_channels<0>(row, c, left);
     }
+  }
+}
+
+// exp, off by two units in the last place at most, of what is at least -80: what is less counts as
+// that. From where float32 ends on it is infinite.
+inline __attribute__((always_inline)) Vector exponential(Vector x) {
+  x.at_most(splat(89.0f));
+  x.at_least(splat(-80.0f));
+  // What is added and taken off again leaves the nearest whole number of powers of two.
+  Vector shifted = splat(12582912.0f);
+  shifted.multiply_add(x, splat(1.44269504f));
+  Vector power = shifted;
+  power.subtract(splat(12582912.0f));
+  // log(2) in two parts, the first of which leaves room for any power.
+  x.multiply_add(power, splat(-0.693359375f));
+  x.multiply_add(power, splat(2.12194440e-4f));
+  constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                              1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
+  Vector result = splat(1.9875691500e-4f);
+#pragma GCC unroll 7
+  for (const float term : kTerms) {
+    Vector next = splat(term);
+    next.multiply_add(result, x);
+    result = next;
+  }
+  // In two steps, as the largest results are of a power that no float32 is.
+  shifted.subtract(splat(1.0f));
+  result.multiply(shifted.power_of_two());
+  result.add(result);
+  return result;
+}
+
+template <Activation kActivation>
+inline __attribute__((always_inline)) void activate_pointwise(Vector& value, Vector slope) {
+  if constexpr (kActivation == kLeakyRelu) {
+    Vector positive = value;
+    positive.relu();
+    value.at_most(Vector::zero());
+    positive.multiply_add(value, slope);
+    value = positive;
+  } else if constexpr (kActivation == kSilu || kActivation == kSigmoid) {
+    Vector negative = Vector::zero();
+    negative.subtract(value);
+    Vector divisor = exponential(negative);
+    divisor.add(splat(1.0f));
+    Vector result = kActivation == kSilu ? value : splat(1.0f);
+    result.divide(divisor);
+    value = result;
+  } else if constexpr (kActivation == kHardswish) {
+    Vector gate = value;
+    gate.add(splat(3.0f));
+    gate.relu();
+    gate.at_most(splat(6.0f));
+    gate.scale(1.0f / 6.0f);
+    value.multiply(gate);
+  } else {
+    activate(value, kActivation);
+  }
+}
+
+template <bool kScaled, Activation kActivation>
+void pointwise(const PointwiseRow<Element>& row) {
+  constexpr int64_t kLanes = Vector::kLanes;
+  const Vector slope = splat(row.slope);
+  const auto compute = [&](int64_t pixel, int64_t c, auto... lanes) __attribute__((always_inline)) {
+    Vector value = load_elements(row.inputs[0] + pixel * row.input_steps[0] + c, lanes...);
+    for (int64_t i = 1; i < row.count; ++i)
+      value.add(load_elements(row.inputs[i] + pixel * row.input_steps[i] + c, lanes...));
+    if constexpr (kScaled) {
+      Vector scaled = Vector::load(row.shift + c);
+      scaled.multiply_add(value, Vector::load(row.scale + c));
+      value = scaled;
+    }
+    activate_pointwise<kActivation>(value, slope);
+    store_elements(value, row.output + pixel * row.output_step + c, lanes...);
+  };
+  for (int64_t p = 0; p < row.pixels; ++p) {
+    int64_t c = 0;
+    for (; c + kLanes <= row.channels; c += kLanes) compute(p, c);
+    if (c < row.channels) compute(p, c, row.channels - c);
+  }
+}
+
+void bilinear(const BilinearRow<Element>& row) {
+  constexpr int64_t kLanes = Vector::kLanes;
+  Element* output = row.output;
+  for (int64_t x = 0; x < row.pixels; ++x, output += row.output_step) {
+    const int64_t left = row.offsets[2 * x], right = row.offsets[2 * x + 1];
+    const float weight = row.weights[x];
+    const Vector weights[4] = {
+        splat((1.0f - row.weight) * (1.0f - weight)), splat((1.0f - row.weight) * weight),
+        splat(row.weight * (1.0f - weight)), splat(row.weight * weight)};
+    const Element* const corners[4] = {row.first + left, row.first + right, row.second + left,
+                                       row.second + right};
+    const auto compute = [&](int64_t c, auto... lanes) __attribute__((always_inline)) {
+      Vector sum = load_elements(corners[0] + c, lanes...);
+      sum.multiply(weights[0]);
+#pragma GCC unroll 3
+      for (int i = 1; i < 4; ++i)
+        sum.multiply_add(load_elements(corners[i] + c, lanes...), weights[i]);
+      store_elements(sum, output + c, lanes...);
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= row.channels; c += kLanes) compute(c);
+    if (c < row.channels) compute(c, row.channels - c);
   }
 }
 
@@ -616,15 +723,25 @@ void winograd_output_4x4(const float* products, int64_t product_pitch, const flo
   }
 }
 
+// By activation.
+#define THRESHNET_FAST_POINTWISE(SCALED)                                                       \
+  {                                                                                            \
+    pointwise<SCALED, kIdentity>, pointwise<SCALED, kRelu>, pointwise<SCALED, kRelu6>,         \
+        pointwise<SCALED, kLeakyRelu>, pointwise<SCALED, kSilu>, pointwise<SCALED, kHardswish>, \
+        pointwise<SCALED, kSigmoid>                                                            \
+  }
+
 constexpr UkernelTable<Element> table_of(
     const Tiling& tiling, const ConvTileFunction<Element> (*conv_tile)[kMaxTilePixels + 1]) {
   return {tiling,
           conv_tile,
-          bn_relu,
+          {affine<kIdentity>, affine<kRelu>, affine<kRelu6>},
           max_pool,
           average_pool,
-          bn_relu_average_pool,
+          {affine_average_pool<kIdentity>, affine_average_pool<kRelu>, affine_average_pool<kRelu6>},
           depthwise,
+          {THRESHNET_FAST_POINTWISE(false), THRESHNET_FAST_POINTWISE(true)},
+          bilinear,
           {winograd_input_2x2, winograd_output_2x2},
           {winograd_input_4x4, winograd_output_4x4}};
 }

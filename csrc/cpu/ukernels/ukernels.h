@@ -84,9 +84,9 @@ struct ConvTile {
 template <typename Element>
 using ConvTileFunction = void (*)(const ConvTile<Element>&);
 
-// output[c] = max(input[c] * scale[c] + shift[c], 0); a NaN stays a NaN.
+// output[c] = activation(input[c] * scale[c] + shift[c]).
 template <typename Element>
-using BnReluFunction = void (*)(const Element* input, const float* scale, const float* shift,
+using AffineFunction = void (*)(const Element* input, const float* scale, const float* shift,
                                 int64_t channels, Element* output);
 
 // output[c] = factor * sum over i of input[offsets[i] + c], or the maximum over i (a NaN wins).
@@ -94,9 +94,9 @@ template <typename Element>
 using PoolFunction = void (*)(const Element* input, const int64_t* offsets, int64_t count,
                               int64_t channels, float factor, Element* output);
 
-// output[c] = factor * sum over i of max(input[offsets[i] + c] * scale[c] + shift[c], 0).
+// output[c] = factor * sum over i of activation(input[offsets[i] + c] * scale[c] + shift[c]).
 template <typename Element>
-using BnReluPoolFunction = void (*)(const Element* input, const int64_t* offsets, int64_t count,
+using AffinePoolFunction = void (*)(const Element* input, const int64_t* offsets, int64_t count,
                                     const float* scale, const float* shift, int64_t channels,
                                     float factor, Element* output);
 
@@ -121,6 +121,44 @@ struct DepthwiseRow {
 
 template <typename Element>
 using DepthwiseFunction = void (*)(const DepthwiseRow<Element>&);
+
+// Pixels side by side of maps that are added up:
+//   output[p * output_step + c] =
+//       activation(sum over i of inputs[i][p * input_steps[i] + c] * scale[c] + shift[c])
+// Scale and shift are padded to whole vectors. The output may be an input itself.
+template <typename Element>
+struct PointwiseRow {
+  const Element* const* inputs;
+  const int64_t* input_steps;
+  int64_t count;
+  const float* scale;
+  const float* shift;
+  Element* output;
+  int64_t output_step;
+  int64_t pixels, channels;
+  float slope;  // of a leaky ReLU
+};
+
+template <typename Element>
+using PointwiseFunction = void (*)(const PointwiseRow<Element>&);
+constexpr int kActivations = kSigmoid + 1;
+
+// A row of a map interpolated between two rows of another and between two columns: pixel x lies
+// between the columns that begin at offsets[2 * x] and offsets[2 * x + 1].
+template <typename Element>
+struct BilinearRow {
+  const Element* first;
+  const Element* second;
+  const int64_t* offsets;
+  const float* weights;  // of each pixel's second column
+  float weight;          // of the second row
+  Element* output;
+  int64_t pixels, output_step;
+  int64_t channels;
+};
+
+template <typename Element>
+using BilinearFunction = void (*)(const BilinearRow<Element>&);
 
 // The input transform of Winograd's F(m x m, 3x3): B^T d B for (m + 2) x (m + 2) pixels, channel by
 // channel. pixels[(m + 2) * row + column] points to a pixel's channels; element i of the result
@@ -152,11 +190,13 @@ template <typename Element>
 struct UkernelTable {
   Tiling tiling;
   const ConvTileFunction<Element> (*conv_tile)[kMaxTilePixels + 1];  // [vectors][pixels]
-  BnReluFunction<Element> bn_relu;
+  AffineFunction<Element> affine[kRelu6 + 1];  // by activation
   PoolFunction<Element> max_pool;
   PoolFunction<Element> average_pool;
-  BnReluPoolFunction<Element> bn_relu_average_pool;
+  AffinePoolFunction<Element> affine_average_pool[kRelu6 + 1];
   DepthwiseFunction<Element> depthwise;
+  PointwiseFunction<Element> pointwise[2][kActivations];  // with a scale, by activation
+  BilinearFunction<Element> bilinear;
   WinogradFunctions<Element> winograd_2x2;
   WinogradFunctions<Element> winograd_4x4;
 };
