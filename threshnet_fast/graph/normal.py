@@ -11,28 +11,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
-from .operators import piece, resize_like
+from .operators import SPLITS, piece, resize_like
 from .trace import META, hooked
 
 __all__ = ["normalise"]
 
-# Operations with several results, of which each can be an operation of its own.
-_SPLITS = {
-    torch.chunk,
-    torch.split,
-    torch.ops.aten.chunk.default,
-    torch.ops.aten.split.Tensor,
-    torch.ops.aten.split_with_sizes.default,
-    torch.ops.aten._native_batch_norm_legit_no_training.default,
-    torch.ops.aten.max_pool2d_with_indices.default,
-}
-_SPLITTING_METHODS = {
-    "chunk": Tensor.chunk,
-    "split": Tensor.split,
-    "split_with_sizes": Tensor.split_with_sizes,
-}
+_SPLIT_BY = {function: name for name, function in SPLITS.items()}
 
 
 def normalise(traced: fx.GraphModule) -> fx.GraphModule:
@@ -58,19 +44,18 @@ def normalise(traced: fx.GraphModule) -> fx.GraphModule:
 
 def _pieces(node: fx.Node) -> None:
     """Makes each part of a split an operation of its own."""
-    function: Any = node.target
     if node.op == "call_method":
-        function = _SPLITTING_METHODS.get(str(node.target))
-    elif function not in _SPLITS:
-        return
+        split = str(node.target) if node.target in SPLITS else None
+    else:
+        split = _SPLIT_BY.get(cast(Any, node.target))
     users = list(node.users)
-    if function is None or not all(
+    if split is None or not all(
         user.target is operator.getitem and isinstance(user.args[1], int) for user in users
     ):
         return
     for user in users:
         user.target, user.kwargs = piece, dict(node.kwargs)
-        user.args = (user.args[1], function, *node.args)
+        user.args = (user.args[1], split, *node.args)
 
 
 def _resize(node: fx.Node) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import operator
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -24,7 +23,15 @@ from .ir import Slice as SliceNode
 from .settings import DROPOUTS, override
 from .trace import META, Shape, hooked, name_of
 
-__all__ = ["Operation", "Unsupported", "name_for_people", "operation", "piece", "resize_like"]
+__all__ = [
+    "SPLITS",
+    "Operation",
+    "Unsupported",
+    "name_for_people",
+    "operation",
+    "piece",
+    "resize_like",
+]
 
 
 class Unsupported(Exception):
@@ -47,9 +54,22 @@ class Operation:
     build: Build
 
 
-def piece(index: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """One of several results: ``function(*args, **kwargs)[index]``."""
-    return function(*args, **kwargs)[index]
+SPLITS: dict[str, Callable[..., Any]] = {
+    "chunk": torch.chunk,
+    "split": torch.split,
+    "split_with_sizes": torch.split_with_sizes,
+    "aten.chunk": torch.ops.aten.chunk.default,
+    "aten.split": torch.ops.aten.split.Tensor,
+    "aten.split_with_sizes": torch.ops.aten.split_with_sizes.default,
+    "aten.batch_norm": torch.ops.aten._native_batch_norm_legit_no_training.default,
+    "aten.max_pool2d": torch.ops.aten.max_pool2d_with_indices.default,
+}
+"""Operations with several results, of which each can be an operation of its own."""
+
+
+def piece(index: int, split: str, *args: Any, **kwargs: Any) -> Any:
+    """One of the results of an operation of ``SPLITS``."""
+    return SPLITS[split](*args, **kwargs)[index]
 
 
 def resize_like(value: Tensor, like: Tensor, **settings: Any) -> Tensor:
@@ -68,8 +88,9 @@ def name_for_people(node: fx.Node) -> str:
 def _last(stack: Any) -> str | None:
     if not stack:
         return None
-    path = next(reversed(stack.values()))[0]
-    return str(path) or None
+    path = str(next(reversed(stack.values()))[0]).removeprefix("L['self'].")
+    # What torch.export made up itself is none of the module's.
+    return None if path.startswith("_empty_nn_module_stack") else path or None
 
 
 def operation(root: nn.Module, node: fx.Node) -> Operation:
@@ -88,7 +109,8 @@ def operation(root: nn.Module, node: fx.Node) -> Operation:
     args, kwargs = list(node.args), dict(node.kwargs)
     index = 0
     if target is piece:
-        index, target, *args = args
+        index, split, *args = args
+        target = SPLITS[split]
     if isinstance(target, torch._ops.OpOverload):
         row = _ATEN.get(target._schema.name.removeprefix("aten::"))
         names = [argument.name for argument in target._schema.arguments]
@@ -99,10 +121,7 @@ def operation(root: nn.Module, node: fx.Node) -> Operation:
         }
     else:
         row, names, defaults = None, [], {}
-        if isinstance(target, types.MethodDescriptorType) or node.op == "call_method":
-            found = _METHODS.get(getattr(target, "__name__", target))
-        else:
-            found = _FUNCTIONS.get(target)
+        found = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(target)
         if found is not None:
             (names, defaults), row = found
     if row is None:
@@ -118,7 +137,7 @@ def operation(root: nn.Module, node: fx.Node) -> Operation:
 def _describe(node: fx.Node) -> str:
     target: Any = node.target
     if target is piece:
-        target = node.args[1]
+        target = SPLITS[str(node.args[1])]
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.removeprefix("aten::")
     return str(getattr(target, "__name__", target)) if target is not getattr else name_of(node)
@@ -804,8 +823,8 @@ _row("tensors dim=0", _cat, [torch.cat, torch.concat, torch.concatenate])
 _row("input other alpha=1", _sum, [operator.add, torch.add], "add __add__")
 _row("input index", _getitem, [operator.getitem], "__getitem__")
 _row("input dim start length", _narrow, [torch.narrow], "narrow")
-_row("input sizes dim=0", _split, [torch.split], "split split_with_sizes")
-_row("input chunks dim=0", _chunk, [torch.chunk], "chunk")
+_row("input sizes dim=0", _split, [torch.split, torch.split_with_sizes])
+_row("input chunks dim=0", _chunk, [torch.chunk])
 _row(
     "input kernel_size stride=None padding=0 dilation=1 ceil_mode=False return_indices=False",
     _max_pool,
