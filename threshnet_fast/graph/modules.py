@@ -18,7 +18,7 @@ from ..nn import (
     PlainDenseLayer,
     PointwiseDepthwise,
 )
-from .activations import ACTIVATIONS, kind_of
+from .activations import ACTIVATIONS, kind_of, slope_of
 from .ir import (
     Activate,
     Concat,
@@ -144,8 +144,8 @@ class _Builder:
         norm = cast(nn.BatchNorm2d, module)
         return self.graph.add(Norm(name, (value,), self.graph.value(norm.num_features), norm))
 
-    def activate(self, name: str, kind: str, value: int) -> int:
-        return self.graph.add(Activate(name, (value,), self._like(value), kind))
+    def activate(self, name: str, kind: str, value: int, slope: float = 0.0) -> int:
+        return self.graph.add(Activate(name, (value,), self._like(value), kind, slope))
 
     def concat(self, name: str, values: list[int]) -> int:
         if len(values) == 1:
@@ -155,7 +155,7 @@ class _Builder:
         return self.graph.add(Concat(name, tuple(values), self.graph.value(total)))
 
     def activation(self, name: str, module: nn.Module, value: int) -> int:
-        return self.activate(name, kind_of(module), value)
+        return self.activate(name, kind_of(module), value, slope_of(module))
 
     def pool(self, name: str, module: nn.Module, value: int) -> int:
         pool = cast("nn.MaxPool2d | nn.AvgPool2d", module)

@@ -26,9 +26,27 @@ from ..nn import (
     PlainDenseLayer,
     PointwiseDepthwise,
 )
-from .activations import ACTIVATIONS
+from .activations import ACTIVATION_SETTINGS
 
-__all__ = ["MODELESS", "SETTINGS", "TENSORS", "ModuleSettings", "override", "settings_of"]
+__all__ = [
+    "DROPOUTS",
+    "MODELESS",
+    "SETTINGS",
+    "TENSORS",
+    "ModuleSettings",
+    "override",
+    "settings_of",
+]
+
+DROPOUTS = (
+    nn.AlphaDropout,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.FeatureAlphaDropout,
+)
+"""Classes that drop elements by chance in training, and nothing in evaluation."""
 
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.AdaptiveAvgPool2d: ("output_size",),
@@ -51,8 +69,9 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
         "groups",
         "padding_mode",
     ),
-    nn.Dropout: (),
+    **dict.fromkeys(DROPOUTS, ()),
     nn.Flatten: ("start_dim", "end_dim"),
+    nn.Hardtanh: ("min_val", "max_val"),
     nn.Identity: (),
     nn.Linear: (),
     nn.MaxPool2d: (
@@ -65,6 +84,7 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     ),
     nn.ModuleList: (),
     nn.Sequential: (),
+    nn.Upsample: ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"),
     ConvBNReLU: ("activation",),
     DenseBlock: (),
     DenseLayer: ("out_channels",),
@@ -74,11 +94,11 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     Network: ("in_chans", "global_pool", "default_cfg"),
     PlainDenseLayer: ("out_channels",),
     PointwiseDepthwise: (),
-    **dict.fromkeys(ACTIVATIONS, ()),
+    **ACTIVATION_SETTINGS,
 }
 """By class: its settings that a plan or a chain depends on; a subclass has those of its bases."""
 
-MODELESS = frozenset(SETTINGS) - {nn.BatchNorm2d, nn.Dropout, Network}
+MODELESS = frozenset(SETTINGS) - {nn.BatchNorm2d, *DROPOUTS, Network}
 """Classes that compute the same in training mode. Anything else, a parametrisation say, may not."""
 
 TENSORS = ("weight", "bias", "running_mean", "running_var")

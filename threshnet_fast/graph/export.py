@@ -1,0 +1,219 @@
+"""Any module as a graph: traced to :mod:`torch.fx`, and from there to :mod:`.ir`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .ir import Graph, UnsupportedModule
+from .normal import normalise
+from .operators import Unsupported, name_for_people, operation
+from .trace import META, shape_of, symbolic
+
+__all__ = ["annotate", "convert", "objection", "trace"]
+
+
+def trace(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.GraphModule:
+    """Traces a module, which is run once and not modified, without in-place operations.
+
+    The result takes and returns what the module does. It is that of the example: containers among
+    the arguments have as many elements, and arguments that are no tensors are those values. Hooks
+    of the module itself are not part of it; a module inside that has hooks or a ``forward`` of its
+    own is called as it is.
+
+    Args:
+        module: In evaluation mode.
+        args: An example of what it is called with.
+        kwargs: The same, by name.
+
+    Returns:
+        A graph of torch.fx with the module's own parameters, buffers and submodules.
+
+    Raises:
+        UnsupportedModule: Neither :mod:`torch.fx` nor :mod:`torch.export` can trace it.
+    """
+    kwargs = kwargs or {}
+    try:
+        return normalise(symbolic(module, args, kwargs))
+    except Exception as error:
+        first = error
+    try:
+        exported = _exported(module, args, kwargs)
+        annotate(exported, args, kwargs)
+    except Exception as error:
+        raise UnsupportedModule(
+            f"{type(module).__name__} cannot be traced: {_line(first)}; torch.export: "
+            f"{_line(error)}"
+        ) from error
+    return exported
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """Traces a module by :mod:`torch.export`, with any batch, height and width if it can."""
+    attempts = [(two, dynamic) for two in (True, False) for dynamic in (True, False)]
+    if not any(_batch_of_one(value) for value in pytree.tree_leaves((args, kwargs))):
+        attempts = attempts[2:]
+    error: Exception | None = None
+    for two, dynamic in attempts:
+        example, named = pytree.tree_map(_twice, (args, kwargs)) if two else (args, kwargs)
+        shapes = pytree.tree_map(_dynamic, (example, named)) if dynamic else None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                program = torch.export.export(
+                    module,
+                    example,
+                    named,
+                    dynamic_shapes=shapes and (*shapes[0], *shapes[1].values()),
+                    strict=False,
+                )
+                return program.run_decompositions({}).module()
+        except Exception as raised:
+            error = raised
+    assert error is not None
+    raise error
+
+
+def _batch_of_one(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == 1
+
+
+def _twice(value: Any) -> Any:
+    return torch.cat([value, value]) if _batch_of_one(value) else value
+
+
+def _dynamic(value: Any) -> Any:
+    """Which sizes of an argument may change."""
+    if not isinstance(value, Tensor):
+        return None
+    auto = torch.export.Dim.AUTO
+    return {dim: auto for dim in range(value.dim()) if dim != 1 or value.dim() < 3}
+
+
+def annotate(traced: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Notes the shape of every value of a graph in ``node.meta``, and makes it the normal form.
+
+    Shapes that :mod:`torch.compile` has noted are taken as they are; otherwise the graph is run
+    once.
+
+    Args:
+        traced: The graph.
+        args: An example of what it is called with.
+        kwargs: The same, by name.
+    """
+    nodes = [node for node in traced.graph.nodes if node.op != "output"]
+    if all(META in node.meta for node in nodes):
+        return
+    if all(_noted(node) is not None for node in nodes if node.op != "get_attr"):
+        for node in nodes:
+            value = _noted(node)
+            if node.op == "get_attr":
+                value = operator.attrgetter(str(node.target))(traced)
+            node.meta[META] = shape_of(value)
+    else:
+        with torch.inference_mode(False), torch.no_grad():
+            _Annotation(traced).call(args, kwargs)
+    normalise(traced)
+
+
+def _noted(node: fx.Node) -> Any:
+    """The value of a node that a compiler made up."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+class _Annotation(fx.Interpreter):
+    """Runs a graph and notes the shapes of its values."""
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Runs it."""
+        codegen = self.module.graph._codegen
+        if isinstance(codegen, fx.graph._PyTreeCodeGen):
+            placeholders = codegen.process_inputs(*args, **kwargs)
+            self.run(*placeholders, enable_io_processing=False)
+            return
+        names = [str(node.target) for node in self.module.graph.nodes if node.op == "placeholder"]
+        given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+        self.run(*given, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs a node."""
+        value = super().run_node(n)
+        n.meta[META] = shape_of(value)
+        return value
+
+
+def objection(traced: fx.GraphModule, node: fx.Node) -> str | None:
+    """Why a node cannot be one of a graph.
+
+    Args:
+        traced: What has the node.
+        node: A node with the shapes of what it reads; see :func:`annotate`. A parameter is taken
+            where who reads it is.
+
+    Returns:
+        One line that begins with the node's module, or None.
+    """
+    if node.op == "get_attr":
+        found = [objection(traced, user) for user in node.users]
+        return next((reason for reason in found if reason is not None), None)
+    if node.op in ("placeholder", "output"):
+        return f"{node.name} is an {'input' if node.op == 'placeholder' else 'output'}"
+    try:
+        operation(traced, node)
+    except Unsupported as reason:
+        return f"{name_for_people(node)} {reason}"
+    return None
+
+
+def convert(island: fx.GraphModule) -> Graph:
+    """The graph of a module all of whose operations have no objection.
+
+    Args:
+        island: The module. Its inputs are maps or vectors of features with noted shapes.
+
+    Returns:
+        Its graph, with the very parameters; inputs and outputs in their order.
+
+    Raises:
+        UnsupportedModule: An operation has an objection, or reads other channels than there are.
+    """
+    values: dict[fx.Node, int] = {}
+    graph: Graph | None = None
+    for node in island.graph.nodes:
+        if node.op == "placeholder":
+            shape = node.meta.get(META)
+            channels = shape.shape[1] if shape is not None and len(shape.shape) > 1 else None
+            if graph is None:
+                graph, values[node] = Graph(channels), 0
+            else:
+                values[node] = graph.input(channels)
+        elif node.op == "output":
+            if graph is None:
+                raise UnsupportedModule("a graph without inputs")
+            results = node.args[0]
+            results = results if isinstance(results, (tuple, list)) else (results,)
+            if not all(isinstance(result, fx.Node) and result in values for result in results):
+                raise UnsupportedModule("an output is none of the graph's values")
+            graph.outputs = tuple(values[result] for result in results)
+        elif node.op != "get_attr":
+            try:
+                made = operation(island, node)
+            except Unsupported as reason:
+                raise UnsupportedModule(f"{name_for_people(node)} {reason}") from None
+            read = tuple(values[each] for each in made.reads)
+            assert graph is not None
+            values[node] = made.build(graph, name_for_people(node), read)
+    assert graph is not None
+    return graph
