@@ -214,6 +214,8 @@ def convert(island: fx.GraphModule) -> Graph:
                 raise UnsupportedModule(f"{name_for_people(node)} {reason}") from None
             read = tuple(values[each] for each in made.reads)
             assert graph is not None
+            known = len(graph.channels)
             values[node] = made.build(graph, name_for_people(node), read)
+            graph.origins.update(dict.fromkeys(range(known, len(graph.channels)), node))
     assert graph is not None
     return graph

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -223,6 +224,7 @@ class Graph:
         nodes: All nodes.
         inputs: Indices of what is given.
         outputs: Indices of the results: at first the one value that was made last.
+        origins: What a front end made values of, where it says so.
     """
 
     def __init__(self, in_channels: int | None) -> None:
@@ -230,6 +232,7 @@ class Graph:
         self.nodes: list[Node] = []
         self.inputs = [0]
         self.outputs: tuple[int, ...] = (0,)
+        self.origins: dict[int, Any] = {}
         self._made = {0}
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
@@ -19,8 +19,10 @@ from torch.fx.passes.utils.fuser_utils import (
     topo_sort,
 )
 
-from .export import convert, described, objection, record_of
+from .export import convert, objection
 from .ir import Conv, Graph, UnsupportedModule
+from .operators import name_for_people
+from .trace import META
 
 __all__ = ["Island", "Islands", "find_islands", "insert"]
 
@@ -97,7 +99,7 @@ def find_islands(traced: fx.GraphModule, check: Callable[[Island], None]) -> Isl
         islands = []
     inside = {node for island in islands for node in island.nodes}
     foreign = tuple(
-        reasons.get(node, f"{described(traced, node)} is beside no convolution that runs fused")
+        reasons.get(node, f"{name_for_people(node)} is beside no convolution that runs fused")
         for node in traced.graph.nodes
         if node not in inside and _computes(node)
     )
@@ -147,11 +149,11 @@ def _examine(
             return {}
         shapes = []
         for node in reads:
-            record = record_of(node)
+            record = node.meta.get(META)
             if record is None or len(record.shape) != 4:
                 readers = [reader for reader in node.users if reader in set(nodes)]
                 return {
-                    reader: f"{described(traced, reader)} reads {node.name}, which is no map"
+                    reader: f"{name_for_people(reader)} reads {node.name}, which is no map"
                     for reader in readers
                 }
             shapes.append(tuple(map(int, record.shape)))
@@ -162,7 +164,7 @@ def _examine(
         if graph is not None and error.value is not None:
             culprit = graph.origins.get(error.value)
         if culprit is None:
-            return {node: f"{described(traced, node)}: {error}" for node in nodes}
+            return {node: f"{name_for_people(node)}: {error}" for node in nodes}
         return {culprit.meta["threshnet_fast_origin"]: str(error)}
     islands.append(island)
     return {}
@@ -171,7 +173,7 @@ def _examine(
 def _computes(node: fx.Node) -> bool:
     """Whether a node calculates a tensor."""
     called = node.op in ("call_module", "call_function", "call_method")
-    return called and record_of(node) is not None
+    return called and node.meta.get(META) is not None
 
 
 def _separate_constants(traced: fx.GraphModule) -> None:
