@@ -19,7 +19,11 @@ __all__ = ["annotate", "convert", "objection", "trace"]
 
 
 def trace(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    export: bool = True,
 ) -> fx.GraphModule:
     """Traces a module, which is run once and not modified, without in-place operations.
 
@@ -32,6 +36,7 @@ def trace(
         module: In evaluation mode.
         args: An example of what it is called with.
         kwargs: The same, by name.
+        export: Whether :mod:`torch.export` may help, which :mod:`torch.compile` does not survive.
 
     Returns:
         A graph of torch.fx with the module's own parameters, buffers and submodules.
@@ -44,6 +49,8 @@ def trace(
         return normalise(symbolic(module, args, kwargs))
     except Exception as error:
         first = error
+    if not export:
+        raise UnsupportedModule(f"{type(module).__name__} cannot be traced: {_line(first)}")
     try:
         exported = _exported(module, args, kwargs)
         annotate(exported, args, kwargs)

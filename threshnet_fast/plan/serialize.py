@@ -73,9 +73,7 @@ def serialize(plan: Plan, arena: Arena) -> Tensor:
     for index, buffer in enumerate(plan.buffers):
         offset = arena.offsets[index]
         place = outside[index] if offset is None else offset
-        buffers.append(
-            [buffer.height, buffer.width, buffer.channels, arena.pitches[index], place]
-        )
+        buffers.append([buffer.height, buffer.width, buffer.channels, arena.pitches[index], place])
     arena_size = arena.size
 
     weights = 0

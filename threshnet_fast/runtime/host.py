@@ -81,6 +81,7 @@ class Host:
         engine: What computes the islands.
         dtype: Of the maps that islands take and make.
         winograd: As :func:`threshnet_fast.environment.winograd_by_default` returns it.
+        export: As :func:`threshnet_fast.graph.export.trace` takes it.
 
     Raises:
         UnsupportedModule: The module cannot be traced, or has no island.
@@ -88,7 +89,12 @@ class Host:
     Attributes:
         islands: In order.
         foreign: Why each other operation is in none, one line each.
+        traced: The module with its islands as submodules.
     """
+
+    islands: tuple[FusedIsland, ...]
+    foreign: tuple[str, ...]
+    traced: fx.GraphModule
 
     def __init__(
         self,
@@ -97,9 +103,10 @@ class Host:
         engine: Engine,
         dtype: torch.dtype,
         winograd: int,
+        *,
+        export: bool = True,
     ) -> None:
-        self._module = module
-        traced = trace(module, example.args, example.kwargs)
+        traced = trace(module, example.args, example.kwargs, export=export)
         annotate(traced, example.args, example.kwargs)
         fused: dict[tuple[fx.Node, ...], FusedIsland] = {}
 
@@ -118,11 +125,19 @@ class Host:
             setattr(traced, island.name, whole)
             whole.name = island.name
         self.foreign = found.foreign
-        self._traced = traced
+        self.traced = traced
+
+    def replace(self, traced: fx.GraphModule) -> None:
+        """Takes another module with the same islands in the place of the traced one.
+
+        Args:
+            traced: The module.
+        """
+        self.traced = traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module."""
-        return self._traced(*args, **kwargs)
+        return self.traced(*args, **kwargs)
 
     def summary(self) -> str:
         """One line: how much of the module is fused."""
