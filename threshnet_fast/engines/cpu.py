@@ -258,8 +258,7 @@ class CompiledPlan:
         dtype = xs[0].dtype if xs else self.dtype
         if dtype is not self.dtype:
             inputs = [
-                _converted(x, self.dtype, pitch)
-                for x, pitch in zip(xs, self._pitches, strict=True)
+                _converted(x, self.dtype, pitch) for x, pitch in zip(xs, self._pitches, strict=True)
             ]
             return [output.to(dtype) for output in self.run(inputs, packed)]
         if self._classic:
