@@ -88,9 +88,9 @@ def _execute(
         buffers[index] = x.to(dtype)
     for step in plan.steps:
         output = _view(buffers, step.output)
-        result = reference_step(
-            step, [_view(buffers, segment) for segment in step.inputs], tuple(output.shape[2:])
-        )
+        _, _, height, width = output.shape
+        inputs = [_view(buffers, segment) for segment in step.inputs]
+        result = reference_step(step, inputs, (height, width))
         output.copy_(result)
         if observe is not None:
             observe(step, result)
