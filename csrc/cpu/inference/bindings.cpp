@@ -263,6 +263,7 @@ std::vector<Tensor> run_island(const std::vector<Tensor>& xs, const Tensor& prog
   for (int64_t i = header.input_count; i < header.external_count; ++i) {
     const Buffer& buffer = view.external(i);
     outputs.push_back(empty_map(batch, buffer.channels, buffer.height, buffer.width, dtype));
+    advise_huge_pages(outputs.back(), outputs.back().numel() * bytes);
     maps.push_back({static_cast<std::byte*>(outputs.back().data_ptr()),
                     buffer.height * buffer.width * buffer.pitch * bytes});
   }
