@@ -70,13 +70,13 @@ struct PlanStep {
   std::vector<BufferSegment> inputs;  // several only for convolutions and pointwise steps
   BufferSegment output;
   int64_t input_channels;
-  PlanWindow window;          // 1x1 of pointwise steps and of those that resize
+  PlanWindow window;      // 1x1 of pointwise steps and of those that resize
   Activation activation;  // of convolutions and pointwise steps
   Activation prologue_activation;
-  bool average;                                                // pool only
-  int64_t divisor;                                             // average pool only: that, or kPixelsOfMap or kPixelsOfPadded
-  float slope;                                                 // pointwise only
-  Resizing resizing;                                           // resize only
+  bool average;       // pool only
+  int64_t divisor;    // average pool only: that, or kPixelsOfMap or kPixelsOfPadded
+  float slope;        // pointwise only
+  Resizing resizing;  // resize only
   int64_t weight_index, bias_index, scale_index, shift_index;  // into the list of weights, -1: none
   bool reads_network_input;
 };

@@ -11,8 +11,7 @@ STABLE_TORCH_LIBRARY(threshnet_fast_cpu, m) {
   m.def("pack_weights(Tensor program, Tensor[] weights) -> Tensor");
   m.def("create_workspace(Tensor program, int threads) -> Tensor");
   m.def("run_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor");
-  m.def(
-      "run_island(Tensor[] xs, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor[]");
+  m.def("run_island(Tensor[] xs, Tensor program, Tensor packed, Tensor(a!) workspace) -> Tensor[]");
   m.def(
       "profile_plan(Tensor x, Tensor program, Tensor packed, Tensor(a!) workspace) "
       "-> (Tensor, Tensor)");

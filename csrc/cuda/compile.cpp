@@ -91,9 +91,9 @@ class Compiler {
                  "a step is a sum or resizes a map, for which no GPU has a kernel");
     require_plan(planned.scale_index < 0 || planned.prologue_activation == kRelu,
                  "an input is normalised without ReLU, for which no GPU has a kernel");
-    require_plan(!planned.average || planned.divisor == kPixelsOfMap ||
-                     planned.divisor == kPixelsOfPadded,
-                 "an average has a divisor of its own, for which no GPU has a kernel");
+    require_plan(
+        !planned.average || planned.divisor == kPixelsOfMap || planned.divisor == kPixelsOfPadded,
+        "an average has a divisor of its own, for which no GPU has a kernel");
     require_plan(planned.activation != kRelu6,
                  "an activation is ReLU6, which no kernel for a GPU has");
     require_plan(planned.kind != PlanStepKind::kDepthwise,
@@ -213,11 +213,11 @@ class Compiler {
     const Buffer& to = plan_.buffer_of(linear.output);
     const BufferSegment& input = linear.inputs[0];
     return pool.average && pool.window.kernel_height == from.height &&
-           pool.window.kernel_width == from.width &&
-           pooled.height == 1 && pooled.width == 1 && linear.inputs.size() == 1 &&
-           input.buffer == pool.output.buffer && input.channel == pool.output.channel &&
-           input.channels == pool.output.channels && readers_.at(input.buffer) == 1 &&
-           linear.scale_index < 0 && linear.activation == kIdentity && linear.window.taps() == 1 &&
+           pool.window.kernel_width == from.width && pooled.height == 1 && pooled.width == 1 &&
+           linear.inputs.size() == 1 && input.buffer == pool.output.buffer &&
+           input.channel == pool.output.channel && input.channels == pool.output.channels &&
+           readers_.at(input.buffer) == 1 && linear.scale_index < 0 &&
+           linear.activation == kIdentity && linear.window.taps() == 1 &&
            linear.window.padding_top == 0 && to.offset == kNetworkOutput &&
            linear.output.channel == 0 && to.pitch == linear.output.channels &&
            round_up(input.channels, group()) <= kMaxHeadChannels;

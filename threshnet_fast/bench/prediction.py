@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..plan.ir import FusedConv, Head, Plan, Pool, Step
+from ..plan.ir import FusedConv, Head, Plan, Pointwise, Pool, Resize, Step
 from ..plan.limits import GROUP, live_taps
 from .gpus import PRECISIONS, Device, find_device, find_precision
 
@@ -327,7 +327,9 @@ class _Model:
 
     def fused(self, step: Step) -> Execution:
         reads, writes = self._features(step)
-        if isinstance(step, Pool) or (isinstance(step, FusedConv) and step.groups > 1):
+        if isinstance(step, Pool | Pointwise | Resize) or (
+            isinstance(step, FusedConv) and step.groups > 1
+        ):
             traffic = self._traffic(reads + writes, self.size * step.parameters)
             return self._execution(self._stream(step.describe(), traffic))
         if isinstance(step, Head):
@@ -361,6 +363,10 @@ class _Model:
         reads, writes = self._features(step)
         if isinstance(step, Pool):
             return self._execution(*self._normalised(step, reads), *self.fused(step).kernels)
+        if isinstance(step, Pointwise):
+            return self._unfused_pointwise(step, writes)
+        if isinstance(step, Resize):
+            return self.fused(step)
         if isinstance(step, Head):
             head = self._unfused_head(step, reads, writes)
             return self._execution(*self._normalised(step, reads), *head.kernels)
@@ -409,6 +415,19 @@ class _Model:
         traffic = _Traffic(2 * features, 0, 2 * features <= self.device.cache_bytes)
         return [self._stream("batchnorm", traffic), self._stream("relu", traffic)]
 
+    def _unfused_pointwise(self, step: Pointwise, features: int) -> Execution:
+        """Every sum, BatchNorm and activation a kernel of its own."""
+        operations = [("add", 3)] * (len(step.inputs) - 1)
+        operations += [("batchnorm", 2)] if step.scale is not None else []
+        operations += [(step.activation, 2)] if step.activation is not None else []
+        cached = 3 * features <= self.device.cache_bytes
+        return self._execution(
+            *(
+                self._stream(operation, _Traffic(maps * features, 0, cached))
+                for operation, maps in operations or [("copy", 2)]
+            )
+        )
+
     def _unfused_head(self, step: Head, reads: int, writes: int) -> Execution:
         pooled = self.size * step.batch * step.input.channels
         weights = self.size * step.parameters
@@ -427,9 +446,10 @@ class _Model:
     def _features(self, step: Step) -> tuple[int, int]:
         """Bytes of all input and of all output features."""
         output = self.plan.buffers[step.output.buffer].pixels * step.output.channels
+        pixels = self.plan.buffers[step.inputs[0].buffer].pixels
         channels = sum(segment.channels for segment in step.inputs)
         return (
-            self.size * step.batch * step.input_pixels * channels,
+            self.size * step.batch * pixels * channels,
             self.size * step.batch * output,
         )
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..engines import cpu
 from ..errors import CommandError
 from ..models.network import Network
-from ..plan import FusedConv, Head, Plan, Pool, lower
+from ..plan import FusedConv, Head, Plan, Pool, Step, lower
+from ..plan.ir import Pointwise, Resize
 from ..plan.lower import PlanSource
 from . import machine
 from .report import thread_count
@@ -344,15 +345,15 @@ def _steps(plan: Plan, algorithms: Sequence[str], times: Tensor) -> list[StepPro
         algorithms: Of each step of the description; a head may be two.
         times: Seconds, ``[calls, steps of the description, parts]``.
     """
-    rest = times.shape[1] - (len(plan.steps) - 1)
     steps = []
-    for index, step in enumerate(plan.steps):
-        # Only the head, which is last, is more than one step of the description.
-        count = rest if index == len(plan.steps) - 1 else 1
-        parts = times[:, index : index + count].sum(1)
+    end = 0
+    for step in plan.steps:
+        # Only a head with a classifier is more than one step of the description.
+        first, end = end, end + (1 + (isinstance(step, Head) and step.weight is not None))
+        parts = times[:, first:end].sum(1)
         whole = parts.sum(1)
         medians = dict(zip(_PARTS, parts.quantile(0.5, 0).tolist(), strict=True))
-        algorithm = algorithms[index]
+        algorithm = algorithms[first]
         steps.append(
             StepProfile(
                 name=step.name,
@@ -371,16 +372,19 @@ def _steps(plan: Plan, algorithms: Sequence[str], times: Tensor) -> list[StepPro
     return steps
 
 
-def _kind(step: FusedConv | Pool | Head) -> str:
+_KINDS = {Pool: "pool", Head: "head", Pointwise: "pointwise", Resize: "resize"}
+
+
+def _kind(step: Step) -> str:
     if isinstance(step, FusedConv):
         # The image is the first buffer.
         if any(segment.buffer == 0 for segment in step.inputs):
             return "stem"
         return "x".join(map(str, step.kernel))
-    return "pool" if isinstance(step, Pool) else "head"
+    return _KINDS[type(step)]
 
 
-def _executed_macs(plan: Plan, step: FusedConv | Pool | Head, algorithm: str) -> int:
+def _executed_macs(plan: Plan, step: Step, algorithm: str) -> int:
     """The multiplications of the products, without those of Winograd's transforms."""
     winograd = re.match(r"winograd\D*(\d*)", algorithm)
     if winograd is None or not isinstance(step, FusedConv):

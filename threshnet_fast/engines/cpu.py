@@ -244,8 +244,8 @@ class CompiledPlan:
         """Runs a plan of any number of inputs and outputs.
 
         Args:
-            xs: The plan's inputs, ``[N, C, H, W]``: an image in any strides, all others in NHWC with
-                the pitch that the plan has; at least ``batch`` images each.
+            xs: The plan's inputs, ``[N, C, H, W]``: an image in any strides, all others in NHWC
+                with the pitch that the plan has; at least ``batch`` images each.
             packed: The plan's packed weights, see :func:`pack_network`.
 
         Returns:
@@ -262,7 +262,8 @@ class CompiledPlan:
             ]
             return [output.to(dtype) for output in self.run(inputs, packed)]
         if self._classic:
-            return [self(*xs, packed)]
+            (x,) = xs
+            return [self(x, packed)]
         workspace = self._take_workspace()
         maps: list[Tensor] = self._run_island(xs, self.program, packed, workspace)
         self._keep_workspace(workspace)
@@ -285,7 +286,7 @@ class CompiledPlan:
 class _Output(NamedTuple):
     """Which part of which of the maps that a run returns is an output."""
 
-    index: int
+    position: int
     channel: int
     channels: int
     whole: bool
@@ -294,11 +295,11 @@ class _Output(NamedTuple):
     @classmethod
     def of(cls, plan: Plan, segment: Segment, flat: bool) -> _Output:
         whole = segment.channels == plan.buffers[segment.buffer].channels
-        index = plan.output_buffers.index(segment.buffer)
-        return cls(index, segment.channel, segment.channels, whole, flat)
+        position = plan.output_buffers.index(segment.buffer)
+        return cls(position, segment.channel, segment.channels, whole, flat)
 
     def view(self, maps: list[Tensor]) -> Tensor:
-        output = maps[self.index]
+        output = maps[self.position]
         if not self.whole:
             output = output.narrow(1, self.channel, self.channels)
         return output.flatten(1) if self.flat else output

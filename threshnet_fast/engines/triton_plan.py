@@ -20,7 +20,7 @@ from ..kernels import (
     stem_convolution,
 )
 from ..kernels.launch import Launch
-from ..plan.ir import FusedConv, Head, Plan, Segment, Step
+from ..plan.ir import FusedConv, Head, Plan, Pool, Segment, Step
 from ..plan.limits import reads_input
 from ..plan.memory import Arena
 from .base import CompilationFailed
@@ -360,6 +360,7 @@ class TritonWorkspace(Workspace):
                 )
             size = source.shape[2:]
             return pool.pool(source, target, kernel=size, stride=1, padding=0, average=True)
+        assert isinstance(step, Pool)
         return pool.pool(
             source,
             target,

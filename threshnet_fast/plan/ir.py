@@ -393,7 +393,9 @@ class Resize:
     ``"nearest"``; ``(i + 0.5) * scale`` for ``"nearest-exact"``; for ``"bilinear"``
     ``(i + 0.5) * scale - 0.5``, at least 0, or ``i * scale`` with ``align_corners``. Rounded down
     and kept within the map, ``s`` is the pixel that the nearest ones take, and the first of the two
-    between which bilinear interpolation weighs. All in float32, as in PyTorch.
+    between which bilinear interpolation weighs. All in float32, as in PyTorch, whose scale is 1
+    where a size stays the same, but for ``"nearest-exact"``, and 1/2 where ``"nearest"`` doubles
+    it.
 
     Attributes:
         name: The module it comes from.

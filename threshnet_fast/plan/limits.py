@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..graph.ir import UnsupportedModule
-from .ir import FusedConv, Plan, Step
+from .ir import FusedConv, Plan, Pointwise, Pool, Resize, Step
 
 __all__ = [
     "GROUP",
@@ -45,11 +45,26 @@ def check_gpu(plan: Plan) -> None:
 
     Raises:
         UnsupportedModule: A map is too large, a segment begins within a group of channels, the
-            input is read by anything but a plain convolution at the beginning, or a step is of a
-            kind that only the CPU's engine has.
+            input is read by anything but a plain convolution at the beginning, there are several
+            inputs or outputs, or a step is of a kind, or has a window, that only the CPU's engine
+            has.
     """
+    if not plan.classic:
+        raise UnsupportedModule(
+            "the plan has several inputs or outputs, or one that is no image, which no GPU takes"
+        )
     for step in plan.steps:
+        if isinstance(step, Pointwise | Resize):
+            raise UnsupportedModule(
+                f"{step.name} is {step.describe()!r} on its own, for which no GPU has a kernel"
+            )
+        if isinstance(step, FusedConv | Pool):
+            _check_window(plan, step)
         if isinstance(step, FusedConv):
+            if step.prologue is not None and step.prologue.activation != "relu":
+                raise UnsupportedModule(
+                    f"{step.name} normalises its input without ReLU, for which no GPU has a kernel"
+                )
             if step.groups > 1:
                 raise UnsupportedModule(f"{step.name} is depthwise, for which no GPU has a kernel")
             if step.activation not in (None, "relu"):
@@ -77,6 +92,32 @@ def check_gpu(plan: Plan) -> None:
         for segment in step.inputs:
             if segment.channel % GROUP:
                 raise UnsupportedModule(f"{step.name} reads from channel {segment.channel}")
+
+
+def _check_window(plan: Plan, step: FusedConv | Pool) -> None:
+    """Raises an error for windows that differ in their directions, or go on behind the padding."""
+    source, target = plan.buffers[step.inputs[0].buffer], plan.buffers[step.output.buffer]
+    stride, padding = step.stride[0], step.padding[0]
+    expected = tuple(
+        (size + 2 * padding - kernel) // stride + 1
+        for size, kernel in zip((source.height, source.width), step.kernel, strict=True)
+    )
+    dilated = isinstance(step, FusedConv) and step.dilation != (1, 1)
+    if (
+        dilated
+        or step.stride != (stride, stride)
+        or step.padding != (padding, padding)
+        or (target.height, target.width) != expected
+    ):
+        raise UnsupportedModule(
+            f"{step.name} has a window that is dilated, or moves or is padded differently in its "
+            "directions, for which no GPU has a kernel"
+        )
+    if isinstance(step, Pool) and step.average and (padding or step.divisor):
+        raise UnsupportedModule(
+            f"{step.name} is an average with padding or a divisor of its own, for which no GPU has "
+            "a kernel"
+        )
 
 
 def reads_input(step: Step) -> bool:

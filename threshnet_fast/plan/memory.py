@@ -37,9 +37,9 @@ def plan_memory(plan: Plan) -> Arena:
         plan: The plan.
 
     Returns:
-        Offsets and pitches, in the arena multiples of 16 elements. A pitch is there 16 elements more than the
-        channels where pixels of float32 would otherwise lie a multiple of 1024 bytes apart and
-        share few of the cache's sets.
+        Offsets and pitches, multiples of 16 elements in the arena. There a pitch is 16 elements
+        more than the channels where pixels of float32 would otherwise lie a multiple of 1024 bytes
+        apart and share few of the cache's sets.
     """
     outside = {*plan.inputs, *plan.output_buffers}
     lives: dict[int, tuple[int, int]] = {}

@@ -88,9 +88,9 @@ def _execute(
         buffers[index] = x.to(dtype)
     for step in plan.steps:
         output = _view(buffers, step.output)
-        result = reference_step(
-            step, [_view(buffers, segment) for segment in step.inputs], tuple(output.shape[2:])
-        )
+        _, _, height, width = output.shape
+        inputs = [_view(buffers, segment) for segment in step.inputs]
+        result = reference_step(step, inputs, (height, width))
         output.copy_(result)
         if observe is not None:
             observe(step, result)
@@ -183,9 +183,13 @@ def _pool(step: Pool, x: Tensor, size: tuple[int, int]) -> Tensor:
 def _resize(step: Resize, x: Tensor, size: tuple[int, int]) -> Tensor:
     """By gathering the pixels: where they lie is decided in float32, whatever is calculated in."""
     for dimension in (2, 3):
+        extent, out = x.shape[dimension], size[dimension - 2]
         scale = torch.tensor(step.scale[dimension - 2], dtype=torch.float32)
-        extent = x.shape[dimension]
-        index = torch.arange(size[dimension - 2], dtype=torch.float32)
+        if step.mode != "nearest-exact" and out == extent:
+            scale = torch.tensor(1.0)
+        elif step.mode == "nearest" and out == 2 * extent:
+            scale = torch.tensor(0.5)
+        index = torch.arange(out, dtype=torch.float32)
         if step.mode == "nearest" or step.align_corners:
             position = index * scale
         else:

@@ -7,8 +7,8 @@ Layout, every entry one int64:
   number of buffers, number of steps;
 - for each buffer: height, width, channels, pitch, offset in the arena (-1: the network's input in
   any strides, -2: its output, from -3 on downward: external inputs, then external outputs);
-- for each step: kind (0 convolution, 1 pool, 2 depthwise convolution, 3 pointwise, 4 resize), number
-  of entries of the step, then
+- for each step: kind (0 convolution, 1 pool, 2 depthwise convolution, 3 pointwise, 4 resize), how
+  many entries the step has, then
   for a convolution: number of segments, (buffer, channel, channels) of each, output buffer,
   channel, channels, window, activation, indices of weight, bias, scale and shift (-1: none),
   activation of the prologue;

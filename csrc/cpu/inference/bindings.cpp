@@ -149,9 +149,8 @@ ScalarType dtype_of(const cpu::Program& program) {
 // An input of a program.
 void check_map(const Tensor& x, const std::string& name, ScalarType dtype) {
   check(x.is_cpu(), name + " is not on the CPU");
-  check(x.scalar_type() == dtype,
-        name + " has the wrong dtype, expected " +
-            (dtype == ScalarType::BFloat16 ? "bfloat16" : "float32"));
+  check(x.scalar_type() == dtype, name + " has the wrong dtype, expected " +
+                                      (dtype == ScalarType::BFloat16 ? "bfloat16" : "float32"));
   check(x.dim() == 4,
         name + " has shape " + shape_of(x) + ", expected four dimensions [N, C, H, W]");
 }
@@ -189,8 +188,8 @@ Tensor run_parts(const Tensor& x, const Tensor& program, const Tensor& packed,
   check_operands(view, packed, workspace, threads);
 
   const int64_t batch = x.size(0);
-  Tensor output = empty_map(batch, header.output_channels, header.output_height,
-                            header.output_width, dtype);
+  Tensor output =
+      empty_map(batch, header.output_channels, header.output_height, header.output_width, dtype);
   const int64_t image_elements =
       header.output_channels * header.output_height * header.output_width;
   for_parts(batch, header.batch, [&](int64_t first) {
@@ -253,8 +252,8 @@ std::vector<Tensor> run_island(const std::vector<Tensor>& xs, const Tensor& prog
                                   std::to_string(batch) + " as xs[0] has");
     check_memory(x, name);
     // The stride of a single image is any number.
-    const int64_t stride = external < 0 ? x.stride(0)
-                                        : x.size(2) * x.size(3) * view.external(external).pitch;
+    const int64_t stride =
+        external < 0 ? x.stride(0) : x.size(2) * x.size(3) * view.external(external).pitch;
     maps.push_back({static_cast<std::byte*>(x.data_ptr()), stride * bytes});
   }
   const int64_t threads = torch::stable::get_num_threads();
@@ -264,6 +263,7 @@ std::vector<Tensor> run_island(const std::vector<Tensor>& xs, const Tensor& prog
   for (int64_t i = header.input_count; i < header.external_count; ++i) {
     const Buffer& buffer = view.external(i);
     outputs.push_back(empty_map(batch, buffer.channels, buffer.height, buffer.width, dtype));
+    advise_huge_pages(outputs.back(), outputs.back().numel() * bytes);
     maps.push_back({static_cast<std::byte*>(outputs.back().data_ptr()),
                     buffer.height * buffer.width * buffer.pitch * bytes});
   }
@@ -275,8 +275,7 @@ std::vector<Tensor> run_island(const std::vector<Tensor>& xs, const Tensor& prog
       const Tensor& x = xs[0];
       binding.input = {at(maps[0]), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
     }
-    for (int64_t i = 0; i < header.external_count; ++i)
-      binding.externals[i] = at(maps[i + images]);
+    for (int64_t i = 0; i < header.external_count; ++i) binding.externals[i] = at(maps[i + images]);
     cpu::run(view, static_cast<const float*>(packed.data_ptr()),
              static_cast<float*>(workspace.data_ptr()), binding, threads, parallel_for);
   });
@@ -376,9 +375,8 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
                                       1};
   cpu::Binding binding;
   for (int64_t i = 0; i < count; ++i) {
-    description.insert(description.end(),
-                       {height, width, segments[i].size(1), pixel_pitch(segments[i]),
-                        kFirstExternal - i});
+    description.insert(description.end(), {height, width, segments[i].size(1),
+                                           pixel_pitch(segments[i]), kFirstExternal - i});
     binding.externals.push_back(segments[i].data_ptr());
   }
   description.insert(description.end(), {output_height, output_width, output_channels,
@@ -387,11 +385,10 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
                      {static_cast<int64_t>(PlanStepKind::kConvolution), 3 * count + 20, count});
   for (int64_t i = 0; i < count; ++i)
     description.insert(description.end(), {i, 0, segments[i].size(1)});
-  description.insert(
-      description.end(),
-      {count, 0, output_channels, kernel_height, kernel_width, stride, stride, padding, padding, 1,
-       1, relu, 0, has_prologue ? -1 : 1, has_prologue ? 1 : -1, has_prologue ? 2 : -1,
-       has_prologue ? kRelu : kIdentity});
+  description.insert(description.end(),
+                     {count, 0, output_channels, kernel_height, kernel_width, stride, stride,
+                      padding, padding, 1, 1, relu, 0, has_prologue ? -1 : 1, has_prologue ? 1 : -1,
+                      has_prologue ? 2 : -1, has_prologue ? kRelu : kIdentity});
 
   const int64_t threads = torch::stable::get_num_threads();
   const std::vector<std::byte> bytes =

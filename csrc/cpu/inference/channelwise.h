@@ -65,8 +65,7 @@ inline int64_t window_taps(const Step& step, const Panel& panel, const Buffer& f
                            int64_t left, int64_t* offsets) {
   const PlanWindow& window = step.window;
   const TapRange rows = valid_taps(top, from.height, window.kernel_height, window.dilation_height);
-  const TapRange columns =
-      valid_taps(left, from.width, window.kernel_width, window.dilation_width);
+  const TapRange columns = valid_taps(left, from.width, window.kernel_width, window.dilation_width);
   int64_t* const weight_offsets = offsets + window.taps();
   int64_t count = 0;
   for (int64_t ky = rows.begin; ky < rows.end; ++ky) {

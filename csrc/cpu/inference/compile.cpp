@@ -188,8 +188,7 @@ class Compiler {
   void finish_pointwise(Step& step, const PlanStep& planned) {
     const Buffer& to = plan_.buffer_of(planned.output);
     step.input_channels = step.output_channels;
-    step.block_count =
-        std::min(header_.batch * to.height * to.width, threads_ * kTasksPerThread);
+    step.block_count = std::min(header_.batch * to.height * to.width, threads_ * kTasksPerThread);
     step.group_count = 1;
     reserve_prologue(step);
     // Where the inputs begin, and the elements between their pixels.
@@ -306,11 +305,10 @@ class Compiler {
 
   PixelTables pixel_tables(const Step& step, const Buffer& from, const Buffer& to) {
     const PlanWindow& window = step.window;
-    const auto key =
-        std::make_tuple(from.height, from.width, to.height, to.width, window.kernel_height,
-                        window.kernel_width, window.stride_height, window.stride_width,
-                        window.padding_top, window.padding_left, window.dilation_height,
-                        window.dilation_width);
+    const auto key = std::make_tuple(
+        from.height, from.width, to.height, to.width, window.kernel_height, window.kernel_width,
+        window.stride_height, window.stride_width, window.padding_top, window.padding_left,
+        window.dilation_height, window.dilation_width);
     if (const auto found = tables_.find(key); found != tables_.end()) return found->second;
 
     check_pixels(step, from, to);
@@ -508,9 +506,9 @@ class Compiler {
     const int64_t held = kPackBytes / (element_bytes_ * row_elements) - step.window.height();
     const int64_t wanted = threads_ > 1 ? round_up(threads_ * kTasksPerThread, threads_) : 1;
     step.block_count = std::min(
-        rows, std::max(wanted, divide_up(rows, std::max<int64_t>(held, 0) /
-                                                       step.window.stride_height +
-                                                   1)));
+        rows,
+        std::max(wanted,
+                 divide_up(rows, std::max<int64_t>(held, 0) / step.window.stride_height + 1)));
     step.split_count = step.chunk_count = 1;
     step.group_count = 1;
     step.group_panels = step.panel_count;
@@ -625,8 +623,8 @@ class Compiler {
   int64_t element_bytes_;
   ProgramHeader header_{};
   std::vector<Step> steps_;
-  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                      int64_t, int64_t, int64_t>,
+  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                      int64_t, int64_t, int64_t, int64_t>,
            PixelTables>
       tables_;
 };

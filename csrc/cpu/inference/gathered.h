@@ -42,8 +42,7 @@ class GatheredConvolution {
               operands_.input_of(segments[s]) + (input_pixels[i] + shift) * buffer.pitch;
           if (step.scale_index >= 0) {
             normalise(from, operands_.packed + step.scale + channel,
-                                    operands_.packed + step.shift + channel, segments[s].channels,
-                                    to + channel);
+                      operands_.packed + step.shift + channel, segments[s].channels, to + channel);
           } else {
             std::memcpy(to + channel, from, segments[s].channels * sizeof(Element));
           }

@@ -26,8 +26,9 @@ class ImageConvolution {
       // As many as belong to one image.
       const int64_t y = first_row % to.height;
       const int64_t rows = std::min(last_row - first_row, to.height - y);
-      copy_image(step, first_row / to.height, y * step.window.stride_height - step.window.padding_top,
-                 image_rows(step, rows), image);
+      copy_image(step, first_row / to.height,
+                 y * step.window.stride_height - step.window.padding_top, image_rows(step, rows),
+                 image);
       for (int64_t p = 0; p < step.panel_count; ++p)
         convolve_rows(step, operands_.panels_of(step)[p], first_row, rows, image, runs);
       first_row += rows;

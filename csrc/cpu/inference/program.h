@@ -92,8 +92,7 @@ inline bool is_planned(const Step& step) {
 
 // Weights of an output channel for each input channel.
 inline int64_t positions_of(const Step& step) {
-  return step.winograd ? winograd_positions(step.winograd_size)
-                       : step.window.taps();
+  return step.winograd ? winograd_positions(step.winograd_size) : step.window.taps();
 }
 
 // Elements between the gathered windows of neighbouring pixels.

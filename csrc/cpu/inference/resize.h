@@ -11,6 +11,12 @@
 
 namespace threshnet_fast::cpu {
 
+// Of a map that keeps its size or is doubled, torch leaves the scale out of account.
+inline float effective_scale(ResizeMode mode, float scale, int64_t size, int64_t out_size) {
+  if (mode != kNearestExact && out_size == size) return 1.0f;
+  return mode == kNearest && out_size == 2 * size ? 0.5f : scale;
+}
+
 // In one direction, the two pixels of the input between which one of the output lies, and how far
 // towards the second. In float32 and in this order, as torch does it, so that both round alike.
 struct ResizedPixel {
@@ -44,8 +50,10 @@ class Resize {
         to_(operands.program.buffer(step.output_buffer)),
         offsets_(reinterpret_cast<int64_t*>(scratch)),
         weights_(scratch + 2 * 2 * to_.width) {
+    const float scale =
+        effective_scale(step.resizing.mode, step.resizing.scale_width, from_.width, to_.width);
     for (int64_t x = 0; x < to_.width; ++x) {
-      const ResizedPixel pixel(step.resizing, step.resizing.scale_width, x, from_.width);
+      const ResizedPixel pixel(step.resizing, scale, x, from_.width);
       offsets_[2 * x] = pixel.first * from_.pitch;
       offsets_[2 * x + 1] = pixel.second * from_.pitch;
       weights_[x] = pixel.weight;
@@ -56,9 +64,10 @@ class Resize {
     const Element* const input = operands_.input_of(*operands_.segments_of(step_));
     Element* output = operands_.output_of(step_) + range.first * to_.width * to_.pitch;
     const int64_t row_elements = from_.width * from_.pitch;
+    const float scale =
+        effective_scale(step_.resizing.mode, step_.resizing.scale_height, from_.height, to_.height);
     for (int64_t row = range.first; row < range.last; ++row, output += to_.width * to_.pitch) {
-      const ResizedPixel pixel(step_.resizing, step_.resizing.scale_height, row % to_.height,
-                               from_.height);
+      const ResizedPixel pixel(step_.resizing, scale, row % to_.height, from_.height);
       const Element* const image = input + row / to_.height * from_.height * row_elements;
       const Element* const first = image + pixel.first * row_elements;
       if (step_.resizing.mode == kBilinear) {
@@ -88,8 +97,8 @@ class Resize {
 
 template <typename Element>
 void resize(const Operands<Element>& operands, const Step& step, int64_t block, float* scratch) {
-  const int64_t rows = operands.program.header().batch *
-                       operands.program.buffer(step.output_buffer).height;
+  const int64_t rows =
+      operands.program.header().batch * operands.program.buffer(step.output_buffer).height;
   Resize<Element>(operands, step, scratch).rows(BlockRange(rows, block, step.block_count));
 }
 

@@ -284,7 +284,7 @@ void conv_tile(const ConvTile<Element>& tile) {
 
 template <Activation kActivation>
 void affine(const Element* input, const float* scale, const float* shift, int64_t channels,
-             Element* output) {
+            Element* output) {
   constexpr int64_t kLanes = Vector::kLanes;
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
@@ -410,8 +410,13 @@ inline __attribute__((always_inline)) Vector exponential(Vector x) {
   // log(2) in two parts, the first of which leaves room for any power.
   x.multiply_add(power, splat(-0.693359375f));
   x.multiply_add(power, splat(2.12194440e-4f));
-  constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                              1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
+  constexpr float kTerms[] = {1.3981999507e-3f,
+                              8.3334519073e-3f,
+                              4.1665795894e-2f,
+                              1.6666665459e-1f,
+                              5.0000001201e-1f,
+                              1.0f,
+                              1.0f};
   Vector result = splat(1.9875691500e-4f);
 #pragma GCC unroll 7
   for (const float term : kTerms) {
@@ -483,9 +488,9 @@ void bilinear(const BilinearRow<Element>& row) {
   for (int64_t x = 0; x < row.pixels; ++x, output += row.output_step) {
     const int64_t left = row.offsets[2 * x], right = row.offsets[2 * x + 1];
     const float weight = row.weights[x];
-    const Vector weights[4] = {
-        splat((1.0f - row.weight) * (1.0f - weight)), splat((1.0f - row.weight) * weight),
-        splat(row.weight * (1.0f - weight)), splat(row.weight * weight)};
+    const Vector weights[4] = {splat((1.0f - row.weight) * (1.0f - weight)),
+                               splat((1.0f - row.weight) * weight),
+                               splat(row.weight * (1.0f - weight)), splat(row.weight * weight)};
     const Element* const corners[4] = {row.first + left, row.first + right, row.second + left,
                                        row.second + right};
     const auto compute = [&](int64_t c, auto... lanes) __attribute__((always_inline)) {
@@ -724,12 +729,10 @@ void winograd_output_4x4(const float* products, int64_t product_pitch, const flo
 }
 
 // By activation.
-#define THRESHNET_FAST_POINTWISE(SCALED)                                                       \
-  {                                                                                            \
-    pointwise<SCALED, kIdentity>, pointwise<SCALED, kRelu>, pointwise<SCALED, kRelu6>,         \
-        pointwise<SCALED, kLeakyRelu>, pointwise<SCALED, kSilu>, pointwise<SCALED, kHardswish>, \
-        pointwise<SCALED, kSigmoid>                                                            \
-  }
+#define THRESHNET_FAST_POINTWISE(SCALED)                                                   \
+  {pointwise<SCALED, kIdentity>,  pointwise<SCALED, kRelu>, pointwise<SCALED, kRelu6>,     \
+   pointwise<SCALED, kLeakyRelu>, pointwise<SCALED, kSilu>, pointwise<SCALED, kHardswish>, \
+   pointwise<SCALED, kSigmoid>}
 
 constexpr UkernelTable<Element> table_of(
     const Tiling& tiling, const ConvTileFunction<Element> (*conv_tile)[kMaxTilePixels + 1]) {

@@ -190,7 +190,7 @@ template <typename Element>
 struct UkernelTable {
   Tiling tiling;
   const ConvTileFunction<Element> (*conv_tile)[kMaxTilePixels + 1];  // [vectors][pixels]
-  AffineFunction<Element> affine[kRelu6 + 1];  // by activation
+  AffineFunction<Element> affine[kRelu6 + 1];                        // by activation
   PoolFunction<Element> max_pool;
   PoolFunction<Element> average_pool;
   AffinePoolFunction<Element> affine_average_pool[kRelu6 + 1];
