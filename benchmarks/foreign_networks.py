@@ -518,7 +518,7 @@ def map_channels(encoder: DenseNetEncoder) -> list[int]:
 
 
 def densenet121(**options: object) -> DenseNet:
-    """torchvision's DenseNet-121."""
+    """DenseNet-121 as torchvision has it."""
     return DenseNet(**options)  # type: ignore[arg-type]
 
 
