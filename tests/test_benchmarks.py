@@ -214,6 +214,40 @@ def grown() -> list[dict[str, str]]:
     return rows
 
 
+def test_modules_of_others(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "foreign.csv"
+    arguments = ["--networks", "torchvision-densenet121", "published-hardnet39ds"]
+    arguments += ["--providers", "fused", "eager", "channels-last", "--size", "64"]
+    arguments += ["--seconds", "0.05", "--threads", "1", "--csv", str(path)]
+    assert run(monkeypatch, "bench_foreign", *arguments) == 0
+    assert "From the module to its first output: fused " in capsys.readouterr().out
+    rows = results.read_rows(path, tuple(results.FOREIGN_COLUMNS))
+    assert [(row["model"], row["provider"]) for row in rows] == [
+        (name, provider)
+        for name in ("torchvision-densenet121", "published-hardnet39ds")
+        for provider in ("fused", "eager", "channels-last")
+    ]
+    for row in rows:
+        assert row["status"] == "ok"
+        assert 0 < float(row["min_ms"]) <= float(row["p80_ms"])
+        assert float(row["error"]) <= float(row["error_limit"])
+        assert float(row["prepare_s"]) > 0
+    # 2.9 G multiply-adds at 224x224, of which 1 M in the classifier.
+    macs = 1024 * 1000 + (2_834_161_664 // 49) * 4
+    assert int(rows[0]["macs"]) == pytest.approx(macs, rel=1e-3)
+
+
+def test_modules_of_others_are_measured_as_they_are():
+    """By their names they look like networks of this package that are cut at other places."""
+    networks_of_others = importlib.import_module("foreign_networks")
+    for name in ("torchvision-densenet121", "fc-hardnet70"):
+        model = networks_of_others.NETWORKS[name][0]().eval()
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            expected = copy.deepcopy(model).double()(x.double())
+        assert torch.equal(networks.reference_output(model, x), expected)
+
+
 def test_table_of_odd_shapes(monkeypatch, tmp_path):
     table = importlib.import_module("table")
     monkeypatch.setattr(table, "GROWTH", tmp_path / "growth.csv")

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.network import Network
+
 __all__ = ["Job", "Provider", "Spec", "Unavailable", "float32_parts", "plain_module", "silence"]
 
 
@@ -107,8 +109,10 @@ class Spec:
 def plain_module(model: nn.Module) -> nn.Module:
     """The network as a stock PyTorch module without any dispatch of this package.
 
-    It shares the parameters with ``model``.
+    It shares the parameters with ``model``. A module of others is one already.
     """
+    if not isinstance(model, Network):
+        return model
     base, features = getattr(model, "base", None), getattr(model, "features", None)
     if isinstance(base, nn.ModuleList):
         return nn.Sequential(*base).train(model.training)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from ..engines import cpu
 from ..engines.select import is_plain
 from ..errors import CommandError
 from ..models import create_model
+from ..models.network import Network
 from ..plan import lower
 from ..runtime.explain import explain
 from ..text import enumerated
@@ -99,19 +101,27 @@ def input_of(shape: tuple[int, int, int], photographs: Sequence[Photograph], see
 
 
 def measure(
-    model: nn.Module, name: str, shape: tuple[int, int, int], dtype: str, run: Run
+    model: nn.Module,
+    name: str,
+    shape: tuple[int, int, int],
+    dtype: str,
+    run: Run,
+    columns: Iterable[str] = results.COLUMNS,
 ) -> list[dict[str, object]]:
     """Checks and times all providers on one input; returns a row for each.
 
     Args:
-        model: The network, float32, on the CPU.
+        model: The network, float32, on the CPU: one of this package, or a module of others that
+            takes an image of three channels and returns a tensor.
         name: Its name.
         shape: Height, width and batch of the input.
         dtype: A key of ``PRECISIONS``.
         run: What is the same for all inputs.
+        columns: The columns of the rows.
     """
     with PRECISIONS[dtype].active() if run.on_gpu else contextlib.nullcontext():
-        return _measure(model, name, shape, dtype, run)
+        rows = _measure(model, name, shape, dtype, run)
+    return [{key: row.get(key, "") for key in columns} for row in rows]
 
 
 def _measure(
@@ -123,7 +133,7 @@ def _measure(
     precision = PRECISIONS[dtype]
     job = _job(model, input_of(shape, run.photographs, run.seed), precision, run)
     names = run.names[dtype]
-    macs = lower(model, (batch, 3, height, width), fold=False).macs
+    macs = _macs(model, (batch, 3, height, width))
     title = f"{name} {height}x{width} batch {batch} {dtype}"
     columns: dict[str, object] = {
         **run.common,
@@ -147,7 +157,9 @@ def _measure(
         bar.update()
         for provider in names:
             bar.set_postfix_str(f"check {provider}")
+            began = time.perf_counter()
             built, error, status = checked(provider, job, reference, limit)
+            prepared = time.perf_counter() - began
             rows[provider] = {
                 **columns,
                 "provider": provider,
@@ -155,6 +167,7 @@ def _measure(
                 "error": "" if error is None else f"{error:.4g}",
                 "error_limit": f"{limit:.4g}",
                 "peak_bytes": "",
+                "prepare_s": f"{prepared:.3f}",
                 "status": status,
             }
             if built is not None:
@@ -184,7 +197,18 @@ def _measure(
             used = peak_memory.measure(provider, job, name, run.classes, run.seed, dtype)
             if used is not None:
                 rows[provider]["peak_bytes"] = used.peak
-    return [{key: row.get(key, "") for key in results.COLUMNS} for row in rows.values()]
+    return list(rows.values())
+
+
+def _macs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-adds of one call, those on padding included."""
+    if isinstance(model, Network):
+        return lower(model, shape, fold=False).macs
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to("meta")(torch.empty(shape, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 def _job(model: nn.Module, x: Tensor, precision: Precision, run: Run) -> Job:

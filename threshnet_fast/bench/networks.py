@@ -42,18 +42,18 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(tensor: Tensor, low: float, high: float) -> None:
-        tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
+    def draw(tensor: Tensor | None, low: float, high: float) -> None:
+        if tensor is not None:
+            tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
 
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None
-                assert module.running_var is not None
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 draw(module.running_mean, -0.4, 0.4)
                 draw(module.running_var, 0.5, 1.8)
                 draw(module.weight, 0.6, 1.4)
-                module.weight[::8] *= -1
+                if module.affine:
+                    module.weight[::8] *= -1
                 draw(module.bias, -0.3, 0.5)
             elif isinstance(module, nn.Linear):
                 draw(module.bias, -0.5, 0.5)

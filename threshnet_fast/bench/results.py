@@ -10,6 +10,7 @@ from ..errors import CommandError
 
 __all__ = [
     "COLUMNS",
+    "FOREIGN_COLUMNS",
     "PROFILE_COLUMNS",
     "TRAINING_COLUMNS",
     "append_rows",
@@ -80,6 +81,11 @@ TRAINING_COLUMNS: dict[str, str] = COLUMNS | {
     "profiler; empty where not measured",
 }
 """The same of a file of training steps; what differs from :data:`COLUMNS` has the same name."""
+
+FOREIGN_COLUMNS: dict[str, str] = COLUMNS | {
+    "prepare_s": "seconds from the module to its first output: conversion, compilation, packing",
+}
+"""The same of a file of modules of others; what differs from :data:`COLUMNS` comes last."""
 
 PROFILE_COLUMNS: dict[str, str] = {
     "run": "identifier of the run that the row is part of",
