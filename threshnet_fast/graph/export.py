@@ -53,13 +53,13 @@ def trace(
         raise UnsupportedModule(f"{type(module).__name__} cannot be traced: {_line(first)}")
     try:
         exported = _exported(module, args, kwargs)
-        annotate(exported, args, kwargs)
+        _run(exported, args, kwargs)
+        return normalise(exported)
     except Exception as error:
         raise UnsupportedModule(
             f"{type(module).__name__} cannot be traced: {_line(first)}; torch.export: "
             f"{_line(error)}"
         ) from error
-    return exported
 
 
 def _line(error: Exception) -> str:
@@ -86,11 +86,19 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                     dynamic_shapes=shapes and (*shapes[0], *shapes[1].values()),
                     strict=False,
                 )
-                return program.run_decompositions({}).module()
+                return _named(program.run_decompositions({}).module())
         except Exception as raised:
             error = raised
     assert error is not None
     raise error
+
+
+def _named(exported: fx.GraphModule) -> fx.GraphModule:
+    """Has no node claim a module that it is not of."""
+    for node in exported.graph.nodes:
+        if node.op in ("call_module", "get_attr", "placeholder"):
+            node.meta.pop("nn_module_stack", None)
+    return exported
 
 
 def _batch_of_one(value: object) -> bool:
@@ -130,9 +138,20 @@ def annotate(traced: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, A
                 value = operator.attrgetter(str(node.target))(traced)
             node.meta[META] = shape_of(value)
     else:
-        with torch.inference_mode(False), torch.no_grad():
-            _Annotation(traced).call(args, kwargs)
+        _run(traced, args, kwargs)
     normalise(traced)
+
+
+def _run(traced: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Runs a graph once and notes the shapes of its values."""
+    given = list(args)
+    if isinstance(traced.graph._codegen, fx.graph._PyTreeCodeGen):
+        given = pytree.tree_leaves((args, kwargs))
+    elif kwargs:
+        names = [str(node.target) for node in traced.graph.nodes if node.op == "placeholder"]
+        given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+    with torch.inference_mode(False), torch.no_grad():
+        _Annotation(traced).run(*given, enable_io_processing=False)
 
 
 def _noted(node: fx.Node) -> Any:
@@ -142,17 +161,6 @@ def _noted(node: fx.Node) -> Any:
 
 class _Annotation(fx.Interpreter):
     """Runs a graph and notes the shapes of its values."""
-
-    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Runs it."""
-        codegen = self.module.graph._codegen
-        if isinstance(codegen, fx.graph._PyTreeCodeGen):
-            placeholders = codegen.process_inputs(*args, **kwargs)
-            self.run(*placeholders, enable_io_processing=False)
-            return
-        names = [str(node.target) for node in self.module.graph.nodes if node.op == "placeholder"]
-        given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
-        self.run(*given, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs a node."""

@@ -34,6 +34,7 @@ def normalise(traced: fx.GraphModule) -> fx.GraphModule:
         if node.op in ("call_function", "call_method"):
             _pieces(node)
             _resize(node)
+            _exported_resize(node)
             _flatten(node)
     _drop_dead(traced)
     _one_reader_each(traced.graph)
@@ -75,6 +76,40 @@ def _resize(node: fx.Node) -> None:
     node.kwargs = {name: given[name] for name in settings if given.get(name) is not None}
 
 
+_RESIZING = {
+    torch.ops.aten.upsample_nearest2d.vec: {"mode": "nearest"},
+    torch.ops.aten._upsample_nearest_exact2d.vec: {"mode": "nearest-exact"},
+    torch.ops.aten.upsample_bilinear2d.vec: {"mode": "bilinear"},
+}
+
+
+def _exported_resize(node: fx.Node) -> None:
+    """The same of an exported graph, whose sizes are expressions of the input's."""
+    settings: dict[str, Any] | None = _RESIZING.get(cast(Any, node.target))
+    if settings is None or not isinstance(node.args[1], (tuple, list)):
+        return
+    wanted = [_expression(side) for side in node.args[1]]
+    if None in wanted:
+        return
+    other: Any = node.prev
+    while other.op != "root":
+        shape = getattr(other.meta.get("val"), "shape", ())
+        if len(shape) == 4 and [str(side) for side in shape[2:]] == wanted:
+            break
+        other = other.prev
+    else:
+        return
+    if settings["mode"] == "bilinear":
+        settings = {**settings, "align_corners": bool(node.args[2])}
+    node.target, node.args, node.kwargs = resize_like, (node.args[0], other), settings
+
+
+def _expression(size: Any) -> str | None:
+    """What a size is in terms of the input's; None of a number."""
+    value = size.meta.get("val") if isinstance(size, fx.Node) else None
+    return None if value is None else str(value)
+
+
 def _map_of_size(size: Any) -> fx.Node | None:
     """The map whose height and width a size is."""
     if isinstance(size, (tuple, list)) and len(size) == 2:
@@ -96,9 +131,9 @@ def _dimension(size: Any) -> tuple[fx.Node, int] | None:
         return None
     if size.target is operator.getitem and isinstance(size.args[1], int):
         inner, index = size.args[0], size.args[1]
-        value = _shape(inner)
-        if value is not None:
-            return value, index % 4
+        whole = _shape(inner)
+        if whole is not None:
+            return whole, index % 4
         # One of the last two sizes.
         like = _map_of_size(inner)
         return None if like is None else (like, 2 + index % 2)

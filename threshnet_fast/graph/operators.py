@@ -106,7 +106,8 @@ def operation(root: nn.Module, node: fx.Node) -> Operation:
     if node.op == "call_module":
         return _of_module(root, node)
     target: Any = node.target
-    args, kwargs = list(node.args), dict(node.kwargs)
+    args: list[Any] = list(node.args)
+    kwargs = dict(node.kwargs)
     index = 0
     if target is piece:
         index, split, *args = args
@@ -171,7 +172,7 @@ class _Context:
         """The record of a tensor that the graph computes."""
         found = value.meta.get(META) if isinstance(value, fx.Node) else None
         if found is None:
-            raise Unsupported(f"has an {what} that is no tensor of a known shape")
+            raise Unsupported(f"has an {what} that is no tensor")
         if cast(fx.Node, value).op == "get_attr":
             raise Unsupported(f"has an {what} that is a constant")
         return cast(Shape, found)
@@ -828,7 +829,7 @@ _row("input chunks dim=0", _chunk, [torch.chunk])
 _row(
     "input kernel_size stride=None padding=0 dilation=1 ceil_mode=False return_indices=False",
     _max_pool,
-    [F.max_pool2d, F._max_pool2d, torch.max_pool2d],
+    [F.max_pool2d, torch.max_pool2d],
 )
 _row(
     "input kernel_size stride=None padding=0 ceil_mode=False count_include_pad=True "

@@ -52,7 +52,9 @@ _STATIC = frozenset(
 _STATIC_METHODS = frozenset(
     ["dim", "get_device", "has_names", "is_complex", "is_floating_point", "is_signed", "ndimension"]
 )
-_STATIC_FUNCTIONS = frozenset({torch.is_complex, torch.is_floating_point, torch.is_tensor})
+_STATIC_FUNCTIONS: frozenset[Any] = frozenset(
+    {torch.is_complex, torch.is_floating_point, torch.is_tensor}
+)
 
 # Operations that return what they read, or a copy, as memory formats and sizes have it.
 _PERHAPS_SHARED = frozenset(
@@ -139,10 +141,13 @@ class Shape:
 
 
 def shape_of(value: object) -> Shape | None:
-    """The record of a value, None of what is no tensor."""
+    """The record of a value, None of what is no tensor or has sizes that are not known."""
     if not isinstance(value, Tensor):
         return None
-    return Shape(tuple(value.shape), value.dtype, value.device)
+    sizes = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    if None in sizes:
+        return None
+    return Shape(tuple(map(int, sizes)), value.dtype, value.device)
 
 
 def tensors_of(value: object) -> list[Tensor]:
@@ -190,8 +195,8 @@ class _Proxy(fx.Proxy):
         super().__init__(node, tracer)
         self.example = example
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return Tensor if isinstance(self.example, Tensor) else _Proxy
 
     def __getattr__(self, name: str) -> Any:
@@ -275,7 +280,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__()
         self._thread = threading.get_ident()
         self._evaluating = 0
         self._autocast = _autocast()
@@ -380,15 +385,13 @@ class _Tracer(fx.Tracer):
         given: dict[str, Any] = {own: self.root}
         for name in names:
             parameter = signature.parameters[name]
-            stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
-            target = stars.get(parameter.kind, "") + name
-            bare = stars.get(parameter.kind) is not None
-            if name not in bound.arguments and bare:
-                continue
+            stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
             passed = name in bound.arguments
+            if stars and not passed:
+                continue
             value = bound.arguments[name] if passed else parameter.default
             default = () if parameter.default is parameter.empty else (parameter.default,)
-            node = self.create_node("placeholder", target, default, {})
+            node = self.create_node("placeholder", stars + name, default, {})
             if tensors_of(value):
                 given[name] = self._proxy(node, pytree.tree_map(_copied, value))
             else:
@@ -497,9 +500,10 @@ class _Tracer(fx.Tracer):
                     continue
                 if other.op in ("placeholder", "get_attr"):
                     raise _CannotTrace(f"{node.name} writes to {other.name}")
-                if self._same[other] is not root:
-                    if any(order.get(user, -1) > order[node] for user in other.users):
-                        raise _CannotTrace(f"{node.name} writes to memory of {other.name}")
+                if self._same[other] is not root and any(
+                    order.get(user, -1) > order[node] for user in other.users
+                ):
+                    raise _CannotTrace(f"{node.name} writes to memory of {other.name}")
             result = self._without_writing(graph, node, current.get(root, root))
             for other, same in self._same.items():
                 if same is root and order[other] < order[node]:
@@ -515,7 +519,7 @@ class _Tracer(fx.Tracer):
             value: What it writes to.
         """
         if node.op == "call_module":
-            module = self._objects[node.target]
+            module = self._objects[str(node.target)]
             if (
                 getattr(module, "inplace", False)
                 and node.args[:1] == (value,)
@@ -610,7 +614,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, objects: Mapping[str, Any]) -
         if node.op not in ("call_module", "get_attr"):
             continue
         value, target = objects[node.target], node.target
-        first, *rest = target.split(".")
+        first = target.partition(".")[0]
         within = any(target[: at.start()] in called for at in re.finditer(r"\.", target))
         if hasattr(fx.GraphModule, first) or first in _OWN or within:
             target = "_" + target.replace(".", "_")
