@@ -49,6 +49,8 @@ class FrozenNetwork(nn.Module):
             why.
     """
 
+    islands: tuple[FusedIsland, ...] = ()
+    foreign: tuple[str, ...] = ()
     _module: nn.Module
     _host: Host | None
     _weight: Tensor | None
@@ -65,8 +67,8 @@ class FrozenNetwork(nn.Module):
         super().__init__()
         self.backend = backend
         self.reason = reason
-        self.islands: tuple[FusedIsland, ...] = () if host is None else host.islands
-        self.foreign: tuple[str, ...] = () if host is None else host.foreign
+        if host is not None:
+            self.islands, self.foreign = host.islands, host.foreign
         self.training = False
         self._winograd = winograd
         self._engine = select.engine(backend)
