@@ -480,7 +480,10 @@ def edited(plan: Plan, old: list[int], new: list[int]) -> torch.Tensor:
 def test_compile_refuses_an_inconsistent_description():
     depthwise = Window(16, (9, 11), padding=1, activation="relu6").plan(average=False)
     average = Window(16, (8, 8), (2, 2), stride=2).plan(average=True)
-    large = Window(16, (20, 20), (9, 9), padding=4).plan(average=False)
+    large = Window(1, (20, 20), (9, 9), padding=4).plan(average=False)
+    large = dataclasses.replace(
+        large, steps=(large.steps[0], dataclasses.replace(large.steps[1], groups=1))
+    )
     cases = {
         "unknown activation": edited(depthwise, [1, 1, 1, 1, 1, 1, 2], [1, 1, 1, 1, 1, 1, 3]),
         "unknown kind of step": edited(depthwise, [2, 19, 1, 5, 16], [5, 19, 1, 5, 16]),

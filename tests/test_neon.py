@@ -4,6 +4,7 @@ What runs here natively shows that a failure on ARM is not one of the driver.
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -13,11 +14,22 @@ from data import photographs
 from test_baselines import SMALL as BASELINES
 from test_engine import WINOGRAD, double_step, feature_maps, separate_arena, winograd
 from test_plan import small
+from test_plan_steps import bound_of, plan_of_step, resize, sum_of
 from tolerance import assert_within, dot_bound
 from torch.nn import functional as F
 
 import threshnet_fast as tf
-from threshnet_fast.plan import execute_reference, lower, plan_memory, serialize
+from threshnet_fast.plan import (
+    Buffer,
+    Segment,
+    execute_reference,
+    lower,
+    plan_memory,
+    serialize,
+)
+from threshnet_fast.plan.codes import ACTIVATIONS
+from threshnet_fast.plan.ir import Resize
+from threshnet_fast.plan.reference import reference_step
 
 ENGINES = ("aarch64-neon", "aarch64-scalar", "native-avx512", "native-avx2", "native-scalar")
 DIRECT, PACKED, WINOGRAD_2, WINOGRAD_4 = range(4)
@@ -359,3 +371,39 @@ def test_instruction_sets_of_arm(drivers):
     for isa in ("avx2", "avx512"):
         with pytest.raises(RuntimeError, match=f"no instruction set {isa}"):
             Convolution((1,), (1, 1), 1).run(lambda *a, isa=isa, **o: driver(*a, isa, **o))
+
+
+@pytest.mark.parametrize("channels", [1, 21, 48])
+def test_sums_and_resizing(engine, channels):
+    steps = [
+        (count, sum_of(count, channels, name or None, scaled, slope=0.25))
+        for name in ACTIVATIONS
+        for count, scaled in ((1, True), (3, False))
+    ]
+    for mode, aligned in (("nearest", False), ("nearest-exact", False), ("bilinear", True)):
+        steps.append((1, resize((7, 5), (11, 9), mode, aligned)))
+    for count, step in steps:
+        size = (11, 9) if isinstance(step, Resize) else (7, 5)
+        plan = plan_of_step(step, [(channels, 7, 5)] * count, (channels, *size), 2)
+        output = Segment(count, 0, channels)
+        last = Buffer(*size, channels, "y")
+        plan = dataclasses.replace(
+            plan,
+            buffers=(*plan.buffers[:-1], last),
+            steps=(dataclasses.replace(plan.steps[0], output=output),),
+            outputs=(output,),
+        )
+        description = serialize(plan, plan_memory(plan))
+        # The driver knows a network's output alone.
+        description[10] = 0
+        description[15 + 5 * count + 4] = -2
+        maps = [torch.full((2, 7, 5, b.pitch), torch.nan) for b in plan.buffers[:-1]]
+        for memory in maps:
+            memory[..., :channels] = 4 * torch.randn(2, 7, 5, channels)
+        xs = [memory[..., :channels].permute(0, 3, 1, 2).double() for memory in maps]
+        # What lies behind the last pixel's channels nobody may read.
+        externals = [memory.flatten()[: channels - memory.shape[3] or None] for memory in maps]
+        weights = plan.weights()
+        actual = engine(description, weights, externals=externals, threads=2).output
+        expected = reference_step(plan.steps[0], xs, size)
+        assert_within(actual, expected, bound_of(plan.steps[0], xs, expected, torch.float32))

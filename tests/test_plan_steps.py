@@ -12,7 +12,7 @@ from alone import run_alone
 from tolerance import accumulated_bound, assert_within
 from torch.nn import functional as F
 
-from threshnet_fast.engines import cpu
+from threshnet_fast.engines import cpu, cuda_plan
 from threshnet_fast.graph.ir import UnsupportedModule
 from threshnet_fast.plan import (
     Buffer,
@@ -27,6 +27,7 @@ from threshnet_fast.plan import (
 )
 from threshnet_fast.plan.codes import ACTIVATIONS
 from threshnet_fast.plan.ir import Pointwise, Resize
+from threshnet_fast.plan.limits import check_gpu
 from threshnet_fast.plan.reference import reference_outputs, reference_step
 
 pytestmark = pytest.mark.skipif(
@@ -226,6 +227,11 @@ WINDOWS = [
     ((13, 11), (1, 1), (2, 2), (0, 0, 0, 0), (1, 1)),
     ((6, 6), (1, 1), (1, 1), (1, 1, 1, 1), (1, 1)),
 ]
+# More taps than a mask has bits: of images and of each channel on its own.
+LARGE = [
+    ((20, 9), (11, 11), (4, 4), (2, 2, 2, 2), (1, 1)),
+    ((20, 9), (9, 8), (1, 2), (4, 4, 4, 4), (2, 1)),
+]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -252,8 +258,11 @@ def test_prologue_of_a_convolution(kernel, channels, activation):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("channels", [1, 21, 48])
+@pytest.mark.parametrize(
+    ("window", "channels"),
+    [*itertools.product(WINDOWS, (1, 21, 48)), *itertools.product(LARGE, (21, 48))],
+    ids=str,
+)
 def test_depthwise_convolution(window, channels, threads):
     size, kernel, stride, padding, dilation = window
     weight = torch.randn(channels, 1, *kernel)
@@ -262,7 +271,7 @@ def test_depthwise_convolution(window, channels, threads):
     check_step(step, [(channels, *size)], (channels, *result), threads=threads)
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("window", WINDOWS + LARGE, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_convolution_of_an_image_in_any_strides(window, channels):
     size, kernel, stride, padding, dilation = window
@@ -654,6 +663,72 @@ def test_compile_network_splits_rows_of_several_inputs():
 
 
 # What is refused
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "message"),
+    [
+        (0, {"dilation": (2, 2)}, "a has a window that is dilated"),
+        (0, {"stride": (1, 2)}, "a has a window that is dilated, or moves"),
+        (0, {"padding": (1, 0)}, "or is padded differently"),
+        (1, {"prologue": Prologue(torch.ones(16), torch.ones(16), None)}, "without ReLU"),
+        (1, {"prologue": Prologue(torch.ones(16), torch.ones(16), "relu6")}, "without ReLU"),
+        (2, {"divisor": 3}, "a divisor of its own"),
+        (2, {"kernel": (3, 3), "padding": (1, 1), "divisor": 0}, "an average with padding"),
+        (3, {}, "c is 'relu' on its own"),
+        (4, {}, "c is 'nearest resize' on its own"),
+    ],
+)
+def test_gpus_decline(index, changes, message, tmp_path):
+    first = dataclasses.replace(
+        conv(torch.randn(16, 3, 3, 3), padding=(1, 1)),
+        name="a",
+        inputs=(Segment(0, 0, 3),),
+        output=Segment(1, 0, 16),
+    )
+    second = dataclasses.replace(
+        conv(torch.randn(16, 16, 1, 1), prologue=Prologue(torch.ones(16), torch.ones(16))),
+        name="b",
+        inputs=(Segment(1, 0, 16),),
+        output=Segment(2, 0, 16),
+    )
+    average = Pool(
+        "p", Segment(2, 0, 16), Segment(3, 0, 16), (2, 2), (2, 2), (0, 0), True, 64, 16, 1
+    )
+    relu = Pointwise("c", (Segment(2, 0, 16),), Segment(3, 0, 16), None, None, "relu", 64, 1)
+    up = Resize("c", Segment(2, 0, 16), Segment(3, 0, 16), "nearest", False, (2.0, 2.0), 64, 16, 1)
+    steps = [first, second, (average, average, average, relu, up)[index]]
+    buffers = [Buffer(8, 8, 3, "x"), Buffer(8, 8, 16, "a"), Buffer(8, 8, 16, "b")]
+    size = (8, 8) if index == 3 else (4, 4)
+    plan = Plan((1, 3, 8, 8), (*buffers, Buffer(*size, 16, "y")), tuple(steps), False)
+    target = cuda_plan.Target(torch.device("cpu"), torch.float32, 80, 108, 96 * 1024)
+    if index < 3:
+        check_gpu(plan)
+        plan = replaced(plan, index, **changes)
+    with pytest.raises(UnsupportedModule, match=message):
+        check_gpu(plan)
+    with pytest.raises(UnsupportedModule, match=message):
+        cuda_plan.compile_plan(plan, plan_memory(plan), target)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image": False},
+        {"inputs": (0, 1)},
+        {"outputs": (Segment(1, 0, 16),)},
+    ],
+)
+def test_gpus_decline_plans_of_several_maps(changes):
+    step = dataclasses.replace(
+        conv(torch.randn(16, 3, 3, 3), padding=(1, 1)),
+        inputs=(Segment(0, 0, 3),),
+        output=Segment(1, 0, 16),
+    )
+    plan = Plan((1, 3, 8, 8), (Buffer(8, 8, 3, "x"), Buffer(8, 8, 16, "y")), (step,), False)
+    check_gpu(plan)
+    with pytest.raises(UnsupportedModule, match="several inputs or outputs"):
+        check_gpu(dataclasses.replace(plan, **changes))
 
 
 @pytest.fixture

@@ -169,7 +169,6 @@ class Compiler {
     step.block_count = std::min(header_.batch * to.height, threads_ * kTasksPerThread);
     step.group_count = 1;
     if (step.kind == kDepthwise) {
-      require_taps(taps);
       Panel panel{};
       panel.channels = step.output_channels;
       panel.pitch = round_up(panel.channels, 16);
@@ -215,10 +214,6 @@ class Compiler {
     return buffers;
   }
 
-  static void require_taps(int64_t taps) {
-    if (taps > kMostTaps) fail_plan("a kernel has over " + std::to_string(kMostTaps) + " taps");
-  }
-
   void reserve_prologue(Step& step) {
     if (step.scale_index < 0) return;
     step.scale = header_.packed_floats;
@@ -229,11 +224,12 @@ class Compiler {
   void finish_convolution(Step& step, const PlanStep& planned) {
     const Buffer& from = plan_.buffer_of(planned.inputs[0]);
     const Buffer& to = plan_.buffer_of(planned.output);
-    require_taps(step.window.taps());
     step.input_channels = planned.input_channels;
     step.padded_channels = round_up(step.input_channels, word_channels());
     if (planned.reads_network_input) {
       step.packs = kImageRows;
+    } else if (step.window.taps() > kMostTaps) {
+      fail_plan("a kernel has over " + std::to_string(kMostTaps) + " taps");
     } else if (step.scale_index >= 0 || splits_words(planned)) {
       step.packs = kWindows;
     }
