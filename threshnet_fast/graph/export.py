@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,14 +70,14 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     error: Exception | None = None
     for two, dynamic in attempts:
         example, named = pytree.tree_map(_twice, (args, kwargs)) if two else (args, kwargs)
-        shapes = pytree.tree_map(_dynamic, (example, named)) if dynamic else None
+        given = inspect.signature(module.forward).bind(*example, **named).arguments
         try:
             with torch.inference_mode(False), torch.no_grad():
                 program = torch.export.export(
                     module,
                     example,
                     named,
-                    dynamic_shapes=shapes and (*shapes[0], *shapes[1].values()),
+                    dynamic_shapes=pytree.tree_map(_dynamic, given) if dynamic else None,
                     strict=False,
                 )
                 return _named(program.run_decompositions({}).module())

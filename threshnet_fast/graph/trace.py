@@ -52,9 +52,7 @@ _STATIC = frozenset(
 _STATIC_METHODS = frozenset(
     ["dim", "get_device", "has_names", "is_complex", "is_floating_point", "is_signed", "ndimension"]
 )
-_STATIC_FUNCTIONS: frozenset[Any] = frozenset(
-    {torch.is_complex, torch.is_floating_point, torch.is_tensor}
-)
+_STATIC_FUNCTIONS: tuple[Any, ...] = (torch.is_complex, torch.is_floating_point, torch.is_tensor)
 
 # Operations that return what they read, or a copy, as memory formats and sizes have it.
 _PERHAPS_SHARED = frozenset(
@@ -240,6 +238,8 @@ class _Proxy(fx.Proxy):
         return dim in (1, -3)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and self._splits():
+            return type(self.example)([self[each] for each in range(len(self.example))[index]])
         tracer = cast("_Tracer", self.tracer)
         return tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
@@ -382,41 +382,41 @@ class _Tracer(fx.Tracer):
         signature = inspect.signature(root_fn)
         bound = signature.bind(self.root, *args, **kwargs)
         own, *names = signature.parameters
-        given: dict[str, Any] = {own: self.root}
+        call = inspect.BoundArguments(signature, OrderedDict({own: self.root}))
         for name in names:
             parameter = signature.parameters[name]
-            stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
-            passed = name in bound.arguments
-            if stars and not passed:
-                continue
-            value = bound.arguments[name] if passed else parameter.default
-            default = () if parameter.default is parameter.empty else (parameter.default,)
-            node = self.create_node("placeholder", stars + name, default, {})
-            if tensors_of(value):
-                given[name] = self._proxy(node, pytree.tree_map(_copied, value))
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                values = bound.arguments.get(name, ())
+                call.arguments[name] = tuple(
+                    self._input(f"{name}_{index}", value) for index, value in enumerate(values)
+                )
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                values = bound.arguments.get(name, {})
+                call.arguments[name] = {key: self._input(key, each) for key, each in values.items()}
             else:
-                given[name] = value
-                self._expect(node, name, value)
+                default = () if parameter.default is parameter.empty else (parameter.default,)
+                value = bound.arguments.get(name, parameter.default)
+                call.arguments[name] = self._input(name, value, default)
+        return lambda: root_fn(*call.args, **call.kwargs), []
 
-        def run() -> Any:
-            call = inspect.BoundArguments(signature, OrderedDict(given))
-            for name, value in given.items():
-                kind = signature.parameters[name].kind
-                if kind is inspect.Parameter.VAR_POSITIONAL:
-                    call.arguments[name] = tuple(value)
-                elif kind is inspect.Parameter.VAR_KEYWORD and type(value) is _Proxy:
-                    call.arguments[name] = {key: value[key] for key in value.example}
-            return root_fn(*call.args, **call.kwargs)
-
-        return run, []
+    def _input(self, name: str, value: Any, default: tuple[Any, ...] = ()) -> Any:
+        """An input of the graph; what the module is to be called with in its place."""
+        node = self.create_node("placeholder", name, default, {})
+        if tensors_of(value):
+            return self._proxy(node, pytree.tree_map(_copied, value))
+        node.meta[META] = None
+        self._expect(node, name, value)
+        return value
 
     def _expect(self, node: fx.Node, name: str, value: Any) -> None:
         """Has the graph refuse another value of an argument that is no tensor."""
         if value is None or isinstance(value, (bool, int, float, str)):
             compare = operator.is_ if value is None else operator.eq
             same = self.create_node("call_function", compare, (node, value), {})
+            same.meta[META] = None
             message = f"{name} has another value than on the example: expected {value!r}"
-            self.create_node("call_function", torch._assert, (same, message), {})
+            check = self.create_node("call_function", torch._assert, (same, message), {})
+            check.meta[META] = None
 
     def create_proxy(
         self,
