@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 from .ir import Graph, UnsupportedModule
 from .normal import normalise
 from .operators import Unsupported, name_for_people, operation
-from .trace import META, shape_of, symbolic
+from .trace import META, copied, shape_of, symbolic
 
 __all__ = ["annotate", "convert", "objection", "trace"]
 
@@ -70,20 +71,21 @@ def _line(error: Exception) -> str:
 
 def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """Traces a module by :mod:`torch.export`, with any batch, height and width if it can."""
-    attempts = [(two, dynamic) for two in (True, False) for dynamic in (True, False)]
-    if not any(_batch_of_one(value) for value in pytree.tree_leaves((args, kwargs))):
-        attempts = attempts[2:]
+    attempts = [(False, True), (False, False)]
+    # A batch of one would be taken for a constant.
+    if any(_batch_of_one(value) for value in pytree.tree_leaves((args, kwargs))):
+        attempts.insert(0, (True, True))
     error: Exception | None = None
     for two, dynamic in attempts:
         example, named = pytree.tree_map(_twice, (args, kwargs)) if two else (args, kwargs)
-        shapes = pytree.tree_map(_dynamic, (example, named)) if dynamic else None
+        given = inspect.signature(module.forward).bind(*example, **named).arguments
         try:
             with torch.inference_mode(False), torch.no_grad():
                 program = torch.export.export(
                     module,
                     example,
                     named,
-                    dynamic_shapes=shapes and (*shapes[0], *shapes[1].values()),
+                    dynamic_shapes=pytree.tree_map(_dynamic, given) if dynamic else None,
                     strict=False,
                 )
                 return _named(program.run_decompositions({}).module())
@@ -143,13 +145,15 @@ def annotate(traced: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def _run(traced: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Runs a graph once and notes the shapes of its values."""
+    """Runs a graph once, on copies of its inputs, and notes the shapes of its values."""
+    args, kwargs = pytree.tree_map(copied, (tuple(args), dict(kwargs)))
     given = list(args)
     if isinstance(traced.graph._codegen, fx.graph._PyTreeCodeGen):
         given = pytree.tree_leaves((args, kwargs))
-    elif kwargs:
-        names = [str(node.target) for node in traced.graph.nodes if node.op == "placeholder"]
-        given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+    else:
+        inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        for node in inputs[len(args) :]:
+            given.append(kwargs[node.target] if node.target in kwargs else node.args[0])
     with torch.inference_mode(False), torch.no_grad():
         _Annotation(traced).run(*given, enable_io_processing=False)
 

@@ -180,7 +180,10 @@ def _drop_dead(traced: fx.GraphModule) -> None:
         if node.op == "call_module":
             module = traced.get_submodule(str(node.target))
             return hooked(module) or not type(module).__module__.startswith("torch.nn.")
-        return node.op == "call_function" and node.is_impure()
+        # What it asserts, of dtypes, holds for any batch and size.
+        proven = node.target is torch.ops.aten._assert_tensor_metadata.default
+        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        return node.op == "call_function" and (writes or node.is_impure()) and not proven
 
     traced.graph.eliminate_dead_code(lasting)
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-__all__ = ["META", "Shape", "attribute", "hooked", "name_of", "shape_of", "symbolic"]
+__all__ = ["META", "Shape", "copied", "hooked", "name_of", "shape_of", "symbolic"]
 
 META = "threshnet_fast"
 """Where nodes have the :class:`Shape` of their value, in ``node.meta``."""
@@ -52,9 +52,7 @@ _STATIC = frozenset(
 _STATIC_METHODS = frozenset(
     ["dim", "get_device", "has_names", "is_complex", "is_floating_point", "is_signed", "ndimension"]
 )
-_STATIC_FUNCTIONS: frozenset[Any] = frozenset(
-    {torch.is_complex, torch.is_floating_point, torch.is_tensor}
-)
+_STATIC_FUNCTIONS: tuple[Any, ...] = (torch.is_complex, torch.is_floating_point, torch.is_tensor)
 
 # Operations that return what they read, or a copy, as memory formats and sizes have it.
 _PERHAPS_SHARED = frozenset(
@@ -157,11 +155,6 @@ def tensors_of(value: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def attribute(root: nn.Module, path: str) -> Any:
-    """What a path of attributes leads to."""
-    return operator.attrgetter(path)(root) if path else root
-
-
 class _CannotTrace(Exception):
     """Why a module's graph has to come from :mod:`torch.export`."""
 
@@ -240,6 +233,8 @@ class _Proxy(fx.Proxy):
         return dim in (1, -3)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and self._splits():
+            return type(self.example)([self[each] for each in range(len(self.example))[index]])
         tracer = cast("_Tracer", self.tracer)
         return tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
@@ -382,41 +377,52 @@ class _Tracer(fx.Tracer):
         signature = inspect.signature(root_fn)
         bound = signature.bind(self.root, *args, **kwargs)
         own, *names = signature.parameters
-        given: dict[str, Any] = {own: self.root}
-        for name in names:
-            parameter = signature.parameters[name]
-            stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
-            passed = name in bound.arguments
-            if stars and not passed:
-                continue
-            value = bound.arguments[name] if passed else parameter.default
-            default = () if parameter.default is parameter.empty else (parameter.default,)
-            node = self.create_node("placeholder", stars + name, default, {})
-            if tensors_of(value):
-                given[name] = self._proxy(node, pytree.tree_map(_copied, value))
+        call = inspect.BoundArguments(signature, OrderedDict({own: self.root}))
+        inputs: list[fx.Node] = []
+        # Those by name come last, and of them those that may be left out.
+        kinds = signature.parameters
+        for name in sorted(names, key=lambda each: _order(kinds[each])):
+            parameter = kinds[name]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                values = bound.arguments.get(name, ())
+                call.arguments[name] = tuple(
+                    self._input(f"{name}_{index}", value, (), inputs)
+                    for index, value in enumerate(values)
+                )
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                values = bound.arguments.get(name, {})
+                call.arguments[name] = {
+                    key: self._input(key, value, (), inputs) for key, value in values.items()
+                }
             else:
-                given[name] = value
-                self._expect(node, name, value)
+                default = () if parameter.default is parameter.empty else (parameter.default,)
+                value = bound.arguments.get(name, parameter.default)
+                call.arguments[name] = self._input(name, value, default, inputs)
+        # What comes before an argument that must be given was given.
+        required = [position for position, node in enumerate(inputs) if not node.args]
+        for node in inputs[: max(required, default=0)]:
+            node.args = ()
+        return lambda: root_fn(*call.args, **call.kwargs), []
 
-        def run() -> Any:
-            call = inspect.BoundArguments(signature, OrderedDict(given))
-            for name, value in given.items():
-                kind = signature.parameters[name].kind
-                if kind is inspect.Parameter.VAR_POSITIONAL:
-                    call.arguments[name] = tuple(value)
-                elif kind is inspect.Parameter.VAR_KEYWORD and type(value) is _Proxy:
-                    call.arguments[name] = {key: value[key] for key in value.example}
-            return root_fn(*call.args, **call.kwargs)
-
-        return run, []
+    def _input(self, name: str, value: Any, default: tuple[Any, ...], inputs: list[fx.Node]) -> Any:
+        """An input of the graph; what the module is to be called with in its place."""
+        node = self.create_node("placeholder", name, default, {})
+        inputs.append(node)
+        if tensors_of(value):
+            return self._proxy(node, pytree.tree_map(copied, value))
+        node.meta[META] = None
+        self._expect(node, name, value)
+        return value
 
     def _expect(self, node: fx.Node, name: str, value: Any) -> None:
         """Has the graph refuse another value of an argument that is no tensor."""
         if value is None or isinstance(value, (bool, int, float, str)):
             compare = operator.is_ if value is None else operator.eq
             same = self.create_node("call_function", compare, (node, value), {})
+            same.meta[META] = None
             message = f"{name} has another value than on the example: expected {value!r}"
-            self.create_node("call_function", torch._assert, (same, message), {})
+            check = self.create_node("call_function", torch._assert, (same, message), {})
+            check.meta[META] = None
 
     def create_proxy(
         self,
@@ -504,20 +510,22 @@ class _Tracer(fx.Tracer):
                     order.get(user, -1) > order[node] for user in other.users
                 ):
                     raise _CannotTrace(f"{node.name} writes to memory of {other.name}")
-            result = self._without_writing(graph, node, current.get(root, root))
+            values = [current.get(each, each) for each in written.nodes]
+            result = self._without_writing(graph, node, values)
             for other, same in self._same.items():
                 if same is root and order[other] < order[node]:
                     current[other] = result
         return graph_module(self.root, graph, self._objects)
 
-    def _without_writing(self, graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
+    def _without_writing(self, graph: fx.Graph, node: fx.Node, values: list[fx.Node]) -> fx.Node:
         """Makes a node one that does not write; returns the node of what it wrote.
 
         Args:
             graph: Its graph.
             node: What writes.
-            value: What it writes to.
+            values: What it writes to, all of them the same tensor.
         """
+        value = values[0]
         if node.op == "call_module":
             module = self._objects[str(node.target)]
             if (
@@ -534,7 +542,8 @@ class _Tracer(fx.Tracer):
             with graph.inserting_before(node):
                 clone = graph.call_function(torch.clone, (value,))
             clone.meta = {key: each for key, each in value.meta.items() if key != "val"}
-            node.replace_input_with(value, clone)
+            for each in values:
+                node.replace_input_with(each, clone)
             return clone
         dtypes = {each.meta[META].dtype for each in node.all_input_nodes if each.meta.get(META)}
         if len(dtypes) > 1:
@@ -617,7 +626,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, objects: Mapping[str, Any]) -
         first = target.partition(".")[0]
         within = any(target[: at.start()] in called for at in re.finditer(r"\.", target))
         if hasattr(fx.GraphModule, first) or first in _OWN or within:
-            target = "_" + target.replace(".", "_")
+            target = "module_" + target.replace(".", "_")
             node.target = target
         found[target] = value
     result = fx.GraphModule(found, graph, type(root).__name__)
@@ -628,11 +637,20 @@ def graph_module(root: nn.Module, graph: fx.Graph, objects: Mapping[str, Any]) -
     return result
 
 
+def _order(parameter: inspect.Parameter) -> tuple[int, bool]:
+    """Where a parameter of a forward is among the inputs of its graph."""
+    order = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL")
+    if parameter.kind.name in order:
+        return order.index(parameter.kind.name), False
+    return len(order), parameter.default is not parameter.empty
+
+
 def _autocast() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A tensor that shares nothing with another; anything else as it is."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
