@@ -199,7 +199,7 @@ CASES: dict[str, tuple[str, str, dict[str, np.ndarray], dict[str, Any], int]] = 
     "matmul": ("MatMul", "x c", {"c": array(11, 5)}, {}, 1),
     "tile": ("Tile", "x c", {"c": I64(1, 2, 1, 3)}, {}, 6),
     "expand": ("Expand", "x c", {"c": I64(2, 1, 1, 1, 1)}, {}, 8),
-    "upsample": ("Resize", "x - s", {"s": F32(1, 1, 2, 2)},
+    "upsample": ("Resize", "x r s", {"r": F32(), "s": F32(1, 1, 2, 2)},
                  {"mode": "nearest", "coordinate_transformation_mode": "asymmetric",
                   "nearest_mode": "floor"}, 11),
 }  # fmt: skip
@@ -233,9 +233,9 @@ def test_resizing(tmp_path, mode, kind, rounding, scale):
         "nearest_mode": rounding,
     }
     shape, x = ("N", 2, 6, 10), array(2, 2, 6, 10)
-    scales = {"c": F32(1, 1, *scale)}
+    scales = {"c": F32(1, 1, *scale), "r": F32()}
     for opset in (11, 13, 19):
-        model = model_of([node("Resize", "x - c", **attributes)], scales, opset, shape)
+        model = model_of([node("Resize", "x r c", **attributes)], scales, opset, (2, *shape[1:]))
         check(tmp_path, model, x)
     sizes = {"c": I64(2, 2, *(int(side * s) for side, s in zip((6, 10), scale, strict=True)))}
     model = model_of([node("Resize", "x - - c", **attributes)], sizes, 13, (2, *shape[1:]))
@@ -306,9 +306,7 @@ def test_shapes_are_computed_as_numbers(tmp_path):
              mode="nearest", nearest_mode="floor"),
     ]  # fmt: skip
     weights = {"zero": I64(0), "two": I64(2), "four": I64(4)}
-    module = check(
-        tmp_path, model_of(nodes, weights, 13, ("N", 4, "H", "W")), array(2, 4, 9, 11)
-    )
+    module = check(tmp_path, model_of(nodes, weights, 13, ("N", 4, "H", "W")), array(2, 4, 9, 11))
     assert F.interpolate in called(module)
 
 
@@ -412,7 +410,7 @@ def networks() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return {
         "as published": DenseNetAsPublished(),
-        "densenet": tf.create_model("densenet121", num_classes=10),
+        "densenet": tf.DenseNet(blocks=(2, 3), growth_rate=8, num_classes=10),
         "hardnet": tf.create_model("hardnet39ds", num_classes=10),
     }
 

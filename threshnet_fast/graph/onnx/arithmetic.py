@@ -291,7 +291,8 @@ def _of_scalars(t: Translation, kind: str, values: Sequence[Value]) -> Value | N
     if any(len(each.elements) not in (1, count) for each in (x, y)):
         raise ValueError("it joins shapes of different lengths")
     pairs = zip(
-        x.elements * (count // len(x.elements)), y.elements * (count // len(y.elements)),
+        x.elements * (count // len(x.elements)),
+        y.elements * (count // len(y.elements)),
         strict=True,
     )
     vector = x.vector or y.vector

@@ -269,9 +269,7 @@ class _Reader:
             if attribute.name in attributes:
                 raise ValueError(f"{where} has two attributes {_short(attribute.name)}")
             attributes[attribute.name] = self._attribute(attribute, where)
-        return Operation(
-            proto.op_type, name, tuple(proto.input), tuple(proto.output), attributes
-        )
+        return Operation(proto.op_type, name, tuple(proto.input), tuple(proto.output), attributes)
 
     def _attribute(self, proto: Any, where: str) -> Any:
         from onnx import AttributeProto as Kind

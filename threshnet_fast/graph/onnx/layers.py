@@ -158,12 +158,14 @@ def conv(t: Translation, node: Operation) -> Value:
         before = [0, 0, 0, 0]
     window = _Window(t, node, x, shape[2:])
     window.same()
-    window.begin = [a + b for a, b in zip(window.begin, before[:2], strict=True)] if any(
-        before
-    ) else window.begin
-    window.end = [a + b for a, b in zip(window.end, before[2:], strict=True)] if any(
-        before
-    ) else window.end
+    window.begin = (
+        [a + b for a, b in zip(window.begin, before[:2], strict=True)]
+        if any(before)
+        else window.begin
+    )
+    window.end = (
+        [a + b for a, b in zip(window.end, before[2:], strict=True)] if any(before) else window.end
+    )
     if groups < 1 or shape[0] % groups or min(shape) < 1:
         raise ValueError(f"its weight has shape {shape}, in {groups} groups")
     padding = (window.begin[0], window.begin[1]) if window.symmetric else (0, 0)

@@ -79,9 +79,7 @@ def _refuse_unknown(model: Model, name: str) -> None:
     if not unknown:
         return
     quantized = [
-        node
-        for node in unknown
-        if node.kind.startswith(_QUANTIZED) or node.kind.endswith(_INTEGER)
+        node for node in unknown if node.kind.startswith(_QUANTIZED) or node.kind.endswith(_INTEGER)
     ]
     kinds = sorted({node.kind for node in quantized or unknown})
     more = f" and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else ""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.nn import functional as F
@@ -43,6 +44,9 @@ def resize(t: Translation, node: Operation) -> Value:
         raise ValueError("its scales depend on the input: expected numbers, or sizes")
     if factors is not None and not all(0 < factor < 1 << 16 for factor in factors):
         raise ValueError(f"its scales are {factors}")
+    if factors is not None:
+        # What was meant: 10 times 0.7 are 7, which they are not with the float32 next to 0.7.
+        factors = [float(str(np.float32(factor))) for factor in factors]
     simple = _in_words_of_torch(mode, kind, rounding, factors, sizes, given)
     if simple is not None:
         return t.call(

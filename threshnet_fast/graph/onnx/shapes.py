@@ -176,8 +176,10 @@ def squeeze(t: Translation, node: Operation) -> Value:
     x = t.plain(value)
     both = t.example(x)
     if dims == [2, 3] and both is not None and both[0].ndim == 4:
-        return t.call(torch.flatten, x, 1) if t.fixed(x, 2) == t.fixed(x, 3) == 1 else t.call(
-            torch.squeeze, x, dims
+        return (
+            t.call(torch.flatten, x, 1)
+            if t.fixed(x, 2) == t.fixed(x, 3) == 1
+            else t.call(torch.squeeze, x, dims)
         )
     return t.call(torch.squeeze, x, dims)
 

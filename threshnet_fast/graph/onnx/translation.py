@@ -452,6 +452,8 @@ def _to_meta(value: Any) -> Any:
 
 def _identifier(name: str) -> str:
     """A name of a submodule for one of the file: letters, digits and underscores."""
-    return "n_" + found if (found := re.sub(r"[^0-9a-zA-Z]+", "_", name)[:80].strip("_"))[
-        :1
-    ].isdigit() else found or "unnamed"
+    return (
+        "n_" + found
+        if (found := re.sub(r"[^0-9a-zA-Z]+", "_", name)[:80].strip("_"))[:1].isdigit()
+        else found or "unnamed"
+    )
