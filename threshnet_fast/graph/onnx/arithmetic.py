@@ -228,8 +228,9 @@ def clip(t: Translation, node: Operation) -> Value:
         return wrapped(t.call(F.relu6, x), dims)
     if bounds == [0, None]:
         return wrapped(t.call(F.relu, x), dims)
-    if None not in bounds and bounds[0] > bounds[1]:
-        raise ValueError(f"its bounds are {bounds[0]} and {bounds[1]}: expected them in order")
+    lowest, highest = bounds
+    if lowest is not None and highest is not None and lowest > highest:
+        raise ValueError(f"its bounds are {lowest} and {highest}: expected them in order")
     return wrapped(t.call(torch.clamp, x, *bounds), dims)
 
 
@@ -327,33 +328,31 @@ def _real(t: Translation, value: Any) -> bool:
 def _recognised(t: Translation, node: Operation, x: Any, y: Any) -> Any:
     """Two operators that are one in PyTorch, as its users write it, or None."""
     if node.kind == "Mul":
-        for a, b, name in ((x, y, node.inputs[1]), (y, x, node.inputs[0])):
-            if not (isinstance(b, fx.Node) and b.op == "call_function" and t.sole(name)):
+        for a, b in ((x, y), (y, x)):
+            if not (isinstance(b, fx.Node) and b.op == "call_function" and t.sole(b)):
                 continue
             if b.args[:1] == (a,) and b.target is torch.sigmoid:
                 return t.call(F.silu, a)
             if b.args[:1] == (a,) and b.target is F.hardsigmoid:
                 return t.call(F.hardswish, a)
     if isinstance(y, fx.Node) and isinstance(x, Tensor) and node.kind in ("Add", "Mul"):
-        return _with_constant(t, node, y, x, node.inputs[1])
+        return _with_constant(t, node, y, x)
     if isinstance(x, fx.Node) and isinstance(y, Tensor):
         if node.kind == "Sub" and y.is_floating_point():
-            return _with_constant(t, node, x, -y, node.inputs[0], "Add")
-        if node.kind == "Div" and y.is_floating_point() and bool((y != 0).all()):
-            return None
+            return _with_constant(t, node, x, -y, "Add")
         if node.kind in ("Add", "Mul"):
-            return _with_constant(t, node, x, y, node.inputs[0])
+            return _with_constant(t, node, x, y)
     return None
 
 
 def _with_constant(
-    t: Translation, node: Operation, x: fx.Node, constant: Tensor, name: str, kind: str = ""
+    t: Translation, node: Operation, x: fx.Node, constant: Tensor, kind: str = ""
 ) -> Any:
     """A bias of the layer before, or a scale and shift of every channel as a BatchNorm."""
     kind = kind or node.kind
     module = t.module_of(x)
     each = t.channels_of(x, constant)
-    if kind == "Add" and t.sole(name) and module is not None:
+    if kind == "Add" and t.sole(x) and module is not None:
         bias = each
         if isinstance(module, nn.Linear) and constant.is_floating_point():
             both = t.example(x)

@@ -130,10 +130,10 @@ class _Window:
         return extra
 
 
-def _merged_padding(t: Translation, node: Operation, x: Any) -> tuple[Any, list[int]]:
+def _merged_padding(t: Translation, x: Any) -> tuple[Any, list[int]]:
     """The map before zeros that a Pad right before a convolution adds, and how many."""
     nothing = [0, 0, 0, 0]
-    if not isinstance(x, fx.Node) or x.target is not F.pad or not t.sole(node.inputs[0]):
+    if not isinstance(x, fx.Node) or x.target is not F.pad or not t.sole(x):
         return x, nothing
     if len(x.args) != 4 or x.args[2] != "constant" or x.args[3] != 0:
         return x, nothing
@@ -153,21 +153,20 @@ def conv(t: Translation, node: Operation) -> Value:
     if len(shape) != 4:
         raise ValueError(f"its weight has {len(shape)} dimensions: expected 4, of a map of pixels")
     if node.attributes.get("auto_pad", "NOTSET") in ("NOTSET", "VALID"):
-        x, before = _merged_padding(t, node, x)
+        x, before = _merged_padding(t, x)
     else:
         before = [0, 0, 0, 0]
     window = _Window(t, node, x, shape[2:])
     window.same()
-    window.begin = (
-        [a + b for a, b in zip(window.begin, before[:2], strict=True)]
-        if any(before)
-        else window.begin
-    )
-    window.end = (
-        [a + b for a, b in zip(window.end, before[2:], strict=True)] if any(before) else window.end
-    )
+    if any(before):
+        window.begin = [a + b for a, b in zip(window.begin, before[:2], strict=True)]
+        window.end = [a + b for a, b in zip(window.end, before[2:], strict=True)]
     if groups < 1 or shape[0] % groups or min(shape) < 1:
         raise ValueError(f"its weight has shape {shape}, in {groups} groups")
+    if t.example(x) is not None and t.fixed(x, 1) not in (None, shape[1] * groups):
+        raise ValueError(
+            f"it reads {t.fixed(x, 1)} channels: expected {shape[1] * groups}, in {groups} groups"
+        )
     padding = (window.begin[0], window.begin[1]) if window.symmetric else (0, 0)
     x = x if window.symmetric else window.padded(0.0)
     settings = window.stride, padding, window.dilation, groups
@@ -356,7 +355,7 @@ def layer_norm(t: Translation, node: Operation) -> Value:
     x, weight = t.operand(node, 0), t.operand(node, 1)
     bias = None if t.value(node, 2) is None else t.operand(node, 2)
     axis = t.axis(x, node.attributes.get("axis", -1))
-    shape = [t.fixed(x, each) for each in range(axis, t.rank(x))]
+    shape: list[Any] = [t.fixed(x, each) for each in range(axis, t.rank(x))]
     if any(size is None for size in shape):
         raise ValueError("what it normalises has no fixed size")
     weight, bias = (

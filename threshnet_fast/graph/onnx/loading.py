@@ -12,7 +12,7 @@ from ...text import printable
 # Each of these registers rules.
 from . import arithmetic, layers, resizing, shapes
 from .file import Model, Operation, read
-from .translation import RULES, Translation, Value
+from .translation import RULES, Permuted, Translation, Value
 
 __all__ = ["load_onnx"]
 
@@ -70,6 +70,9 @@ def _keep(t: Translation, node: Operation, values: Iterable[Value]) -> None:
         if not output:
             continue
         t.values[output] = value
+        base = value.base if isinstance(value, Permuted) else value
+        if isinstance(base, fx.Node):
+            t.names[base].append(output)
         if isinstance(value, fx.Node) and output in t.model.ranks:
             t.ranks.setdefault(value, t.model.ranks[output])
 

@@ -81,7 +81,7 @@ def reshape(t: Translation, node: Operation) -> Value:
         sizes[unknown[0]] = -1
     both = t.example(x)
     if len(sizes) == 2 and both is not None and both[0].ndim >= 2:
-        flat = [each.shape[:1] + (each.shape[1:].numel(),) for each in both]
+        flat = [(each.shape[0], each.shape[1:].numel()) for each in both]
         try:
             same = [
                 each.reshape([_example(t, size, which) for size in sizes]).shape == flat[which]
@@ -101,11 +101,11 @@ def _example(t: Translation, size: Any, which: int) -> Any:
     return -1 if both is None else both[which]
 
 
-def _whole(t: Translation, value: Value) -> Any:
-    """The value; maps of one pixel, whose elements lie alike in NCHW and in NHWC, moved nowhere."""
-    if isinstance(value, Permuted) and value.dims == TO_NHWC:
-        if [t.fixed(value.base, axis) for axis in (2, 3)] == [1, 1]:
-            return t.call(torch.flatten, value.base, 1)
+def _whole(t: Translation, value: Any) -> Any:
+    """The value; maps of one pixel, which lie alike in NCHW and in NHWC, are moved nowhere."""
+    lies_alike = isinstance(value, Permuted) and value.dims == TO_NHWC
+    if lies_alike and [t.fixed(value.base, axis) for axis in (2, 3)] == [1, 1]:
+        return t.call(torch.flatten, value.base, 1)
     return t.plain(value)
 
 
@@ -294,7 +294,7 @@ def split(t: Translation, node: Operation) -> tuple[Value, ...]:
         if length is None:
             raise ValueError("it splits a size that is not fixed in equal parts")
         each = -(-length // count)
-        if t.opset < 18 and each * count != length or each * (count - 1) >= length:
+        if (t.opset < 18 and each * count != length) or each * (count - 1) >= length:
             raise ValueError(f"it splits {length} in {count} parts")
         sizes = [*[each] * (count - 1), length - each * (count - 1)]
     if len(sizes) != count or length not in (None, sum(sizes)):

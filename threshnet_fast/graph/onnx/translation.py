@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -99,6 +99,7 @@ class Translation:
         graph: The graph.
         values: By name in the file.
         uses: How often each name is read, as a result too.
+        names: Those of each fx node's result in the file, permuted or not.
     """
 
     def __init__(self, model: Model) -> None:
@@ -109,6 +110,7 @@ class Translation:
         self.values: dict[str, Value] = dict(model.tensors)
         self.uses = Counter(name for each in model.operations for name in each.inputs)
         self.uses.update(model.outputs)
+        self.names: defaultdict[fx.Node, list[str]] = defaultdict(list)
         # Both results of each node, on the meta device, or None where they are not known.
         self.examples: dict[fx.Node, tuple[Any, Any] | None] = {}
         self.ranks: dict[fx.Node, int] = {}
@@ -260,9 +262,9 @@ class Translation:
             return None
         return constant.reshape(-1)
 
-    def sole(self, name: str) -> bool:
-        """Whether a value is read once only."""
-        return self.uses[name] == 1
+    def sole(self, node: fx.Node) -> bool:
+        """Whether a node's result is read once only, by what is being written, under all names."""
+        return not node.users and all(self.uses[name] == 1 for name in self.names[node])
 
     # What a rule writes
 
