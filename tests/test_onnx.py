@@ -483,6 +483,18 @@ def test_a_bias_is_not_added_for_other_readers(tmp_path):
     check(tmp_path, model_of(nodes, weights, 13), array(2, 4, 9, 11))
 
 
+@pytest.mark.parametrize("kind", ["Add", "Mul"])
+def test_a_constant_for_each_channel_behind_other_layers(tmp_path, kind):
+    pool = node("GlobalAveragePool", "x", "p")
+    check(
+        tmp_path, model_of([pool, node(kind, "p c")], {"c": array(4, 1, 1)}, 13), array(2, 4, 5, 5)
+    )
+    # Behind a linear layer, whose bias is for the last dimension, not for the channels.
+    weights = {"w": array(4, 4), "c": array(4, 1, 1)}
+    nodes = [node("MatMul", "x w", "p"), node(kind, "p c")]
+    check(tmp_path, model_of(nodes, weights, 13, ("N", 4, 4, 4)), array(2, 4, 4, 4))
+
+
 def test_zeros_before_a_convolution_become_its_padding(tmp_path):
     nodes = [node("Pad", "x pads", "p"), node("Conv", "p w", "y", strides=[2, 2])]
     weights = {"pads": I64(0, 0, 1, 1, 0, 0, 1, 1), "w": array(6, 4, 3, 3)}

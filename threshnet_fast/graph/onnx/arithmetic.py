@@ -354,7 +354,9 @@ def _with_constant(
     each = t.channels_of(x, constant)
     if kind == "Add" and t.sole(x) and module is not None:
         bias = each
-        if isinstance(module, nn.Linear) and constant.is_floating_point():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear):
+            bias = None
             both = t.example(x)
             count = module.out_features
             if (
@@ -364,9 +366,10 @@ def _with_constant(
                 and constant.shape[-1:] == (count,)
             ):
                 bias = constant.reshape(-1)
-        if bias is not None and bias.dtype == getattr(module.weight, "dtype", None):
-            layer = isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
-            if layer and module.bias is None:
+        if bias is not None and weight is not None and bias.dtype == weight.dtype:
+            layer: Any = module
+            known = isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+            if known and layer.bias is None:
                 module.bias = nn.Parameter(bias.clone())
                 return x
             if x in t.scales:
