@@ -487,7 +487,7 @@ def test_a_bias_is_not_added_for_other_readers(tmp_path):
 def test_a_constant_for_each_channel_behind_other_layers(tmp_path, kind):
     pool = node("GlobalAveragePool", "x", "p")
     check(
-        tmp_path, model_of([pool, node(kind, "p c")], {"c": array(4, 1, 1)}, 13), array(2, 4, 5, 5)
+        tmp_path, model_of([pool, node(kind, "p c")], {"c": array(4, 1, 1)}, 13), array(2, 4, 9, 11)
     )
     # Behind a linear layer, whose bias is for the last dimension, not for the channels.
     weights = {"w": array(4, 4), "c": array(4, 1, 1)}
