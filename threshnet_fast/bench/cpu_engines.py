@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .job import Job, Provider, Spec, Unavailable, float32_parts, plain_module, silence
+from ..models.onnx_file import silence
+from .job import Job, Provider, Spec, Unavailable, float32_parts, plain_module
 from .machine import distribution_version
 from .precision import PRECISIONS
 from .timing import host_timer

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.network import Network
+from ..models.onnx_file import write_onnx
 
-__all__ = ["Job", "Provider", "Spec", "Unavailable", "float32_parts", "plain_module", "silence"]
+__all__ = ["Job", "Provider", "Spec", "Unavailable", "float32_parts", "plain_module"]
 
 
 class Unavailable(RuntimeError):
@@ -48,17 +45,7 @@ class Job:
         if self.onnx_path is None:
             path = self.folder() / "model.onnx"
             module, x = float32_parts(self)
-            with silence(), torch.no_grad():
-                torch.onnx.export(
-                    module,
-                    (x,),
-                    path,
-                    input_names=["input"],
-                    output_names=["output"],
-                    dynamo=True,
-                    external_data=False,
-                    verbose=False,
-                )
+            write_onnx(path, module, x)
             self.onnx_path = path
         return self.onnx_path
 
@@ -131,19 +118,3 @@ def float32_parts(job: Job) -> tuple[nn.Module, Tensor]:
     if job.x.dtype is torch.float32:
         return module, job.x
     return copy.deepcopy(module).float(), job.x.float()
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keeps the exporter's progress and warnings, meant for who exports, off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
+from ..models.onnx_file import OLDEST_OPSET
 from ..models.weights_file import DTYPES
+from .arguments import positive_integer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,14 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
-SUMMARY = "write a trained model in half precision, with its accuracy"
+SUMMARY = "write a trained model in half precision with its accuracy, or as an ONNX file"
 
 DESCRIPTION = """\
 Reads a trained model and writes it again, as NAME.safetensors and NAME.json: in half precision,
 with its accuracy on the test images as the written weights have it, and with what else there is to
 say about it. threshnet-fast predict --checkpoint reads the result, threshnet_fast.train.load_model
 does so in Python. It takes weights of other packages too (.pth, .pt, .safetensors), whose classes
-are then numbers, and pictures normalised as ImageNet's; threshnet-fast convert sets both."""
+are then numbers, and pictures normalised as ImageNet's; threshnet-fast convert sets both.
+
+With --onnx it writes an ONNX file instead, in float32, for any batch: input "input", output
+"output", and the classes, mean, std and size as metadata. It needs the packages onnx and
+onnxscript; where ONNX Runtime is installed, the file is run and compared before it is kept."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="folder of a run, NAME.safetensors, or weights of others (.pth, .pt)",
     )
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="NAME.safetensors to write")
+    parser.add_argument(
+        "output",
+        type=Path,
+        metavar="OUTPUT",
+        help="NAME.safetensors to write, with --onnx NAME.onnx",
+    )
     parser.add_argument(
         "--model",
         metavar="NAME",
         help="which network weights of others are (default: the only one that fits)",
     )
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="float16", help="default %(default)s"
+        "--dtype", choices=list(DTYPES), help="default float16; an ONNX file is in float32"
+    )
+    parser.add_argument("--onnx", action="store_true", help="write an ONNX file")
+    parser.add_argument(
+        "--opset",
+        type=positive_integer,
+        metavar="N",
+        help=f"version of ONNX's operators, {OLDEST_OPSET} (default) or newer; with --onnx",
     )
     parser.add_argument(
         "--data",
@@ -65,10 +83,16 @@ def run(arguments: argparse.Namespace) -> int:
     from ..models.weights_file import load_state, save_model
 
     output: Path = arguments.output
-    if output.suffix != ".safetensors":
-        raise CommandError(f"cannot write {output}: expected NAME.safetensors", status=2)
+    suffix = ".onnx" if arguments.onnx else ".safetensors"
+    if output.suffix != suffix:
+        raise CommandError(f"cannot write {output}: expected NAME{suffix}", status=2)
     if not output.parent.is_dir():
         raise CommandError(f"cannot write {output}: there is no folder {output.parent}", status=2)
+    if arguments.onnx:
+        return _write_onnx(arguments)
+    if arguments.opset is not None:
+        raise CommandError("--opset is of an ONNX file: add --onnx", status=2)
+    dtype = DTYPES[arguments.dtype or "float16"]
     try:
         model, info = _load(arguments)
         extra: dict[str, Any] = {
@@ -80,11 +104,11 @@ def run(arguments: argparse.Namespace) -> int:
             if (value := getattr(arguments, name)) is not None
         }
         info = dataclasses.replace(info, extra=extra)
-        save_model(output, model, info, DTYPES[arguments.dtype])
+        save_model(output, model, info, dtype)
         if arguments.data is not None:
             model.load_state_dict(load_state(output))
             info = _with_accuracy(model, info, arguments)
-            save_model(output, model, info, DTYPES[arguments.dtype])
+            save_model(output, model, info, dtype)
     except (FileNotFoundError, ValueError) as error:
         raise CommandError(str(error)) from error
     except OSError as error:
@@ -92,6 +116,30 @@ def run(arguments: argparse.Namespace) -> int:
     size = output.stat().st_size / 1e6
     accuracy = "" if info.accuracy is None else f", accuracy {info.accuracy:.2%}"
     print(f"Written: {output} ({size:.1f} MB{accuracy})")
+    return 0
+
+
+def _write_onnx(arguments: argparse.Namespace) -> int:
+    from ..models import onnx_file
+
+    output: Path = arguments.output
+    for option in ("dtype", "data", "license", "note"):
+        if getattr(arguments, option) is not None:
+            raise CommandError(f"--{option} is of NAME.safetensors: not with --onnx", status=2)
+    if (reason := onnx_file.objection()) is not None:
+        raise CommandError(f"cannot write {output}: {reason}")
+    model, info = _load(arguments)
+    opset = OLDEST_OPSET if arguments.opset is None else arguments.opset
+    newest = onnx_file.newest_opset()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise CommandError(f"--opset is {opset}: expected {OLDEST_OPSET} to {newest}", status=2)
+    try:
+        onnx_file.save_onnx(output, model.eval(), info, opset)
+    except (RuntimeError, ValueError) as error:
+        raise CommandError(f"cannot write {output}: {error}") from error
+    except OSError as error:
+        raise CommandError(f"cannot write {output}: {error.strerror}") from error
+    print(f"Written: {output} ({output.stat().st_size / 1e6:.1f} MB, operator set {opset})")
     return 0
 
 
