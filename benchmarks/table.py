@@ -22,7 +22,13 @@ from bench_growth import ODD
 from threshnet_fast.bench.cpu_engines import PROVIDERS
 from threshnet_fast.bench.registry import dtypes, registry
 from threshnet_fast.bench.report import cells, conditions, markdown_table, on_gpu
-from threshnet_fast.bench.results import COLUMNS, TRAINING_COLUMNS, latest_rows, read_rows
+from threshnet_fast.bench.results import (
+    COLUMNS,
+    FOREIGN_COLUMNS,
+    TRAINING_COLUMNS,
+    latest_rows,
+    read_rows,
+)
 from threshnet_fast.errors import CommandError
 from threshnet_fast.models import create_model
 from threshnet_fast.models.pretrained import list_pretrained
@@ -32,6 +38,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "models.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 GROWTH = ROOT / "benchmarks" / "results" / "growth.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "train.csv"
+FOREIGN = ROOT / "benchmarks" / "results" / "foreign.csv"
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "performance.md",
@@ -180,6 +187,22 @@ def _training_memory(rows: Rows) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def foreign(rows: Rows) -> str:
+    """Modules of others: minimum and median milliseconds, from foreign.csv."""
+    del rows
+    if not FOREIGN.exists():
+        return "No measurement has been recorded."
+    found = latest_rows(read_rows(FOREIGN, tuple(FOREIGN_COLUMNS)))
+    prepared = ", ".join(
+        f"{row['model']} {float(row['prepare_s']):.1f} s"
+        for row in found
+        if row["provider"] == "fused" and row["status"] == "ok"
+    )
+    first = f"From the module to the first output of `optimize`: {prepared}."
+    parts = [markdown_table(found, details=True), *([first] if prepared else [])]
+    return "\n\n".join([*parts, conditions(found)])
+
+
 def training_columns(rows: Rows) -> str:
     """What the columns of train.csv hold, as far as it is not what those of models.csv do."""
     del rows
@@ -259,6 +282,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "memory": memory,
     "growth": growth,
     "paper": lambda rows: paper.render(),
+    "foreign": foreign,
     "training": training,
     "training_columns": training_columns,
     "threshnet79_cifar10": lambda rows: card("threshnet79", "cifar10"),

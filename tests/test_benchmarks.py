@@ -237,6 +237,24 @@ def test_modules_of_others(monkeypatch, tmp_path, capsys):
     assert int(rows[0]["macs"]) == pytest.approx(macs, rel=1e-3)
 
 
+def test_table_of_modules_of_others(monkeypatch, tmp_path):
+    table = importlib.import_module("table")
+    monkeypatch.setattr(table, "FOREIGN", tmp_path / "foreign.csv")
+    assert table.foreign([]) == "No measurement has been recorded."
+    common = measured(model="fc-hardnet70", height="512", width="512", min_ms="4.0")
+    rows = [
+        common | {"speedup_min": "1.5", "speedup_p50": "1.25", "prepare_s": "0.84"},
+        common | {"provider": "openvino", "min_ms": "6.0", "prepare_s": "2.0"},
+        measured(model="unet", status="nothing is fused", prepare_s="0.5"),
+    ]
+    results.append_rows(tmp_path / "foreign.csv", rows, tuple(results.FOREIGN_COLUMNS))
+    text = table.foreign([])
+    assert "| fc-hardnet70 | 512x512, batch 1 | 2 | **4.00** / 9.00 | 6.00 / 9.00 | 1.50x" in text
+    assert "| unet | 32x32, batch 1 | 2 | failed |  |  |" in text
+    assert "\n\nFrom the module to the first output of `optimize`: fc-hardnet70 0.8 s.\n\n" in text
+    assert "Test (2 processors), torch " in text
+
+
 def test_modules_of_others_are_measured_as_they_are():
     """By their names they look like networks of this package that are cut at other places."""
     networks_of_others = importlib.import_module("foreign_networks")
