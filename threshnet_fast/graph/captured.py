@@ -90,12 +90,13 @@ def _size(
     copied: dict[fx.Node, Any],
 ) -> fx.Node:
     """A node that reads a size of one of the inputs."""
-    value = node.meta.get("example_value")
+    value: Any = node.meta.get("example_value")
     for other in placeholders:
         fake = other.meta.get("example_value")
         if other not in copied or not isinstance(fake, Tensor):
             continue
-        for dimension, size in enumerate(fake.shape):
+        sizes: Any = fake.shape
+        for dimension, size in enumerate(sizes):
             symbols = isinstance(size, torch.SymInt) and isinstance(value, torch.SymInt)
             if symbols and size.node.expr == value.node.expr:
                 return graph.call_method("size", (copied[other], dimension))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from .normal import normalise
 from .operators import Unsupported, name_for_people, operation
 from .trace import META, copied, shape_of, symbolic
 
-__all__ = ["annotate", "convert", "objection", "trace"]
+__all__ = ["annotate", "convert", "interpret", "objection", "trace"]
 
 
 def trace(
@@ -54,7 +54,7 @@ def trace(
         raise UnsupportedModule(f"{type(module).__name__} cannot be traced: {_line(first)}")
     try:
         exported = _exported(module, args, kwargs)
-        _run(exported, args, kwargs)
+        interpret(_Annotation(exported), args, kwargs)
         return normalise(exported)
     except Exception as error:
         raise UnsupportedModule(
@@ -140,12 +140,19 @@ def annotate(traced: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, A
                 value = operator.attrgetter(str(node.target))(traced)
             node.meta[META] = shape_of(value)
     else:
-        _run(traced, args, kwargs)
+        interpret(_Annotation(traced), args, kwargs)
     normalise(traced)
 
 
-def _run(traced: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Runs a graph once, on copies of its inputs, and notes the shapes of its values."""
+def interpret(interpreter: fx.Interpreter, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Has a graph interpreted once, on copies of its inputs.
+
+    Args:
+        interpreter: What interprets it.
+        args: What the graph is called with.
+        kwargs: The same, by name.
+    """
+    traced = cast(fx.GraphModule, interpreter.module)
     args, kwargs = pytree.tree_map(copied, (tuple(args), dict(kwargs)))
     given = list(args)
     if isinstance(traced.graph._codegen, fx.graph._PyTreeCodeGen):
@@ -155,7 +162,7 @@ def _run(traced: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any])
         for node in inputs[len(args) :]:
             given.append(kwargs[node.target] if node.target in kwargs else node.args[0])
     with torch.inference_mode(False), torch.no_grad():
-        _Annotation(traced).run(*given, enable_io_processing=False)
+        interpreter.run(*given, enable_io_processing=False)
 
 
 def _noted(node: fx.Node) -> Any:

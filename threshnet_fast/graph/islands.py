@@ -63,7 +63,7 @@ class Islands:
     """
 
     islands: tuple[Island, ...]
-    foreign: tuple[str, ...]
+    foreign: dict[fx.Node, str]
 
 
 def find_islands(traced: fx.GraphModule, check: Callable[[Island], None]) -> Islands:
@@ -98,11 +98,11 @@ def find_islands(traced: fx.GraphModule, check: Callable[[Island], None]) -> Isl
     else:
         islands = []
     inside = {node for island in islands for node in island.nodes}
-    foreign = tuple(
-        reasons.get(node, f"{name_for_people(node)} is beside no convolution that runs fused")
+    foreign = {
+        node: reasons.get(node, f"{name_for_people(node)} is beside no convolution that runs fused")
         for node in traced.graph.nodes
         if node not in inside and _computes(node)
-    )
+    }
     return Islands(tuple(islands), foreign)
 
 
@@ -156,7 +156,7 @@ def _examine(
                     reader: f"{name_for_people(reader)} reads {node.name}, which is no map"
                     for reader in readers
                 }
-            shapes.append(tuple(map(int, record.shape)))
+            shapes.append(cast("tuple[int, int, int, int]", record.shape))
         island = Island(name, tuple(ordered), module, graph, tuple(shapes), reads, makes)
         check(island)
     except UnsupportedModule as error:

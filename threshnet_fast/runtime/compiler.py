@@ -154,7 +154,8 @@ def _with_inductor(traced: fx.GraphModule) -> fx.GraphModule:
         else:
             parts[node] = current
     split = split_module(traced, cast(nn.Module, traced), lambda node: parts[node])
-    for name, part in list(split.named_children()):
+    for name, child in list(split.named_children()):
+        part = cast(fx.GraphModule, child)
         called = [node for node in part.graph.nodes if node.op.startswith("call")]
         if called and not any(_is_island(part, node) for node in called):
             setattr(split, name, torch.compile(part, backend="inductor"))

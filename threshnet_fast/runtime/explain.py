@@ -3,14 +3,86 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..engines.base import CompilationFailed
+from ..graph.export import interpret
 from ..plan.ir import Plan, table
 from ..plan.lower import UnsupportedModule, lower
+from .frozen import FrozenNetwork, optimize
+from .host import Host
+from .island import FusedIsland
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explanation", "ForeignOperation", "IslandExplanation", "explain"]
+
+_MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class IslandExplanation:
+    """A part of a module that runs fused.
+
+    Attributes:
+        name: Which it is of the module's islands.
+        operations: How many operations of the module it holds.
+        plan: The fused steps, or None where there are none for these shapes.
+        algorithms: The algorithm of each step, in the plan's order.
+        reason: Why there is no plan; else nothing.
+    """
+
+    name: str
+    operations: int
+    plan: Plan | None
+    algorithms: tuple[str | None, ...]
+    reason: str = ""
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds as usually counted."""
+        return 0 if self.plan is None else self.plan.macs
+
+    @property
+    def bytes_fused(self) -> int:
+        """Bytes of features and weights that the fused steps read and write, in float32."""
+        return 0 if self.plan is None else sum(step.bytes_fused for step in self.plan.steps)
+
+    @property
+    def bytes_unfused(self) -> int:
+        """The same where concatenation, BatchNorm, activation are passes of their own."""
+        return 0 if self.plan is None else sum(step.bytes_unfused for step in self.plan.steps)
+
+    def __str__(self) -> str:
+        if self.plan is None:
+            return f"{self.name}: {self.operations} operations, as plain PyTorch: {self.reason}"
+        traffic = f"{self.bytes_fused / _MEGA:.1f} MB read and written"
+        return (
+            f"{self.name}: {self.operations} operations, {self.macs / _MEGA:.1f} MMAC, {traffic} "
+            f"({self.bytes_unfused / _MEGA:.1f} MB unfused)\n{table(self.plan, self.algorithms)}"
+        )
+
+
+@dataclass(frozen=True)
+class ForeignOperation:
+    """An operation of a module that runs as plain PyTorch.
+
+    Attributes:
+        reason: Its name and why.
+        macs: Multiply-adds, as PyTorch counts them.
+        bytes: Of the tensors that it reads and makes, without weights of modules.
+    """
+
+    reason: str
+    macs: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.macs / _MEGA:.1f} MMAC, {self.bytes / _MEGA:.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -22,36 +94,48 @@ class Explanation:
             ``"reference"``.
         reason: Why that one.
         algorithms: The algorithm of each step, in the plan's order; all None for the reference.
-        plan: The fused steps, or None where the network has no plan.
+        plan: The fused steps, or None where the network has no plan as a whole.
+        islands: Its fused parts, where it is divided.
+        foreign: What runs as plain PyTorch between them.
     """
 
     backend: str
     reason: str
     algorithms: tuple[str | None, ...]
     plan: Plan | None
+    islands: tuple[IslandExplanation, ...] = ()
+    foreign: tuple[ForeignOperation, ...] = ()
 
     def __str__(self) -> str:
-        text = f"{self.backend}: {self.reason}"
-        return text if self.plan is None else f"{text}\n{table(self.plan, self.algorithms)}"
+        lines = [f"{self.backend}: {self.reason}"]
+        if self.plan is not None:
+            lines.append(table(self.plan, self.algorithms))
+        lines += map(str, self.islands)
+        if self.foreign:
+            lines.append("as plain PyTorch:")
+            lines += [f"  {operation}" for operation in self.foreign]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def explain(model: nn.Module, x: Tensor) -> Explanation:
+def explain(model: nn.Module, x: Any) -> Explanation:
     """Tells which backend and algorithm would run each step of ``model(x)``, and why.
 
-    Takes the gradient mode, the autocast state and :func:`threshnet_fast.use_backend` into account,
-    and runs nothing.
+    Of a model of this package it takes the gradient mode, the autocast state and
+    :func:`threshnet_fast.use_backend` into account, and runs nothing. What
+    :func:`threshnet_fast.optimize` returned is run once; any other module is optimized first, and
+    told of as what that makes of it.
 
     Args:
-        model: A model of this package.
-        x: An input of it.
+        model: A module.
+        x: An input of it, or a tuple of all positional arguments.
 
     Returns:
         An object that prints as a table.
 
     Raises:
-        TypeError: ``model`` is no model of this package, or ``x`` is nothing that it takes.
+        TypeError: ``model`` is no module, or ``x`` is nothing that it takes.
         ValueError: ``x`` has a wrong shape.
         RuntimeError: ``x`` is on another device than the model, or a backend was asked for by name
             that cannot run this.
@@ -62,8 +146,10 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     from .dropin import fused_forward
     from .training import CannotTrain
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
     if not isinstance(model, Network):
-        raise TypeError(f"model is a {type(model).__name__}: expected a model of threshnet_fast")
+        return _of_any(model, x)
     model._check_input(x)
     plan: Plan | None = None
     if len(x):
@@ -100,3 +186,63 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     assert plan is not None
     algorithms = select.engine(prepared.backend).algorithms(prepared, plan)
     return Explanation(prepared.backend, prepared.describe(), algorithms, plan)
+
+
+def _of_any(module: nn.Module, x: Any) -> Explanation:
+    if not isinstance(module, FrozenNetwork):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            module = optimize(module, x)
+    if module.network is not None:
+        found = explain(module.network, x)
+        return Explanation(module.backend, module.reason, found.algorithms, found.plan)
+    if module.host is None:
+        return Explanation(module.backend, module.reason, (), None)
+    run = _Run(module.host)
+    interpret(run, x if isinstance(x, tuple) else (x,), {})
+    return Explanation(
+        module.backend, module.reason, (), None, tuple(run.islands), tuple(run.foreign)
+    )
+
+
+class _Run(fx.Interpreter):
+    """Runs a module with islands once, and notes what each of its operations is.
+
+    Args:
+        host: The module.
+    """
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host.traced)
+        self._reasons = host.foreign_nodes
+        self.islands: list[IslandExplanation] = []
+        self.foreign: list[ForeignOperation] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs a node."""
+        reason = self._reasons.get(n)
+        if reason is None:
+            return super().run_node(n)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            result = super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        leaves = tree_leaves((args, kwargs, result))
+        size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        self.foreign.append(ForeignOperation(reason, counter.get_total_flops() // 2, size))
+        return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a submodule."""
+        island = self.fetch_attr(target)
+        if isinstance(island, FusedIsland):
+            self.islands.append(_island(island, args))
+        return super().call_module(target, args, kwargs)
+
+
+def _island(island: FusedIsland, xs: tuple[Any, ...]) -> IslandExplanation:
+    try:
+        plan, algorithms = island.explain(*xs)
+    except (CompilationFailed, UnsupportedModule) as error:
+        return IslandExplanation(island.name, island.nodes, None, (), str(error))
+    return IslandExplanation(island.name, island.nodes, plan, algorithms)

@@ -115,6 +115,16 @@ class FrozenNetwork(nn.Module):
         with torch.no_grad():
             return run(*args, **kwargs)
 
+    @property
+    def network(self) -> Network | None:
+        """The model of this package that runs as a whole, or None."""
+        return cast(Network, self._module) if self._whole else None
+
+    @property
+    def host(self) -> Host | None:
+        """What runs the islands, or None where there are none."""
+        return self._host
+
     def _images(self, x: Tensor) -> Tensor:
         network = cast(Network, self._module)
         image = _or_one_image(x)

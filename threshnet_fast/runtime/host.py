@@ -89,11 +89,13 @@ class Host:
     Attributes:
         islands: In order.
         foreign: Why each other operation is in none, one line each.
+        foreign_nodes: The same by their nodes in ``traced``.
         traced: The module with its islands as submodules.
     """
 
     islands: tuple[FusedIsland, ...]
     foreign: tuple[str, ...]
+    foreign_nodes: dict[fx.Node, str]
     traced: fx.GraphModule
 
     def __init__(
@@ -118,13 +120,16 @@ class Host:
 
         found = find_islands(traced, check)
         if not found.islands:
-            raise UnsupportedModule(_summary(found.foreign) or "the module computes nothing")
+            raise UnsupportedModule(
+                _summary(tuple(found.foreign.values())) or "the module computes nothing"
+            )
         insert(traced, found.islands)
         self.islands = tuple(fused[island.nodes] for island in found.islands)
         for island, whole in zip(found.islands, self.islands, strict=True):
             setattr(traced, island.name, whole)
             whole.name = island.name
-        self.foreign = found.foreign
+        self.foreign_nodes = found.foreign
+        self.foreign = tuple(found.foreign.values())
         self.traced = traced
 
     def replace(self, traced: fx.GraphModule) -> None:

@@ -95,8 +95,7 @@ class FusedIsland(nn.Module):
             UnsupportedModule: There is none.
             CompilationFailed: The engine cannot compile it.
         """
-        setting = self._engine.setting(torch.device("cpu"), self._dtype, self._frozen)
-        self._plans.get(cast(Any, self.example), True, setting)
+        self._plans.get(cast(Any, self.example), True, self._setting())
 
     def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
         """Runs the island.
@@ -109,27 +108,49 @@ class FusedIsland(nn.Module):
         """
         if transformed() or not all(map(self._takes, xs, self._channels)):
             return self._plainly(xs)
+        maps, rows = self._given(xs)
+        if rows in self.refused:
+            return self._plainly(xs)
+        try:
+            plan, packed = self._plans.get(cast(Any, rows), True, self._setting())
+        except (CompilationFailed, UnsupportedModule) as error:
+            self.refused[rows] = str(error)
+            return self._plainly(xs)
+        return tuple(cast(Any, plan).run(maps, packed))
+
+    def explain(self, *xs: Tensor) -> tuple[Plan, tuple[str, ...]]:
+        """Returns the plan for some inputs, without the values of weights, and its algorithms.
+
+        Args:
+            *xs: As :meth:`forward` takes them.
+
+        Raises:
+            UnsupportedModule: There is none.
+            CompilationFailed: The engine cannot compile it.
+        """
+        if not all(map(self._takes, xs, self._channels)):
+            raise UnsupportedModule("the inputs are no maps of the island's dtype and channels")
+        _, rows = self._given(xs)
+        prepared, _ = self._plans.get(cast(Any, rows), True, self._setting())
+        plan = self.source(rows, head=True, values=False)
+        return plan, self._engine.algorithms(prepared, plan)
+
+    def _setting(self) -> Hashable:
+        return self._engine.setting(torch.device("cpu"), self._dtype, self._frozen)
+
+    def _given(self, xs: tuple[Tensor, ...]) -> tuple[list[Tensor], tuple[Row, ...]]:
+        """The inputs in the layout that a plan reads, and a row for each."""
         maps = list(xs)
         rows: list[Row] = []
         for index, x in enumerate(xs):
+            pitch = 0
             if index or not self._image:
                 pitch = _pitch(x)
                 if not pitch:
                     x = maps[index] = x.contiguous(memory_format=torch.channels_last)
                     pitch = _pitch(x)
-                rows.append((*cast("tuple[int, int, int, int]", x.shape), pitch))
-            else:
-                rows.append((*cast("tuple[int, int, int, int]", x.shape), 0))
-        shape = tuple(rows)
-        setting = self._engine.setting(xs[0].device, self._dtype, self._frozen)
-        if shape in self.refused:
-            return self._plainly(xs)
-        try:
-            plan, packed = self._plans.get(cast(Any, shape), True, setting)
-        except (CompilationFailed, UnsupportedModule) as error:
-            self.refused[shape] = str(error)
-            return self._plainly(xs)
-        return tuple(cast(Any, plan).run(maps, packed))
+            rows.append((*cast("tuple[int, int, int, int]", x.shape), pitch))
+        return maps, tuple(rows)
 
     def _takes(self, x: object, channels: int | None) -> bool:
         return (
