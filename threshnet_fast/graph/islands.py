@@ -59,11 +59,12 @@ class Islands:
 
     Attributes:
         islands: What runs as one each, in order.
-        foreign: Of every other operation that makes a tensor, its name and why it is in no island.
+        foreign: Of every other operation that makes a tensor, by the name of its node, its name for
+            people and why it is in no island.
     """
 
     islands: tuple[Island, ...]
-    foreign: dict[fx.Node, str]
+    foreign: dict[str, str]
 
 
 def find_islands(traced: fx.GraphModule, check: Callable[[Island], None]) -> Islands:
@@ -99,7 +100,7 @@ def find_islands(traced: fx.GraphModule, check: Callable[[Island], None]) -> Isl
         islands = []
     inside = {node for island in islands for node in island.nodes}
     foreign = {
-        node: reasons.get(node, f"{name_for_people(node)} is beside no convolution that runs fused")
+        node.name: reasons.get(node, f"{name_for_people(node)} is beside no convolution that runs fused")
         for node in traced.graph.nodes
         if node not in inside and _computes(node)
     }

@@ -220,7 +220,7 @@ class _Run(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs a node."""
-        reason = self._reasons.get(n)
+        reason = self._reasons.get(n.name)
         if reason is None:
             return super().run_node(n)
         counter = FlopCounterMode(display=False)

@@ -89,13 +89,13 @@ class Host:
     Attributes:
         islands: In order.
         foreign: Why each other operation is in none, one line each.
-        foreign_nodes: The same by their nodes in ``traced``.
+        foreign_nodes: The same by the names of their nodes in ``traced``.
         traced: The module with its islands as submodules.
     """
 
     islands: tuple[FusedIsland, ...]
     foreign: tuple[str, ...]
-    foreign_nodes: dict[fx.Node, str]
+    foreign_nodes: dict[str, str]
     traced: fx.GraphModule
 
     def __init__(
