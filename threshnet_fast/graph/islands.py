@@ -26,6 +26,8 @@ from .trace import META
 
 __all__ = ["Island", "Islands", "find_islands", "insert"]
 
+_ALONE = "is beside no convolution that runs fused"
+
 # A module needs few rounds: each refuses one more operation, or a whole island.
 _MOST_ROUNDS = 64
 
@@ -100,7 +102,7 @@ def find_islands(traced: fx.GraphModule, check: Callable[[Island], None]) -> Isl
         islands = []
     inside = {node for island in islands for node in island.nodes}
     foreign = {
-        node.name: reasons.get(node, f"{name_for_people(node)} is beside no convolution that runs fused")
+        node.name: reasons.get(node, f"{name_for_people(node)} {_ALONE}")
         for node in traced.graph.nodes
         if node not in inside and _computes(node)
     }

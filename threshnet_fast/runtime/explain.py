@@ -196,13 +196,19 @@ def _of_any(module: nn.Module, x: Any) -> Explanation:
     if module.network is not None:
         found = explain(module.network, x)
         return Explanation(module.backend, module.reason, found.algorithms, found.plan)
-    if module.host is None:
+    division = module.division
+    if division is None:
         return Explanation(module.backend, module.reason, (), None)
-    run = _Run(module.host)
-    interpret(run, x if isinstance(x, tuple) else (x,), {})
-    return Explanation(
-        module.backend, module.reason, (), None, tuple(run.islands), tuple(run.foreign)
-    )
+    islands: list[IslandExplanation] = []
+    foreign: list[ForeignOperation] = []
+    for part, args in division.calls(x if isinstance(x, tuple) else (x,)):
+        run = _Run(part.host)
+        interpret(run, args.args, args.kwargs)
+        islands += run.islands
+        foreign += run.foreign
+    if division.reason is not None:
+        foreign.insert(0, ForeignOperation(division.reason, 0, 0))
+    return Explanation(module.backend, module.reason, (), None, tuple(islands), tuple(foreign))
 
 
 class _Run(fx.Interpreter):

@@ -20,7 +20,8 @@ from ..engines.cache import PlanCache
 from ..models.network import Network
 from ..models.validate import check_input, check_memory
 from ..plan.lower import PlanSource, UnsupportedModule, lower
-from .host import Arguments, Host, host_or_reason
+from .division import Division, divide, restore
+from .host import Arguments
 from .island import FusedIsland
 
 __all__ = ["FrozenNetwork", "optimize"]
@@ -52,7 +53,7 @@ class FrozenNetwork(nn.Module):
     islands: tuple[FusedIsland, ...] = ()
     foreign: tuple[str, ...] = ()
     _module: nn.Module
-    _host: Host | None
+    _division: Division | None
     _weight: Tensor | None
 
     def __init__(
@@ -61,27 +62,27 @@ class FrozenNetwork(nn.Module):
         backend: str,
         reason: str,
         winograd: int,
-        host: Host | None = None,
+        division: Division | None = None,
         example: Arguments | None = None,
     ) -> None:
         super().__init__()
         self.backend = backend
         self.reason = reason
-        if host is not None:
-            self.islands, self.foreign = host.islands, host.foreign
+        if division is not None:
+            self.islands, self.foreign = division.islands, division.foreign
         self.training = False
         self._winograd = winograd
         self._engine = select.engine(backend)
         self._example = None if example is None else example.map(lambda x: x.to("meta"))
         # Beside the modules, as their names are to be those of the module that was frozen.
-        self.__dict__.update(_module=module, _host=host)
+        self.__dict__.update(_module=module, _division=division)
         self._modules, self._parameters = module._modules, module._parameters
         self._buffers = module._buffers
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self.__dict__["_weight"] = _first_weight(module)
-        self._whole = host is None and isinstance(module, Network)
+        self._whole = division is None and isinstance(module, Network)
         if self._whole:
             network = cast(Network, module)
             # Found in the settings of all modules, which takes as long as a small network.
@@ -111,7 +112,7 @@ class FrozenNetwork(nn.Module):
             _refuse_gradients(args, kwargs)
         if self._whole:
             return self._images(*args, **kwargs)
-        run: Any = self._module if self._host is None else self._host
+        run: Any = self._module if self._division is None else self._division
         with torch.no_grad():
             return run(*args, **kwargs)
 
@@ -121,9 +122,9 @@ class FrozenNetwork(nn.Module):
         return cast(Network, self._module) if self._whole else None
 
     @property
-    def host(self) -> Host | None:
-        """What runs the islands, or None where there are none."""
-        return self._host
+    def division(self) -> Division | None:
+        """The module with its islands, or None where there are none."""
+        return self._division
 
     def _images(self, x: Tensor) -> Tensor:
         network = cast(Network, self._module)
@@ -191,7 +192,7 @@ class FrozenNetwork(nn.Module):
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Copies and pickles the network; the copy compiles its plans anew."""
         parts = self._module, self.backend, self.reason, self._winograd
-        if self._host is None:
+        if self._division is None:
             return FrozenNetwork, parts
         return _with_islands, (*parts, self._example)
 
@@ -249,7 +250,7 @@ def optimize(
         if tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda"):
             check_memory(name, tensor)
     winograd = 0 if exact else environment.winograd_by_default()
-    module = _baked(copy.deepcopy(module)).eval()
+    module = restore(_baked(copy.deepcopy(module))).eval()
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     example = Arguments(args)
     if isinstance(module, Network):
@@ -305,22 +306,25 @@ def _divided(
         example = example.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
         weight = _first_weight(module)
         expected = [(example, expected[0][1])]
+    if engines:
+        expected += _on_noise(module, example)
     objections: list[str] = []
     for engine in engines:
         assert weight is not None
         error = engine.objection(weight, purpose=Purpose.NETWORK)
-        found: Host | str = str(error)
-        if error is None:
-            found = host_or_reason(module, example, engine, weight.dtype, winograd)
-        if isinstance(found, str):
-            objections.append(found)
+        if error is not None:
+            objections.append(str(error))
             continue
-        if len(expected) == 1:
-            expected += _on_noise(module, example)
+        try:
+            found = divide(module, example, engine, weight.dtype, winograd)
+        except UnsupportedModule as error:
+            objections.append(str(error))
+            continue
         for x, result in expected:
             difference = found.difference(x, result)
             if difference is not None:
                 objections.append(f"traced and fused, {difference}")
+                found.undo()
                 break
         else:
             reason = "; ".join([*objections, engine.describe(weight), found.summary()])
@@ -350,8 +354,8 @@ def _with_islands(
     weight = _first_weight(module)
     assert weight is not None
     zeros = example.map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=weight.device))
-    host = Host(module, zeros, select.engine(backend), weight.dtype, winograd)
-    return FrozenNetwork(module, backend, reason, winograd, host, zeros)
+    division = divide(restore(module), zeros, select.engine(backend), weight.dtype, winograd)
+    return FrozenNetwork(module, backend, reason, winograd, division, zeros)
 
 
 def _engines(weight: Tensor) -> list[Engine]:

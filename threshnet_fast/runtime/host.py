@@ -9,18 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..engines.base import CompilationFailed, Engine
+from ..engines.base import Engine
 from ..graph.export import annotate, trace
 from ..graph.ir import UnsupportedModule
 from ..graph.islands import Island, find_islands, insert
 from .island import FusedIsland
 
-__all__ = ["Arguments", "Host", "host_or_reason"]
-
-# Of the largest output. Float32 in different orders of additions stays far below; bfloat16 keeps
-# eight bits of each feature map.
-_TOLERANCE = {torch.float32: 1e-3}
-_COARSE = 5e-2
+__all__ = ["Arguments", "Host", "summary_of"]
 
 
 class Arguments:
@@ -67,9 +62,10 @@ class Arguments:
         return self.map(random)
 
     def call(self, function: Any) -> Any:
-        """Calls something with them, without gradients."""
+        """Calls something with copies of them, to which it may write, without gradients."""
+        copies = self.map(torch.clone)
         with torch.no_grad():
-            return function(*self.args, **self.kwargs)
+            return function(*copies.args, **copies.kwargs)
 
 
 class Host:
@@ -121,7 +117,7 @@ class Host:
         found = find_islands(traced, check)
         if not found.islands:
             raise UnsupportedModule(
-                _summary(tuple(found.foreign.values())) or "the module computes nothing"
+                summary_of(tuple(found.foreign.values())) or "the module computes nothing"
             )
         insert(traced, found.islands)
         self.islands = tuple(fused[island.nodes] for island in found.islands)
@@ -144,57 +140,14 @@ class Host:
         """Runs the module."""
         return self.traced(*args, **kwargs)
 
-    def summary(self) -> str:
-        """One line: how much of the module is fused."""
-        held = sum(island.nodes for island in self.islands)
-        count = len(self.islands)
-        text = f"{held} operations in {count} island{'s' if count != 1 else ''}"
-        return text if not self.foreign else f"{text}; as plain PyTorch: {_summary(self.foreign)}"
 
-    def difference(self, example: Arguments, expected: Any) -> str | None:
-        """Returns what it and the module itself differ in on an input, or None.
+def summary_of(reasons: tuple[str, ...], most: int = 3) -> str:
+    """Returns the first of some reasons, and how many others there are.
 
-        Args:
-            example: The input.
-            expected: What the module returns for it.
-        """
-        actual = example.call(self)
-        ours, form = tree_flatten(actual)
-        theirs, other_form = tree_flatten(expected)
-        if form != other_form:
-            return "it returns something else"
-        for a, b in zip(ours, theirs, strict=True):
-            if not isinstance(b, Tensor):
-                if not isinstance(a, type(b)) or a != b:
-                    return "it returns something else"
-                continue
-            if not isinstance(a, Tensor) or a.shape != b.shape:
-                return "it returns something else"
-            if not b.is_floating_point():
-                continue
-            wide, limit = b.float(), _TOLERANCE.get(a.dtype, _COARSE)
-            largest = float(wide.abs().nan_to_num(0, 0, 0).max()) if wide.numel() else 0.0
-            if not torch.allclose(a.float(), wide, rtol=0, atol=limit * largest, equal_nan=True):
-                return "it computes something else"
-        return None
-
-
-def host_or_reason(
-    module: nn.Module,
-    example: Arguments,
-    engine: Engine,
-    dtype: torch.dtype,
-    winograd: int,
-) -> Host | str:
-    """Returns a module's host, or why it has none, in one line."""
-    try:
-        return Host(module, example, engine, dtype, winograd)
-    except (CompilationFailed, UnsupportedModule) as error:
-        return str(error)
-
-
-def _summary(reasons: tuple[str, ...], most: int = 3) -> str:
-    """The first of some reasons, and how many others there are."""
+    Args:
+        reasons: One line each.
+        most: How many to name.
+    """
     different = list(dict.fromkeys(reasons))
     text = "; ".join(different[:most])
     more = len(different) - most
