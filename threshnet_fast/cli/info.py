@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from ..bench import plan_report, prediction_report
 from ..bench.gpus import DEVICES, Device, find_device, find_precision
 from ..bench.latency import check_sizes
@@ -16,7 +19,9 @@ from ..bench.prediction import Prediction, predict
 from ..bench.report import check_plot
 from ..bench.roofline import draw_roofline
 from ..errors import CommandError
+from ..graph.onnx import load_onnx
 from ..plan import lower
+from ..runtime.explain import explain
 from .arguments import check_model, image_size, positive_integer
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
@@ -39,7 +44,11 @@ _LIST = "list"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument(
-        "model", nargs="?", default="threshnet95", help="model (default %(default)s)"
+        "model",
+        nargs="?",
+        default="threshnet95",
+        help="model (default %(default)s), or an .onnx file: then which parts of it run fused here, "
+        "and why others do not",
     )
     parser.add_argument(
         "--size", type=image_size, default=(224, 224), help="224 or 160x288 (default 224)"
@@ -84,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"{option} belongs to a prediction: add --device", 2)
     if arguments.picture is not None:
         check_plot(arguments.picture)
+    if arguments.model.endswith(".onnx"):
+        return _explain_file(arguments)
     check_model(arguments.model)
     height, width = arguments.size
     check_sizes([arguments.model], [(height, width, arguments.batch)])
@@ -100,6 +111,20 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{arguments.model}, 3x{height}x{width}, batch {arguments.batch}, float32\n")
     print(plan_report.table(plan), end="\n\n")
     print(plan_report.totals(plan, parameters))
+    return 0
+
+
+def _explain_file(arguments: argparse.Namespace) -> int:
+    if arguments.device is not None or arguments.csv is not None:
+        raise CommandError("--device and --csv are for models, not for .onnx files", 2)
+    try:
+        module = load_onnx(arguments.model)
+        channels = next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+        print(explain(module, torch.zeros(arguments.batch, channels, *arguments.size)))
+    except StopIteration:
+        raise CommandError(f"{arguments.model} has no convolution") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CommandError(f"{arguments.model}: {error}") from error
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -201,7 +202,7 @@ class FrozenNetwork(nn.Module):
 
 
 def optimize(
-    module: nn.Module,
+    module: nn.Module | str | os.PathLike[str],
     example_input: Any,
     dtype: torch.dtype | None = None,
     exact: bool = False,
@@ -219,7 +220,8 @@ def optimize(
     and if they differ, the module stays as it is.
 
     Args:
-        module: Any module; perhaps within ``DataParallel`` or ``torch.compile``.
+        module: Any module; perhaps within ``DataParallel`` or ``torch.compile``. Or the name of an
+            ONNX file, which :func:`threshnet_fast.graph.onnx.load_onnx` reads.
         example_input: An input, ``[N, C, H, W]``; its size is compiled now. Or a tuple of all
             positional arguments.
         dtype: What to compute in, and the dtype of inputs: None keeps the module's. On the CPU
@@ -236,11 +238,17 @@ def optimize(
         sake, one ``UserWarning`` does too.
 
     Raises:
-        TypeError: ``module`` is no module, or ``example_input`` is nothing that it takes.
+        TypeError: ``module`` is neither a module nor a file's name, or ``example_input`` is nothing that it takes.
         ValueError: ``dtype`` is not supported, or ``example_input`` has a wrong shape.
         RuntimeError: ``example_input`` requires a gradient or is on another device, or a weight
             spans memory that was freed.
+        OSError: The file cannot be read.
     """
+    if isinstance(module, str | os.PathLike):
+        # Where it is asked for: most who freeze networks have no use for the package onnx.
+        from ..graph.onnx import load_onnx
+
+        module = load_onnx(module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}: expected a torch.nn.Module")
     if not isinstance(exact, bool):
