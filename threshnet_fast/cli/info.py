@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         default="threshnet95",
-        help="model (default %(default)s), or an .onnx file: then which parts of it run fused here, "
-        "and why others do not",
+        help="model (default %(default)s), or an .onnx file: then which parts of it run fused "
+        "here, and why others do not",
     )
     parser.add_argument(
         "--size", type=image_size, default=(224, 224), help="224 or 160x288 (default 224)"

@@ -11,13 +11,6 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import fx
-from torch.fx.passes.tools_common import stable_topological_sort
-from torch.fx.passes.utils.fuser_utils import (
-    erase_nodes,
-    fuse_as_graphmodule,
-    insert_subgm,
-    topo_sort,
-)
 
 from .export import convert, objection
 from .ir import Conv, Graph, UnsupportedModule
@@ -116,6 +109,10 @@ def insert(traced: fx.GraphModule, islands: Iterable[Island]) -> None:
         traced: The module that was divided.
         islands: What :func:`find_islands` found in it.
     """
+    # What import torch does not load is loaded where it is needed.
+    from torch.fx.passes.tools_common import stable_topological_sort
+    from torch.fx.passes.utils.fuser_utils import erase_nodes, insert_subgm
+
     replaced: dict[fx.Node, fx.Node] = {}
     for island in islands:
         reads = tuple(replaced.get(node, node) for node in island.reads)
@@ -141,6 +138,8 @@ def _examine(
     islands: list[Island],
 ) -> Mapping[fx.Node, str]:
     """Adds an island that passes the check; else returns what is to be left out, and why."""
+    from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule, topo_sort
+
     for node in nodes:
         node.meta["threshnet_fast_origin"] = node
     ordered = topo_sort(nodes)

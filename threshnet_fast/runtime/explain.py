@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..engines.base import CompilationFailed
 from ..graph.export import interpret
@@ -229,6 +228,9 @@ class _Run(fx.Interpreter):
         reason = self._reasons.get(n.name)
         if reason is None:
             return super().run_node(n)
+        # It imports triton, which takes long.
+        from torch.utils.flop_counter import FlopCounterMode
+
         counter = FlopCounterMode(display=False)
         with counter:
             result = super().run_node(n)

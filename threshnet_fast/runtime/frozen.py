@@ -238,7 +238,8 @@ def optimize(
         sake, one ``UserWarning`` does too.
 
     Raises:
-        TypeError: ``module`` is neither a module nor a file's name, or ``example_input`` is nothing that it takes.
+        TypeError: ``module`` is neither a module nor a file's name, or ``example_input`` is nothing
+            that it takes.
         ValueError: ``dtype`` is not supported, or ``example_input`` has a wrong shape.
         RuntimeError: ``example_input`` requires a gradient or is on another device, or a weight
             spans memory that was freed.
