@@ -70,6 +70,9 @@ def _run(node: ir.Node, read: list[Tensor]) -> Tensor:
         factors = node.factors if size is None else None
         recompute = (node.recompute or None) if size is None else None
         return F.interpolate(x, size, factors, node.mode, corners, recompute)
+    if isinstance(node, ir.Pad):
+        (top, left), (bottom, right) = node.before, node.after
+        return F.pad(x, (left, right, top, bottom))
     if isinstance(node, ir.Pool):
         assert isinstance(node.module, (nn.MaxPool2d, nn.AvgPool2d))
         return node.module(x)

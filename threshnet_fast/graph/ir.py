@@ -27,6 +27,7 @@ __all__ = [
     "Mean",
     "Node",
     "Norm",
+    "Pad",
     "Pool",
     "Resize",
     "Slice",
@@ -130,6 +131,19 @@ class Slice(Node):
 
     begin: int
     end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pad(Node):
+    """Zeros around a map.
+
+    Attributes:
+        before: Rows above and columns to the left.
+        after: Rows below and columns to the right.
+    """
+
+    before: tuple[int, int]
+    after: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)

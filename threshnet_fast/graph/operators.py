@@ -18,9 +18,23 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as modules
 
 from .activations import ACTIVATIONS, kind_of, slope_of
-from .ir import Activate, Add, Concat, Conv, Flatten, Graph, Linear, Mean, Node, Norm, Pool, Resize
+from .ir import (
+    Activate,
+    Add,
+    Concat,
+    Conv,
+    Flatten,
+    Graph,
+    Linear,
+    Mean,
+    Node,
+    Norm,
+    Pad,
+    Pool,
+    Resize,
+)
 from .ir import Slice as SliceNode
-from .settings import DROPOUTS, override
+from .settings import DROPOUTS, TENSORS, override
 from .trace import META, Shape, hooked, name_of
 
 __all__ = [
@@ -187,6 +201,13 @@ class _Context:
             )
         return found
 
+    def features(self, value: Any) -> Shape:
+        """The record of a map of features, or of vectors of them."""
+        found = self.shape(value)
+        if len(found.shape) == 2 and found.dtype.is_floating_point:
+            return found
+        return self.map(value)
+
     def result(self) -> Shape:
         found = self.node.meta.get(META)
         if found is None:
@@ -283,14 +304,14 @@ def _with_tensors(module: _M, **tensors: Tensor | None) -> _M:
     return module.eval()
 
 
-def _padding(padding: Any, weight: Tensor, dilation: tuple[int, int]) -> tuple[int, int]:
-    """Rows of padding above and below, columns left and right."""
+def _padding(padding: Any, weight: Tensor, dilation: tuple[int, int]) -> Any:
+    """Rows of padding above and below, columns left and right; "same" where they differ."""
     if padding == "valid":
         return 0, 0
     if padding == "same":
         extents = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
         if any(extent % 2 for extent in extents):
-            raise Unsupported("has padding 'same' that is not symmetric")
+            return padding
         return extents[0] // 2, extents[1] // 2
     return _pair(padding, "padding")
 
@@ -322,11 +343,31 @@ def _conv_module(context: _Context, module: nn.Conv2d, value: Any) -> Operation:
     return _conv_of(value, module)
 
 
+def _pad(context: _Context, given: dict[str, Any]) -> Operation:
+    context.map(given["input"])
+    pads, mode, value = (_plain(given[name], name) for name in ("pad", "mode", "value"))
+    if mode != "constant" or value not in (None, 0):
+        raise Unsupported(f"pads by {mode} {value or ''}".rstrip() + ", not with zeros")
+    if not isinstance(pads, tuple) or len(pads) > 4 or not all(pad >= 0 for pad in pads):
+        raise Unsupported(f"pads by {pads}: expected rows and columns around a map")
+    left, right, top, bottom = (*pads, 0, 0, 0, 0)[:4]
+
+    def build(graph: Graph, name: str, values: tuple[int, ...]) -> int:
+        return graph.add(Pad(name, values, _like(graph, values[0]), (top, left), (bottom, right)))
+
+    return Operation((given["input"],), build)
+
+
+def _pad_module(context: _Context, module: nn.ConstantPad2d, value: Any) -> Operation:
+    given = {"input": value, "pad": module.padding, "mode": "constant", "value": module.value}
+    return _pad(context, given)
+
+
 # Normalisation
 
 
 def _norm(context: _Context, given: dict[str, Any]) -> Operation:
-    context.map(given["input"])
+    context.features(given["input"])
     if given.get("training"):
         raise Unsupported("normalises by the statistics of the batch")
     mean = context.required(given["running_mean"], "running_mean")
@@ -346,13 +387,21 @@ def _norm_of(value: fx.Node, norm: nn.BatchNorm2d) -> Operation:
     return Operation((value,), build)
 
 
-def _norm_module(context: _Context, module: nn.BatchNorm2d, value: Any) -> Operation:
-    context.map(value)
+def _norm_module(
+    context: _Context, module: nn.BatchNorm1d | nn.BatchNorm2d, value: Any
+) -> Operation:
+    if isinstance(module, nn.BatchNorm1d) and len(context.shape(value).shape) != 2:
+        raise Unsupported("normalises sequences, which no plan can express")
+    context.features(value)
     if module.running_mean is None or module.running_var is None:
         raise Unsupported("keeps no running statistics, so it cannot be folded")
     if module.training:
         raise Unsupported("normalises by the statistics of the batch")
-    return _norm_of(value, module)
+    if isinstance(module, nn.BatchNorm2d):
+        return _norm_of(value, module)
+    tensors = {name: getattr(module, name) for name in TENSORS}
+    norm = nn.BatchNorm2d(module.num_features, module.eps, device="meta")
+    return _norm_of(value, _with_tensors(norm, **tensors))
 
 
 # Activations
@@ -366,7 +415,7 @@ def _activate(kind: str, argument: str = "input") -> Row:
 
 
 def _activation(context: _Context, value: Any, kind: str, slope: float = 0.0) -> Operation:
-    context.map(value)
+    context.features(value)
 
     def build(graph: Graph, name: str, values: tuple[int, ...]) -> int:
         return graph.add(Activate(name, values, _like(graph, values[0]), kind, slope))
@@ -407,8 +456,8 @@ def _cat(context: _Context, given: dict[str, Any]) -> Operation:
     values, dim = given["tensors"], given["dim"]
     if not isinstance(values, (tuple, list)) or not values:
         raise Unsupported("concatenates a list that is computed")
-    shapes = [context.map(value) for value in values]
-    if dim not in (1, -3):
+    shapes = [context.features(value) for value in values]
+    if dim not in (1, 1 - len(shapes[0].shape)):
         raise Unsupported(f"concatenates along dimension {dim}, expected 1")
     if len({shape.dtype for shape in shapes}) > 1:
         raise Unsupported("concatenates maps of different dtypes")
@@ -431,7 +480,7 @@ def _sum(context: _Context, given: dict[str, Any]) -> Operation:
             return _alias(context, value)
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
         raise Unsupported("adds a number to a map")
-    shapes = context.map(left), context.map(right)
+    shapes = context.features(left), context.features(right)
     if shapes[0] != shapes[1]:
         raise Unsupported(
             f"adds shapes {list(shapes[0].shape)} and {list(shapes[1].shape)}: expected equal ones"
@@ -857,6 +906,7 @@ _row(
     "to type type_as",
 )
 _row("input weight bias=None", _linear, [F.linear])
+_row("input pad mode='constant' value=None", _pad, [F.pad])
 _row(
     "input size=None scale_factor=None mode='nearest' align_corners=None "
     "recompute_scale_factor=None antialias=False",
@@ -900,13 +950,17 @@ _aten("squeeze", _squeeze)
 _aten("dropout feature_dropout", _dropout)
 _aten("clone detach alias contiguous to _to_copy lift_fresh_copy positive", _identity)
 _aten("linear", _linear)
+_aten("pad", _pad)
+_aten("constant_pad_nd", lambda context, given: _pad(context, {**given, "mode": "constant"}))
 _aten("upsample_nearest2d", _upsample("nearest"))
 _aten("_upsample_nearest_exact2d", _upsample("nearest-exact"))
 _aten("upsample_bilinear2d", _upsample("bilinear"))
 
 _MODULES: dict[type[nn.Module], Callable[[_Context, Any, Any], Operation]] = {
     nn.Conv2d: _conv_module,
+    nn.BatchNorm1d: _norm_module,
     nn.BatchNorm2d: _norm_module,
+    nn.ConstantPad2d: _pad_module,
     nn.MaxPool2d: _pool_module,
     nn.AvgPool2d: _pool_module,
     nn.AdaptiveAvgPool2d: _adaptive_pool_module,

@@ -58,7 +58,9 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
         "count_include_pad",
         "divisor_override",
     ),
+    nn.BatchNorm1d: ("eps", "num_features"),
     nn.BatchNorm2d: ("eps", "num_features"),
+    nn.ConstantPad2d: ("padding", "value"),
     nn.Conv2d: (
         "in_channels",
         "out_channels",
@@ -98,7 +100,7 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 """By class: its settings that a plan or a chain depends on; a subclass has those of its bases."""
 
-MODELESS = frozenset(SETTINGS) - {nn.BatchNorm2d, *DROPOUTS, Network}
+MODELESS = frozenset(SETTINGS) - {nn.BatchNorm1d, nn.BatchNorm2d, *DROPOUTS, Network}
 """Classes that compute the same in training mode. Anything else, a parametrisation say, may not."""
 
 TENSORS = ("weight", "bias", "running_mean", "running_var")

@@ -30,6 +30,7 @@ from ..graph.ir import (
     Mean,
     Node,
     Norm,
+    Pad,
     Slice,
     UnsupportedModule,
 )
@@ -154,6 +155,8 @@ class _Fusion:
         self.blocks, self.slots = find_blocks(graph, GROUP, _fixed(graph))
         # The buffer of each block, once its first value has been written.
         self.block_buffers: dict[int, int] = {}
+        # Zeros around values, above and to the left, below and to the right.
+        self.pads: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
         # Nodes that an earlier one took in.
         self.done: set[int] = set()
 
@@ -196,6 +199,8 @@ class _Fusion:
 
     def _norm(self, node: Norm) -> None:
         value = self.values[node.input]
+        if node.input in self.flat:
+            self.flat.add(node.output)
         affine = self._affine(node)
         if isinstance(value, _Pending) and value.activation is None:
             affine = affine if value.affine is None else value.affine.then(affine)
@@ -229,7 +234,7 @@ class _Fusion:
         """Whether a node can calculate what it reads."""
         if isinstance(reader, Norm | Activate):
             return pending.activation is None
-        if isinstance(reader, Dropout | Slice):
+        if isinstance(reader, Dropout | Pad | Slice):
             return True
         if pending.activation not in (None, *EPILOGUES) or self._reads_image(pending.source):
             return False
@@ -282,6 +287,20 @@ class _Fusion:
             raise UnsupportedModule(f"{node.name} flattens a map of {size}, expected 1x1")
         self.values[node.output] = source
         self.flat.add(node.output)
+
+    def _pad(self, node: Pad) -> None:
+        """Zeros, which belong to the windows of the convolutions behind it."""
+        readers = self.graph.readers[node.output]
+        if node.output in self.graph.outputs or not all(
+            isinstance(reader, Conv | Pad) for reader in readers
+        ):
+            raise UnsupportedModule(f"{node.name} pads what is not only convolved")
+        self.values[node.output] = self.values[node.input]
+        before, after = self.pads.get(node.input, ((0, 0), (0, 0)))
+        self.pads[node.output] = (
+            (before[0] + node.before[0], before[1] + node.before[1]),
+            (after[0] + node.after[0], after[1] + node.after[1]),
+        )
 
     def _slice(self, node: Slice) -> None:
         self.values[node.output] = self.values[node.input].part(node.begin, node.end)
@@ -350,7 +369,7 @@ class _Fusion:
     def _conv(self, node: Conv) -> None:
         """A convolution, with the norms, the activation or the pool behind it."""
         conv = node.module
-        window = of_convolution(conv, node.name)
+        window = self._window(node)
         reader = self.graph.sole_reader(node.output)
         if self._pools_before(node, window, reader):
             self._pooled_conv(node, cast(PoolNode, reader))
@@ -403,6 +422,10 @@ class _Fusion:
                 groups=end - begin if node.depthwise else 1,
             )
 
+    def _window(self, node: Conv) -> Window:
+        window = of_convolution(node.module, node.name)
+        return window.padded(*self.pads[node.input]) if node.input in self.pads else window
+
     def _pools_before(self, node: Conv, window: Window, reader: Node | None) -> bool:
         """Whether the average behind a convolution of single pixels can come before it."""
         if not isinstance(reader, PoolNode) or not reader.average:
@@ -410,7 +433,8 @@ class _Fusion:
         pool = of_pool(reader.module, reader.name)
         return (
             node.module.groups == 1
-            and (window.kernel, window.stride, window.padding) == ((1, 1), (1, 1), (0, 0))
+            and (window.kernel, window.stride) == ((1, 1), (1, 1))
+            and (window.padding, window.end) == ((0, 0), (0, 0))
             and (pool.padding, pool.ceil) == ((0, 0), False)
             and cast(nn.AvgPool2d, reader.module).divisor_override is None
             and not self._reads_image(self._unread(node.input))
@@ -430,7 +454,7 @@ class _Fusion:
         self.values[pool.output] = out
         self._conv_step(
             node,
-            of_convolution(node.module, node.name),
+            self._window(node),
             pooled,
             out,
             self._double(node.module.weight),
@@ -751,6 +775,7 @@ class _Fusion:
         Linear: _linear,
         Mean: _mean,
         Norm: _norm,
+        Pad: _pad,
         PoolNode: _pool,
         ResizeNode: _resize,
         Slice: _slice,
@@ -780,7 +805,7 @@ def reads_image(graph: Graph) -> bool:
 def _fixed(graph: Graph) -> set[int]:
     """Values that nobody writes anew: inputs, parts and other names of values."""
     return set(graph.inputs) | {
-        node.output for node in graph.nodes if isinstance(node, Slice | Dropout | Flatten)
+        node.output for node in graph.nodes if isinstance(node, Slice | Dropout | Flatten | Pad)
     }
 
 

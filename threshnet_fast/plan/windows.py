@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import nn
@@ -32,6 +33,17 @@ class Window:
     end: _Pair
     dilation: _Pair = (1, 1)
     ceil: bool = False
+
+    def padded(self, before: _Pair, after: _Pair) -> Window:
+        """Returns the same with more padding.
+
+        Args:
+            before: Pixels above and to the left.
+            after: Pixels below and to the right.
+        """
+        padding = self.padding[0] + before[0], self.padding[1] + before[1]
+        end = self.end[0] + after[0], self.end[1] + after[1]
+        return dataclasses.replace(self, padding=padding, end=end)
 
     def size(self, height: int, width: int) -> _Pair:
         """Returns the height and width of what it makes of a map; less than 1 for nothing."""
