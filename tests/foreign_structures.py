@@ -902,13 +902,13 @@ STRUCTURES: dict[str, Structure] = {
     "hardnet": Structure(small_hardnet),
     "hardnet-ds": Structure(lambda: small_hardnet(ds=True)),
     "fc-hardnet": Structure(small_fc_hardnet, sizes=((96, 64), (72, 88))),
-    "bamos": Structure(BamosDenseNet, ((3, 32, 32),), ((40, 32),), foreign=2),
+    "bamos": Structure(BamosDenseNet, ((3, 32, 32),), ((40, 32),), foreign=3),
     "kuangliu": Structure(KuangliuDenseNet, **CIFAR),
     "andreasveit": Structure(AndreasveitDenseNet, **CIFAR, foreign=2),
     "l40-k12": Structure(
         lambda: AndreasveitDenseNet((12, 12, 12), 12, False, 1.0, 16, 0.0), **CIFAR, foreign=2
     ),
-    "sequentials": Structure(in_place_of_lists, ((3, 32, 32),), ((24, 40),)),
+    "sequentials": Structure(in_place_of_lists, ((3, 32, 32),), ((24, 40),), foreign=1),
     # A hook stops what it hangs on from being fused with its surroundings, not what is within.
     "grad-cam-hook": Structure(Keeping, foreign=None),
     "grad-cam-split": Structure(Split),

@@ -117,6 +117,11 @@ class Functional(nn.Module):
 
 OPERATIONS = {
     "conv": (nn.Conv2d(6, 8, (3, 5), (2, 1), (1, 2), (1, 2), groups=2), ["Conv"]),
+    "conv same, more behind": (nn.Conv2d(6, 8, (4, 2), padding="same"), ["Conv"]),
+    "padded": (
+        nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(6, 8, 3, 2)),
+        ["Pad", "Conv"],
+    ),
     "conv same": (nn.Conv2d(6, 8, (3, 5), padding="same", dilation=2), ["Conv"]),
     "conv valid": (nn.Conv2d(6, 8, 3, padding="valid", bias=False), ["Conv"]),
     "conv depthwise": (nn.Conv2d(6, 6, 3, padding=1, groups=6), ["Conv"]),
@@ -641,7 +646,6 @@ OBJECTIONS = {
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
         "has padding_mode 'reflect', which no plan can express",
     ),
-    "same": (nn.Conv2d(4, 4, 2, padding="same"), "has padding 'same' that is not symmetric"),
     "statistics": (
         nn.BatchNorm2d(4, track_running_stats=False),
         "keeps no running statistics, so it cannot be folded",

@@ -187,9 +187,12 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 
 
 def assert_exact(
-    actual: Any, expected: Any, reference: Any, slack: float = torch.finfo(torch.float32).eps
+    actual: Any, expected: Any, reference: Any, slack: float = 4 * torch.finfo(torch.float32).eps
 ) -> None:
-    """Asserts errors at most twice PyTorch's own, and what one rounding of the output may be."""
+    """Asserts errors at most twice PyTorch's own, and a few roundings of the largest output.
+
+    Of few numbers, PyTorch's own may be off by less than one.
+    """
     tensors = (parts(value)[1] for value in (actual, expected, reference))
     for ours, theirs, exact in zip(*tensors, strict=True):
         allowed = 2 * difference(theirs, exact) + slack * largest(exact)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 import operator
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -80,7 +83,7 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         example, named = pytree.tree_map(_twice, (args, kwargs)) if two else (args, kwargs)
         given = inspect.signature(module.forward).bind(*example, **named).arguments
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with _quietly(), torch.inference_mode(False), torch.no_grad():
                 program = torch.export.export(
                     module,
                     example,
@@ -101,6 +104,19 @@ def _named(exported: fx.GraphModule) -> fx.GraphModule:
         if node.op in ("call_module", "get_attr", "placeholder"):
             node.meta.pop("nn_module_stack", None)
     return exported
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Says nothing of attempts that may fail, which errors tell of."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _batch_of_one(value: object) -> bool:
