@@ -20,17 +20,13 @@ from torch import Tensor, nn
 import threshnet_fast as tf
 from threshnet_fast.bench.networks import randomise
 from threshnet_fast.engines import cpu
+from threshnet_fast.graph.export import trace
 from threshnet_fast.runtime.frozen import FrozenNetwork
-
-ISLANDS = hasattr(FrozenNetwork, "islands")
-"""Whether parts of a module are fused, and the parts that are not are listed."""
 
 TOLERANCE = 1e-4
 """Largest difference from the module itself, as a part of the largest output."""
 
-islands = pytest.mark.skipif(
-    not ISLANDS or cpu.unavailable_reason() is not None, reason="nothing is fused here"
-)
+islands = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="nothing is fused here")
 
 
 def timm(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -112,10 +108,11 @@ def structure(request) -> Structure:
     else:
         package, found = PACKAGES[name.removeprefix("package-")]
         pytest.importorskip(package)
-    if len(found.shapes) > 1 and not ISLANDS:
-        pytest.skip("takes several inputs")
     return found
 
+
+KINDS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Linear)
+"""Layers that are fused wherever they can be."""
 
 every = pytest.mark.parametrize("structure", EVERYTHING, indirect=True)
 
@@ -255,11 +252,10 @@ def test_exact(structure):
 def layers_called(module: nn.Module, inputs: Sequence[Tensor]) -> int:
     """How many convolutions, BatchNorms, pools and linear layers one call runs."""
     calls: list[nn.Module] = []
-    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Linear)
     handles = [
         part.register_forward_hook(lambda part, *_: calls.append(part))
         for part in module.modules()
-        if isinstance(part, kinds)
+        if isinstance(part, KINDS)
     ]
     with torch.no_grad():
         module(*(x.clone() for x in inputs))
@@ -364,9 +360,12 @@ def test_random_networks():
         ours = optimized(network, inputs, exact=True)(*inputs)
         # Of a few numbers, PyTorch's own may be off by less than their rounding.
         assert_exact(ours, expected, reference, slack=16 * torch.finfo(torch.float32).eps)
-        if ISLANDS and cpu.unavailable_reason() is None:
+        if cpu.unavailable_reason() is None:
             fused = sum(island.nodes for island in fast.islands)
-            assert fused + len(fast.foreign) >= layers_called(network, inputs)
+            # Layers of which nothing is returned are no part of a trace.
+            live = [node.target for node in trace(network, inputs).graph.nodes]
+            layers = [name for name, part in network.named_modules() if isinstance(part, KINDS)]
+            assert fused + len(fast.foreign) >= sum(name in live for name in layers)
 
     check()
     assert len(drawn) >= 100

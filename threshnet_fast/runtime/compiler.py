@@ -118,10 +118,10 @@ class _Compiled:
             (index, value) for index, value in enumerate(inputs) if index not in varying
         ]
         self._fingerprint = Fingerprint(traced.named_modules(), (), contents=True)
-        self._fingerprint.take()
         weight = next((t for t in self._fingerprint.tensors if t.is_floating_point()), None)
         if weight is None:
             raise UnsupportedModule("there are no weights")
+        self._fingerprint.take()
         for name in select.network_backends(weight):
             engine = select.engine(name)
             if engine.objection(weight, purpose=Purpose.NETWORK) is None:
