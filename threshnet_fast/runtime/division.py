@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from ..engines.base import CompilationFailed, Engine
 from ..graph.ir import UnsupportedModule
 from ..graph.trace import hooked
-from .host import Arguments, Host, summary_of
+from .host import Arguments, Host, NothingToFuse, summary_of
 from .island import FusedIsland
 
 __all__ = ["Division", "Part", "divide", "restore"]
@@ -76,13 +76,13 @@ class Division:
         parts: Modules in it that are not within each other, or within hooked ones; of those that
             are not the whole, the forward has been replaced.
         example: What the module is called with.
-        reason: Why the module is not traced as a whole, or None.
+        plain: Why what is in no part runs as plain PyTorch, one line for each operation.
 
     Attributes:
         parts: As given.
         islands: Of all parts.
         foreign: Why each other operation is in none, one line each.
-        reason: As given.
+        plain: As given.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Division:
         module: nn.Module,
         parts: tuple[Part, ...],
         example: Arguments,
-        reason: str | None,
+        plain: tuple[str, ...],
     ) -> None:
         self.parts = parts
-        self.reason = reason
+        self.plain = plain
         self._module = module
         self._run: Any = module
         for part in parts:
@@ -104,8 +104,7 @@ class Division:
         )
         for number, island in enumerate(self.islands):
             island.name = f"island_{number}"
-        reasons = [line for part in parts for line in part.host.foreign]
-        self.foreign = tuple(reasons if reason is None else [reason, *reasons])
+        self.foreign = (*plain, *(line for part in parts for line in part.host.foreign))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module."""
@@ -187,6 +186,7 @@ def divide(
         UnsupportedModule: It has no island.
     """
     parts: list[Part] = []
+    plain: list[str] = []
 
     def visit(path: str, part: nn.Module, called: Arguments) -> str | None:
         """Adds a module, or what is in it; returns why it is not traced as a whole."""
@@ -199,6 +199,9 @@ def divide(
             return f"{path} has a forward of its own"
         try:
             host = Host(part, called, engine, dtype, winograd)
+        except NothingToFuse as error:
+            plain.extend(error.foreign)
+            return None
         except (CompilationFailed, UnsupportedModule) as error:
             reason = str(error)
         else:
@@ -214,10 +217,10 @@ def divide(
 
     reason = visit("", module, example)
     if not parts:
-        raise UnsupportedModule(reason or "the module computes nothing")
+        raise UnsupportedModule(reason or summary_of(tuple(plain)) or "the module computes nothing")
     if reason is not None:
-        reason = f"the module's own code runs: {reason}"
-    return Division(module, tuple(parts), example, reason)
+        plain.insert(0, f"the module's own code runs: {reason}")
+    return Division(module, tuple(parts), example, tuple(plain))
 
 
 def restore(module: nn.Module) -> nn.Module:

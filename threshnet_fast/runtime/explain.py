@@ -72,8 +72,8 @@ class ForeignOperation:
 
     Attributes:
         reason: Its name and why.
-        macs: Multiply-adds, as PyTorch counts them.
-        bytes: Of the tensors that it reads and makes, without weights of modules.
+        macs: Multiply-adds, as PyTorch counts them; 0 of what runs outside of traced parts.
+        bytes: Of the tensors that it reads and makes, without weights of modules; as well.
     """
 
     reason: str
@@ -205,8 +205,7 @@ def _of_any(module: nn.Module, x: Any) -> Explanation:
         interpret(run, args.args, args.kwargs)
         islands += run.islands
         foreign += run.foreign
-    if division.reason is not None:
-        foreign.insert(0, ForeignOperation(division.reason, 0, 0))
+    foreign = [*(ForeignOperation(line, 0, 0) for line in division.plain), *foreign]
     return Explanation(module.backend, module.reason, (), None, tuple(islands), tuple(foreign))
 
 

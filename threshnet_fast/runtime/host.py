@@ -15,7 +15,22 @@ from ..graph.ir import UnsupportedModule
 from ..graph.islands import Island, find_islands, insert
 from .island import FusedIsland
 
-__all__ = ["Arguments", "Host", "summary_of"]
+__all__ = ["Arguments", "Host", "NothingToFuse", "summary_of"]
+
+
+class NothingToFuse(UnsupportedModule):
+    """A module that was traced, and has no island.
+
+    Args:
+        foreign: Why each of its operations is in none.
+
+    Attributes:
+        foreign: As given.
+    """
+
+    def __init__(self, foreign: tuple[str, ...]) -> None:
+        super().__init__(summary_of(foreign) or "the module computes nothing")
+        self.foreign = foreign
 
 
 class Arguments:
@@ -116,9 +131,7 @@ class Host:
 
         found = find_islands(traced, check)
         if not found.islands:
-            raise UnsupportedModule(
-                summary_of(tuple(found.foreign.values())) or "the module computes nothing"
-            )
+            raise NothingToFuse(tuple(found.foreign.values()))
         insert(traced, found.islands)
         self.islands = tuple(fused[island.nodes] for island in found.islands)
         for island, whole in zip(found.islands, self.islands, strict=True):
