@@ -35,6 +35,7 @@ from .plan import save_plan
 from .runtime.dropin import FusedForward
 from .runtime.explain import explain
 from .runtime.frozen import optimize
+from .runtime.fuse_training import fuse_training
 from .version import __version__
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "create_model",
     "explain",
+    "fuse_training",
     "list_models",
     "load_checkpoint",
     "nn",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..engines.cpu_training import CpuPass, Programs, Use
 from ..engines.reference_training import ReferencePass
 from ..engines.training import Held, Normalization, Pass, Shape
+from ..graph.ir import Graph
 from ..graph.modules import graph_of_stages
 from ..plan.raw import Convolution, Depthwise, Node, RawPlan, raw
 from .map_pool import Pool, of_the_system
@@ -52,7 +53,24 @@ class Chain:
     """
 
     def __init__(self, stages: Sequence[tuple[str, nn.Module]], in_channels: int | None) -> None:
-        self.plan: RawPlan = raw(graph_of_stages(stages, in_channels))
+        self._prepare(graph_of_stages(stages, in_channels))
+
+    @classmethod
+    def of_graph(cls, graph: Graph) -> Chain:
+        """Makes a chain of what computes one map of one other.
+
+        Args:
+            graph: The graph.
+
+        Raises:
+            UnsupportedModule: A node cannot be part of a chain, which the error's ``value`` tells.
+        """
+        chain = cls.__new__(cls)
+        chain._prepare(graph)
+        return chain
+
+    def _prepare(self, graph: Graph) -> None:
+        self.plan: RawPlan = raw(graph)
         self.programs = Programs(self.plan)
         # The nodes that lead from the output to the input, by which its size is known.
         self._path: list[Node] = []
@@ -69,13 +87,19 @@ class Chain:
     @property
     def differentiable_input(self) -> bool:
         """Whether there is a gradient of the input: not through a stride or a smaller output."""
-        return all(
-            node.stride == 1 and 2 * node.padding == node.kernel - 1
+        return not self.without_input_gradient
+
+    @property
+    def without_input_gradient(self) -> list[Convolution]:
+        """The convolutions that read the input and give it no gradient."""
+        return [
+            node
             for node in self.plan.nodes
             if isinstance(node, Convolution)
             and not isinstance(node, Depthwise)
             and any(read.buffer == 0 for read in node.reads)
-        )
+            and not (node.stride == 1 and 2 * node.padding == node.kernel - 1)
+        ]
 
     def __call__(self, x: Tensor, checkpoint: str | None = None, reference: bool = False) -> Tensor:
         """Runs the modules.

@@ -219,11 +219,12 @@ def objection(traced: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
-def convert(island: fx.GraphModule) -> Graph:
+def convert(island: fx.GraphModule, training: bool = False) -> Graph:
     """The graph of a module all of whose operations have no objection.
 
     Args:
         island: The module. Its inputs are maps or vectors of features with noted shapes.
+        training: As :func:`.operators.operation` takes it.
 
     Returns:
         Its graph, with the very parameters; inputs and outputs in their order.
@@ -251,7 +252,7 @@ def convert(island: fx.GraphModule) -> Graph:
             graph.outputs = tuple(values[result] for result in results)
         elif node.op != "get_attr":
             try:
-                made = operation(island, node)
+                made = operation(island, node, training)
             except Unsupported as reason:
                 raise UnsupportedModule(f"{name_for_people(node)} {reason}") from None
             read = tuple(values[each] for each in made.reads)

@@ -7,6 +7,7 @@ operation here; the table has a row for each spelling, with the names of its arg
 from __future__ import annotations
 
 import ast
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ __all__ = [
     "piece",
     "resize_like",
 ]
+
+
+# What a gradient does not pass, though its value is the same.
+_STOPS_GRADIENTS = frozenset(["data", "detach"])
 
 
 class Unsupported(Exception):
@@ -107,18 +112,22 @@ def _last(stack: Any) -> str | None:
     return None if path.startswith("_empty_nn_module_stack") else path or None
 
 
-def operation(root: nn.Module, node: fx.Node) -> Operation:
+def operation(root: nn.Module, node: fx.Node, training: bool = False) -> Operation:
     """What a node is in a graph.
 
     Args:
         root: The module that has what the node refers to.
         node: A call, with the shapes of what it reads in its ``meta``.
+        training: Whether the graph is to be trained: then norms may take the batch's statistics,
+            and gradients stop where the module says so.
 
     Raises:
         Unsupported: It is none of a graph.
     """
     if node.op == "call_module":
-        return _of_module(root, node)
+        return _of_module(root, node, training)
+    if training and name_of(node) in _STOPS_GRADIENTS:
+        raise Unsupported("stops gradients")
     target: Any = node.target
     args: list[Any] = list(node.args)
     kwargs = dict(node.kwargs)
@@ -146,7 +155,7 @@ def operation(root: nn.Module, node: fx.Node) -> Operation:
     given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
     if isinstance(target, torch._ops.OpOverload):
         given = {_RENAMED.get(name, name): value for name, value in given.items()}
-    return row(_Context(root, node, index), given)
+    return row(_Context(root, node, index, training), given)
 
 
 def _describe(node: fx.Node) -> str:
@@ -163,6 +172,7 @@ class _Context:
     root: nn.Module
     node: fx.Node
     index: int = 0
+    training: bool = False
 
     def tensor(self, value: Any, what: str) -> Tensor | None:
         """A parameter, buffer or constant that an operation reads."""
@@ -369,7 +379,9 @@ def _pad_module(context: _Context, module: nn.ConstantPad2d, value: Any) -> Oper
 def _norm(context: _Context, given: dict[str, Any]) -> Operation:
     context.features(given["input"])
     if given.get("training"):
-        raise Unsupported("normalises by the statistics of the batch")
+        if not context.training:
+            raise Unsupported("normalises by the statistics of the batch")
+        return _norm_of_batch(context, given)
     mean = context.required(given["running_mean"], "running_mean")
     var = context.required(given["running_var"], "running_var")
     weight, bias = (context.tensor(given[name], name) for name in ("weight", "bias"))
@@ -378,6 +390,17 @@ def _norm(context: _Context, given: dict[str, Any]) -> Operation:
         given["input"],
         _with_tensors(norm, weight=weight, bias=bias, running_mean=mean, running_var=var),
     )
+
+
+def _norm_of_batch(context: _Context, given: dict[str, Any]) -> Operation:
+    """A norm in training mode, whose batches somebody else counts."""
+    names = "weight", "bias", "running_mean", "running_var"
+    tensors = {name: context.tensor(given[name], name) for name in names}
+    channels, momentum = context.map(given["input"]).shape[1], _plain(given["momentum"], "momentum")
+    norm = nn.BatchNorm2d(channels, _plain(given["eps"], "eps"), momentum, device="meta")
+    norm.num_batches_tracked = None
+    norm.track_running_stats = tensors["running_mean"] is not None
+    return _norm_of(given["input"], _with_tensors(norm, **tensors).train())
 
 
 def _norm_of(value: fx.Node, norm: nn.BatchNorm2d) -> Operation:
@@ -390,9 +413,14 @@ def _norm_of(value: fx.Node, norm: nn.BatchNorm2d) -> Operation:
 def _norm_module(
     context: _Context, module: nn.BatchNorm1d | nn.BatchNorm2d, value: Any
 ) -> Operation:
-    if isinstance(module, nn.BatchNorm1d) and len(context.shape(value).shape) != 2:
-        raise Unsupported("normalises sequences, which no plan can express")
+    if isinstance(module, nn.BatchNorm1d):
+        if context.training:
+            raise Unsupported("is a BatchNorm1d, which no training has")
+        if len(context.shape(value).shape) != 2:
+            raise Unsupported("normalises sequences, which no plan can express")
     context.features(value)
+    if context.training:
+        return _norm_of(value, cast(nn.BatchNorm2d, module))
     if module.running_mean is None or module.running_var is None:
         raise Unsupported("keeps no running statistics, so it cannot be folded")
     if module.training:
@@ -610,7 +638,8 @@ def _pool_of(context: _Context, value: Any, pool: nn.Module) -> Operation:
             raise Unsupported("returns indices, which no plan can express")
         if pool.dilation not in (1, (1, 1), [1, 1]):
             raise Unsupported(f"has dilation {pool.dilation}, which no plan can express")
-    module = cast("nn.MaxPool2d | nn.AvgPool2d", pool.eval() if pool.training else pool)
+    # The module's own keeps its mode.
+    module = cast("nn.MaxPool2d | nn.AvgPool2d", copy.copy(pool).eval() if pool.training else pool)
 
     def build(graph: Graph, name: str, values: tuple[int, ...]) -> int:
         return graph.add(Pool(name, values, _like(graph, values[0]), module))
@@ -708,13 +737,13 @@ def _identity(context: _Context, given: dict[str, Any]) -> Operation:
 
 
 def _dropout(context: _Context, given: dict[str, Any]) -> Operation:
-    if given.get("training", given.get("train", False)):
+    if given.get("training", given.get("train", False)) and given["p"] != 0:
         raise Unsupported("drops elements by chance")
     return _identity(context, given)
 
 
 def _dropout_module(context: _Context, module: nn.Module, value: Any) -> Operation:
-    return _dropout(context, {"input": value, "training": module.training})
+    return _dropout(context, {"input": value, "p": module.p, "training": module.training})
 
 
 def _identity_module(context: _Context, module: nn.Module, value: Any) -> Operation:
@@ -974,7 +1003,7 @@ _MODULES: dict[type[nn.Module], Callable[[_Context, Any, Any], Operation]] = {
 }
 
 
-def _of_module(root: nn.Module, node: fx.Node) -> Operation:
+def _of_module(root: nn.Module, node: fx.Node, training: bool) -> Operation:
     module = root.get_submodule(str(node.target))
     kind = next((kind for kind in _MODULES if isinstance(module, kind)), None)
     if kind is None:
@@ -987,7 +1016,7 @@ def _of_module(root: nn.Module, node: fx.Node) -> Operation:
     values = [*node.args, *node.kwargs.values()]
     if len(values) != 1:
         raise Unsupported(f"is called with {len(values)} arguments")
-    return _MODULES[kind](_Context(root, node), module, values[0])
+    return _MODULES[kind](_Context(root, node, training=training), module, values[0])
 
 
 def _any_global_hook() -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..graph import ir
 from ..graph.ir import UnsupportedModule
@@ -252,10 +252,14 @@ class _Raw:
 
     def plan(self) -> RawPlan:
         for node in self.graph.nodes:
-            self.graph.check(node)
-            for value in node.inputs:
-                self._begin_block(node, value)
-            self._node(node)
+            try:
+                self.graph.check(node)
+                for value in node.inputs:
+                    self._begin_block(node, value)
+                self._node(node)
+            except UnsupportedModule as error:
+                error.value = node.output
+                raise
         output = self.graph.output
         if not self.raw.nodes:
             raise UnsupportedModule("there is nothing to compute")
@@ -449,10 +453,11 @@ class _Raw:
             "bias": None,
             "padding_mode": "zeros",
         }.items():
-            if getattr(conv, attribute) != expected:
-                raise UnsupportedModule(
-                    f"{name} has {attribute} {getattr(conv, attribute)}, expected {expected}"
-                )
+            found = getattr(conv, attribute)
+            if isinstance(found, Tensor):
+                raise UnsupportedModule(f"{name} has a {attribute}")
+            if found != expected:
+                raise UnsupportedModule(f"{name} has {attribute} {found}, expected {expected}")
         if not isinstance(padding, int) or padding >= kernel or kernel > _MAX_WINDOW:
             raise UnsupportedModule(f"{name} has a window of {kernel} with padding {padding}")
         return conv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,14 +21,15 @@ from .fingerprint import Fingerprint
 if TYPE_CHECKING:
     from ..models.network import Network
 
-__all__ = ["CannotTrain", "FusedTraining"]
+__all__ = ["HOOKS", "CannotTrain", "FusedTraining", "objection_to"]
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+"""Attributes of modules with hooks that chains would not run."""
 
 
 class CannotTrain(Exception):
@@ -123,9 +125,10 @@ class _Parts:
         # Weakly, so that a model without other owners is gone at once.
         self._model = weakref.ref(model)
         self._fingerprint = Fingerprint(
-            modules, _HOOKS, contents=False, holders=[model, *model.children()]
+            modules, HOOKS, contents=False, holders=[model, *model.children()]
         )
-        self._objection = _objection(self._fingerprint)
+        found = self._fingerprint
+        self._objection = objection_to(zip(found.names, found.tensors, strict=True))
         self._with_inference = any(t.is_inference() for t in self._fingerprint.tensors)
         if self._objection is None and not self._with_inference:
             self._fingerprint.take()
@@ -200,9 +203,13 @@ class _Parts:
         return x
 
 
-def _objection(fingerprint: Fingerprint) -> str | None:
-    """What keeps chains from reading the tensors of a model, or None."""
-    for path, tensor in zip(fingerprint.names, fingerprint.tensors, strict=True):
+def objection_to(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """What keeps chains from reading some tensors of a model, or None.
+
+    Args:
+        tensors: Their names and themselves.
+    """
+    for path, tensor in tensors:
         name = path.rpartition(".")[2]
         if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
             return (
