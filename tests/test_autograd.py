@@ -409,7 +409,7 @@ def test_one_value_for_each_channel_is_refused_before_anything_has_changed():
         [nn.Conv2d(4, 4, 1, bias=False)],
         [ConvBNReLU(3, 4), ConvBNReLU(4, 4, stride=2)],
         [nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.BatchNorm2d(4)],
-        [nn.Conv2d(3, 4, 1, bias=False), nn.ReLU6()],
+        [nn.Conv2d(3, 4, 1, bias=False), nn.LeakyReLU()],
         [nn.Conv2d(3, 4, 1, bias=False), nn.MaxPool2d(2, 2, ceil_mode=True)],
         [nn.Conv2d(3, 4, 1, bias=False), nn.MaxPool2d(2, 2, return_indices=True)],
         [nn.Conv2d(3, 4, 1, bias=False), nn.MaxPool2d(2, 2, dilation=2)],
