@@ -475,6 +475,33 @@ def test_an_engine_is_taken_everywhere_once_it_is_registered(mine: Mine, ran: li
         assert model(x).equal(y)
 
 
+@needs_cpu_backend
+def test_an_engine_without_islands_runs_parts_with_one_input(mine: Mine) -> None:
+    class Whole(Mine):
+        name = "whole"
+        islands = False
+
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(), torch.nn.Tanh(), torch.nn.Conv2d(8, 4, 1)
+    ).eval()
+    x = torch.randn(2, 3, 9, 9)
+    registry.register(Whole(), rank=-2, auto_on="cpu")
+    try:
+        with pytest.warns(UserWarning, match="2 is a Tanh"):
+            frozen = tf.optimize(module, x)
+        assert frozen.backend == "whole"
+        assert [island.nodes for island in frozen.islands] == [2, 1]
+        with torch.no_grad():
+            for value in (x, x[:1], x.flip(3), torch.randn(1, 3, 12, 5)):
+                torch.testing.assert_close(frozen(value), module(value), rtol=1e-4, atol=1e-5)
+            both = torch.nn.Sequential(torch.nn.MaxPool2d(2), module[3]).eval()
+            other = tf.optimize(both, torch.randn(1, 8, 4, 4))
+            assert other.backend == "mine"
+            assert "'whole' runs parts that read one image and make one map" in other.reason
+    finally:
+        registry.unregister(Whole.name)
+
+
 def test_an_engine_that_is_gone_cannot_be_asked_for() -> None:
     registry.register(Mine(), auto_on="cpu")
     registry.unregister(Mine.name)

@@ -106,6 +106,7 @@ class Engine(ABC):
         place: What messages call its devices, where that is not their type.
         dtypes: What it computes in, for each purpose that it serves.
         converts: Whether it computes in another dtype than a network's input has, for autocast.
+        islands: Whether it runs plans of several inputs and outputs, in NHWC at any pitch.
         remembers_unsupported: Whether a network that has no plan for one shape has none for any.
         max_kept_bytes: What prepared plans of one network may keep for their next calls together.
     """
@@ -115,6 +116,7 @@ class Engine(ABC):
     place: ClassVar[str | None] = None
     dtypes: ClassVar[Mapping[Purpose, tuple[torch.dtype, ...]]]
     converts: ClassVar[bool] = False
+    islands: ClassVar[bool] = False
     remembers_unsupported: ClassVar[bool] = False
     max_kept_bytes: int
 

@@ -345,7 +345,7 @@ def compile_network(
         if not plan.classic:
             maps = [plan.buffers[index] for index in plan.output_buffers]
             elements += sum(buffer.pixels * buffer.channels for buffer in maps)
-        at_once = max(1, _ARENA_BYTES // (elements * _dtype_of(isa).itemsize))
+        at_once = max(1, _ARENA_BYTES // max(1, elements * _dtype_of(isa).itemsize))
         parts = -(-batch // at_once)
         plan = source(with_batch(input_shape, -(-batch // parts)), head=head, values=False)
     return CompiledPlan(plan, isa, threads, winograd)
@@ -453,6 +453,7 @@ class CpuEngine(Engine):
         Purpose.OPERATOR: (torch.float32,),
         Purpose.TRAINING: (torch.float32,),
     }
+    islands = True
     remembers_unsupported = True
     max_kept_bytes = _MAX_WORKSPACE_BYTES
 

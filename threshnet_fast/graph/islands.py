@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import fx
 
 from .export import convert, objection
@@ -35,6 +36,7 @@ class Island:
         module: They alone, as plain PyTorch.
         graph: What they compute.
         shapes: ``(N, C, H, W)`` of each input, on the example.
+        device: Where the inputs are.
         reads: The nodes that make the inputs.
         makes: The nodes whose values are read elsewhere.
     """
@@ -44,6 +46,7 @@ class Island:
     module: fx.GraphModule
     graph: Graph
     shapes: tuple[tuple[int, int, int, int], ...]
+    device: torch.device
     reads: tuple[fx.Node, ...]
     makes: tuple[fx.Node, ...]
 
@@ -159,7 +162,11 @@ def _examine(
                     for reader in readers
                 }
             shapes.append(cast("tuple[int, int, int, int]", record.shape))
-        island = Island(name, tuple(ordered), module, graph, tuple(shapes), reads, makes)
+        devices = {node.meta[META].device for node in reads}
+        if len(devices) != 1:
+            raise UnsupportedModule("maps are on several devices")
+        (device,) = devices
+        island = Island(name, tuple(ordered), module, graph, tuple(shapes), device, reads, makes)
         check(island)
     except UnsupportedModule as error:
         culprit = None

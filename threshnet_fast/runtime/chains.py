@@ -247,8 +247,17 @@ class _Division:
             else:
                 self._first.add(culprit)
             return None
-        shape = value.meta[META].shape
-        island = Island(name, (*constants, *nodes), module, graph, (shape,), inputs, makes)
+        found = value.meta[META]
+        island = Island(
+            name,
+            (*constants, *nodes),
+            module,
+            graph,
+            (found.shape,),
+            found.device,
+            inputs,
+            makes,
+        )
         return island, chain
 
 

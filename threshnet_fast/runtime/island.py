@@ -26,10 +26,10 @@ class IslandSource:
 
     Args:
         graph: The graph.
-        example: Rows of its inputs, as :func:`threshnet_fast.plan.fuse.fuse` takes them.
+        example: Shapes of its inputs, as :func:`threshnet_fast.plan.fuse.fuse` takes them.
     """
 
-    def __init__(self, graph: Graph, example: tuple[Row, ...]) -> None:
+    def __init__(self, graph: Graph, example: Shape) -> None:
         self.graph = graph
         self._example = example
 
@@ -37,7 +37,7 @@ class IslandSource:
         """Fuses the graph.
 
         Args:
-            shape: Rows of the inputs; None for the example's, as weights are the same for all.
+            shape: Those of the inputs; None for the example's, as weights are the same for all.
             head: Nothing, as a graph has no head.
             values: Whether to calculate the weights.
 
@@ -66,26 +66,33 @@ class FusedIsland(nn.Module):
 
     def __init__(self, island: Island, engine: Engine, dtype: torch.dtype, winograd: int) -> None:
         super().__init__()
+        self._engine = engine
         self.name = island.name
         self.graph = island.graph
         self.nodes = len(island.graph.nodes)
         # Beside the submodules, as its parameters are those of the module that was traced.
         self.__dict__["plain"] = island.module
-        self._engine = engine
         self._dtype = dtype
         self._frozen = engine.freeze(dtype, winograd)
         self._image = reads_image(island.graph)
+        self._device = island.device
         self._channels = [island.graph.channels[value] for value in island.graph.inputs]
-        self.example = self._example(island.shapes)
+        self.example = self._example(island)
         self.source = IslandSource(island.graph, self.example)
         self._plans = PlanCache(engine, self.source)
         # Why there is no plan for some shapes.
         self.refused: dict[Hashable, str] = {}
 
-    def _example(self, shapes: tuple[tuple[int, int, int, int], ...]) -> tuple[Row, ...]:
-        rows = [(*shape, shape[1]) for shape in shapes]
+    def _example(self, island: Island) -> Shape:
+        if not self._engine.islands:
+            if not self._image or len(island.shapes) != 1 or len(island.makes) != 1:
+                raise UnsupportedModule(
+                    f"backend {self._engine.name!r} runs parts that read one image and make one map"
+                )
+            return island.shapes[0]
+        rows = [(*shape, shape[1]) for shape in island.shapes]
         if self._image:
-            rows[0] = (*shapes[0], 0)
+            rows[0] = (*island.shapes[0], 0)
         return tuple(rows)
 
     def prepare(self) -> None:
@@ -116,6 +123,8 @@ class FusedIsland(nn.Module):
         except (CompilationFailed, UnsupportedModule) as error:
             self.refused[rows] = str(error)
             return self._plainly(xs)
+        if not self._engine.islands:
+            return (plan(xs[0], packed),)
         return tuple(cast(Any, plan).run(maps, packed))
 
     def explain(self, *xs: Tensor) -> tuple[Plan, tuple[str, ...]]:
@@ -136,10 +145,12 @@ class FusedIsland(nn.Module):
         return plan, self._engine.algorithms(prepared, plan)
 
     def _setting(self) -> Hashable:
-        return self._engine.setting(torch.device("cpu"), self._dtype, self._frozen)
+        return self._engine.setting(self._device, self._dtype, self._frozen)
 
-    def _given(self, xs: tuple[Tensor, ...]) -> tuple[list[Tensor], tuple[Row, ...]]:
-        """The inputs in the layout that a plan reads, and a row for each."""
+    def _given(self, xs: tuple[Tensor, ...]) -> tuple[list[Tensor], Shape]:
+        """The inputs in the layout that a plan reads, and what a plan is made for."""
+        if not self._engine.islands:
+            return list(xs), cast(Shape, tuple(xs[0].shape))
         maps = list(xs)
         rows: list[Row] = []
         for index, x in enumerate(xs):
@@ -158,7 +169,7 @@ class FusedIsland(nn.Module):
             and x.dtype is self._dtype
             and x.ndim == 4
             and x.shape[1] == channels
-            and x.device.type == "cpu"
+            and x.device == self._device
             and x.layout is torch.strided
             and x.numel() > 0
         )
