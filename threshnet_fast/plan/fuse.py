@@ -10,9 +10,7 @@ convolution rather than behind it, which is the same and multiplies less often.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -39,17 +37,14 @@ from ..graph.ir import Resize as ResizeNode
 from .affine import Affine, folded, of_norm, single
 from .codes import ACTIVATIONS
 from .concatenations import find_blocks
-from .ir import Buffer, FusedConv, Head, Plan, Pointwise, Pool, Prologue, Resize, Segment, Step
+from .emission import EPILOGUES, Emission
+from .ir import Buffer, Head, Plan, Resize, Segment
 from .limits import GROUP
+from .maps import Map, Pending, bounds_of, joined, pairs, spans
+from .shapes import Shape
 from .windows import Window, of_convolution, of_pool
 
-__all__ = ["EPILOGUES", "Shape", "fuse"]
-
-EPILOGUES = ("relu", "relu6")
-"""Activations that a convolution applies to its sums, and to what it reads."""
-
-Shape = tuple[int, int, int, int] | tuple[tuple[int, int, int, int, int], ...]
-"""``(N, C, H, W)`` of a network's images; or of each input ``(N, C, H, W, pitch)``, see fuse."""
+__all__ = ["fuse", "reads_image"]
 
 # A convolution of more groups than these has few channels a group, and is no product of matrices.
 _MOST_GROUPS = 32
@@ -80,52 +75,6 @@ def fuse(graph: Graph, input_shape: Shape, *, fold: bool = True) -> Plan:
         return _Fusion(graph, cast("Any", rows), fold, island).plan()
 
 
-@dataclass(frozen=True)
-class _Map:
-    """Where a value lies: segments of equal size."""
-
-    segments: tuple[Segment, ...]
-    height: int
-    width: int
-
-    @property
-    def channels(self) -> int:
-        return sum(segment.channels for segment in self.segments)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.height, self.width
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
-
-    def part(self, begin: int, end: int) -> _Map:
-        """Channels ``[begin, end)``."""
-        parts = []
-        first = 0
-        for segment in self.segments:
-            low, high = max(begin - first, 0), min(end - first, segment.channels)
-            if low < high:
-                parts.append(Segment(segment.buffer, segment.channel + low, high - low))
-            first += segment.channels
-        return _Map(tuple(parts), self.height, self.width)
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A value that is not stored: ``act(source * scale + shift)``, to be applied by its readers."""
-
-    source: _Map
-    affine: Affine | None
-    activation: str | None = None
-    slope: float = 0.0
-
-    def part(self, begin: int, end: int) -> _Pending:
-        affine = None if self.affine is None else self.affine.part(begin, end)
-        return _Pending(self.source.part(begin, end), affine, self.activation, self.slope)
-
-
 class _Fusion:
     def __init__(
         self,
@@ -140,16 +89,15 @@ class _Fusion:
         self.batch = rows[0][0]
         self.shape = rows[0][:4]
         self.image = rows[0][4] == 0
-        self.buffers: list[Buffer] = []
-        self.steps: list[Step] = []
+        self.emit = Emission(self.batch, self.device)
         # Where the values lie that have been written, and those that whoever reads them calculates.
-        self.values: dict[int, _Map | _Pending] = {}
+        self.values: dict[int, Map | Pending] = {}
         # Those of [N, C] instead of [N, C, 1, 1].
         self.flat: set[int] = set()
         for value, (_, channels, height, width, pitch) in zip(graph.inputs, rows, strict=True):
-            self.values[value] = _Map((Segment(len(self.buffers), 0, channels),), height, width)
-            name = f"input {len(self.buffers)}" if len(rows) > 1 else "input"
-            self.buffers.append(Buffer(height, width, channels, name, pitch or None))
+            self.values[value] = Map((Segment(len(self.emit.buffers), 0, channels),), height, width)
+            name = f"input {len(self.emit.buffers)}" if len(rows) > 1 else "input"
+            self.emit.buffers.append(Buffer(height, width, channels, name, pitch or None))
         for foreign in graph.foreign():
             raise _at(foreign, UnsupportedModule(foreign.reason))
         self.blocks, self.slots = find_blocks(graph, GROUP, _fixed(graph))
@@ -170,10 +118,10 @@ class _Fusion:
             except UnsupportedModule as error:
                 raise _at(node, error) from None
         outputs = [self._returned(value) for value in self.graph.outputs]
-        if not self.steps:
+        if not self.emit.steps:
             raise UnsupportedModule("there is nothing to compute")
         flat = tuple(value in self.flat for value in self.graph.outputs)
-        buffers, steps = tuple(self.buffers), tuple(self.steps)
+        buffers, steps = tuple(self.emit.buffers), tuple(self.emit.steps)
         if not self.island:
             return Plan(self.shape, buffers, steps, flat[0])
         inputs = tuple(range(len(self.graph.inputs)))
@@ -185,14 +133,16 @@ class _Fusion:
         first = found.segments[0]
         alone = len(found.segments) == 1 and first.buffer >= len(self.graph.inputs)
         if not self.island:
-            whole = first.channel == 0 and first.channels == self.buffers[first.buffer].channels
-            last = len(self.buffers) - 1
-            alone &= whole and first.buffer == last == self.steps[-1].output.buffer
+            whole = (
+                first.channel == 0 and first.channels == self.emit.buffers[first.buffer].channels
+            )
+            last = len(self.emit.buffers) - 1
+            alone &= whole and first.buffer == last == self.emit.steps[-1].output.buffer
         if alone:
             return first
         copy = self._write(None, "output", found.channels, found.size)
-        for source, target in _pairs(found, copy):
-            self._pointwise("output", (source,), target, found.pixels)
+        for source, target in pairs(found, copy):
+            self.emit.pointwise("output", (source,), target, found.pixels)
         return copy.segments[0]
 
     # What nodes become.
@@ -202,24 +152,24 @@ class _Fusion:
         if node.input in self.flat:
             self.flat.add(node.output)
         affine = self._affine(node)
-        if isinstance(value, _Pending) and value.activation is None:
+        if isinstance(value, Pending) and value.activation is None:
             affine = affine if value.affine is None else value.affine.then(affine)
-            self._postpone(node.output, _Pending(value.source, affine), node.name)
+            self._postpone(node.output, Pending(value.source, affine), node.name)
         else:
-            self._postpone(node.output, _Pending(self._stored(node.input), affine), node.name)
+            self._postpone(node.output, Pending(self._stored(node.input), affine), node.name)
 
     def _activate(self, node: Activate) -> None:
         _check_activation(node)
         value = self.values[node.input]
-        if isinstance(value, _Pending) and value.activation is None:
-            pending = _Pending(value.source, value.affine, node.kind, node.slope)
+        if isinstance(value, Pending) and value.activation is None:
+            pending = Pending(value.source, value.affine, node.kind, node.slope)
         else:
-            pending = _Pending(self._stored(node.input), None, node.kind, node.slope)
+            pending = Pending(self._stored(node.input), None, node.kind, node.slope)
         if node.input in self.flat:
             self.flat.add(node.output)
         self._postpone(node.output, pending, node.name)
 
-    def _postpone(self, value: int, pending: _Pending, name: str) -> None:
+    def _postpone(self, value: int, pending: Pending, name: str) -> None:
         """Leaves a value to its readers, where all of them can calculate it."""
         self.values[value] = pending
         readers = self.graph.readers[value]
@@ -230,7 +180,7 @@ class _Fusion:
         ):
             self._stored(value, name)
 
-    def _takes(self, reader: Node, pending: _Pending) -> bool:
+    def _takes(self, reader: Node, pending: Pending) -> bool:
         """Whether a node can calculate what it reads."""
         if isinstance(reader, Norm | Activate):
             return pending.activation is None
@@ -244,24 +194,24 @@ class _Fusion:
             isinstance(reader, PoolNode) and reader.average
         )
 
-    def _reads_image(self, source: _Map) -> bool:
+    def _reads_image(self, source: Map) -> bool:
         return self.image and any(segment.buffer == 0 for segment in source.segments)
 
-    def _stored(self, value: int, name: str = "norm") -> _Map:
+    def _stored(self, value: int, name: str = "norm") -> Map:
         """Where a value lies; calculates it where nobody has."""
         found = self.values[value]
-        if isinstance(found, _Map):
+        if isinstance(found, Map):
             return found
         source = found.source
         if self._reads_image(source):
             raise UnsupportedModule(f"{name} reads the images, as no convolution does before it")
         target = self._write(value, name, source.channels, source.size)
         first = 0
-        for read, written in _pairs(source, target):
+        for read, written in pairs(source, target):
             affine = found.affine
             if affine is not None:
                 affine = affine.part(first, first + read.channels)
-            self._pointwise(
+            self.emit.pointwise(
                 name,
                 (read,),
                 written,
@@ -322,7 +272,7 @@ class _Fusion:
             for index, block in enumerate(self.blocks)
             if block.growing and index in self.block_buffers
         }
-        self.values[node.output] = _Map(_joined(segments, growing), parts[0].height, parts[0].width)
+        self.values[node.output] = Map(joined(segments, growing), parts[0].height, parts[0].width)
 
     def _add(self, node: Add) -> None:
         parts = [self._stored(value) for value in node.inputs]
@@ -336,8 +286,8 @@ class _Fusion:
         target = self._write(last, node.name, parts[0].channels, parts[0].size)
         self.values[last] = target
         first = 0
-        for *read, written in _pairs(*parts, target):
-            self._pointwise(
+        for *read, written in pairs(*parts, target):
+            self.emit.pointwise(
                 node.name,
                 tuple(read),
                 written,
@@ -386,22 +336,22 @@ class _Fusion:
         self,
         node: Conv,
         window: Window,
-        source: _Map,
-        target: _Map,
+        source: Map,
+        target: Map,
         weight: Tensor,
         bias: Tensor | None,
-        prologue: _Pending | None,
+        prologue: Pending | None,
         activation: Activate | None,
     ) -> None:
         """The steps of a convolution: one, or one for each group or segment of channels."""
         groups = node.module.groups
         if groups == 1:
-            self._conv_step(node, window, source, target, weight, bias, prologue, activation)
+            self.emit.convolve(node, window, source, target, weight, bias, prologue, activation)
             return
         if self._reads_image(source):
             raise UnsupportedModule(f"{node.name} reads the images in {groups} groups")
         if node.depthwise:
-            bounds = _bounds(source)
+            bounds = bounds_of(source)
         elif groups <= _MOST_GROUPS:
             each = source.channels // groups
             bounds = [each * group for group in range(groups + 1)]
@@ -409,8 +359,8 @@ class _Fusion:
             raise UnsupportedModule(f"{node.name} has {groups} groups, expected {_MOST_GROUPS}")
         ratio = target.channels // source.channels if node.depthwise else 1
         outputs = bounds if node.depthwise else _even(target.channels, groups)
-        for (begin, end), (first, last) in zip(_spans(bounds), _spans(outputs), strict=True):
-            self._conv_step(
+        for (begin, end), (first, last) in zip(spans(bounds), spans(outputs), strict=True):
+            self.emit.convolve(
                 node,
                 window,
                 source.part(begin, end),
@@ -440,9 +390,9 @@ class _Fusion:
             and not self._reads_image(self._unread(node.input))
         )
 
-    def _unread(self, value: int) -> _Map:
+    def _unread(self, value: int) -> Map:
         found = self.values[value]
-        return found if isinstance(found, _Map) else found.source
+        return found if isinstance(found, Map) else found.source
 
     def _pooled_conv(self, node: Conv, pool: PoolNode) -> None:
         source, prologue = self._source(node.input, 1)
@@ -452,7 +402,7 @@ class _Fusion:
         self.done.add(pool.output)
         out = self._write(pool.output, node.unit, node.module.out_channels, pooled.size)
         self.values[pool.output] = out
-        self._conv_step(
+        self.emit.convolve(
             node,
             self._window(node),
             pooled,
@@ -482,9 +432,9 @@ class _Fusion:
         self,
         node: PoolNode,
         window: Window,
-        source: _Map,
-        target: _Map,
-        prologue: _Pending | None,
+        source: Map,
+        target: Map,
+        prologue: Pending | None,
     ) -> None:
         divisor = None
         if node.average:
@@ -493,7 +443,7 @@ class _Fusion:
                 divisor = module.divisor_override
             elif module.count_include_pad and window.padding != (0, 0):
                 divisor = 0
-        self._pool_steps(
+        self.emit.pool(
             node.name,
             window,
             source,
@@ -502,38 +452,6 @@ class _Fusion:
             average=node.average,
             divisor=divisor,
         )
-
-    def _pool_steps(
-        self,
-        name: str,
-        window: Window,
-        source: _Map,
-        target: _Map,
-        prologue: _Pending | None,
-        *,
-        average: bool,
-        divisor: int | None = None,
-    ) -> None:
-        first = 0
-        for read, written in _pairs(source, target):
-            part = None if prologue is None else prologue.part(first, first + read.channels)
-            self.steps.append(
-                Pool(
-                    name=name,
-                    input=read,
-                    output=written,
-                    kernel=window.kernel,
-                    stride=window.stride,
-                    padding=window.padding,
-                    average=average,
-                    input_pixels=source.pixels,
-                    output_pixels=target.pixels,
-                    batch=self.batch,
-                    prologue=self._prologue(part),
-                    divisor=divisor,
-                )
-            )
-            first += read.channels
 
     def _resize(self, node: ResizeNode) -> None:
         source = self._stored(node.input)
@@ -557,8 +475,8 @@ class _Fusion:
         )
         target = self._write(node.output, node.name, source.channels, size)
         self.values[node.output] = target
-        for read, written in _pairs(source, target):
-            self.steps.append(
+        for read, written in pairs(source, target):
+            self.emit.steps.append(
                 Resize(
                     name=node.name,
                     input=read,
@@ -588,15 +506,15 @@ class _Fusion:
         window = Window(source.size, (1, 1), (0, 0), (0, 0))
         target = self._write(node.output, node.name, source.channels, (1, 1))
         self.values[node.output] = target
-        self._pool_steps(node.name, window, source, target, prologue, average=True)
+        self.emit.pool(node.name, window, source, target, prologue, average=True)
 
     def _head(
         self,
         node: Mean,
         flatten: Flatten,
         linear: Linear | None,
-        source: _Map,
-        prologue: _Pending | None,
+        source: Map,
+        prologue: Pending | None,
     ) -> None:
         last: Node = flatten
         weight = bias = None
@@ -611,7 +529,7 @@ class _Fusion:
         target = self._write(last.output, node.name, channels, (1, 1))
         self.values[last.output] = target
         self.flat.add(last.output)
-        self.steps.append(
+        self.emit.steps.append(
             Head(
                 name=node.name,
                 input=source.segments[0],
@@ -620,7 +538,7 @@ class _Fusion:
                 bias=bias,
                 input_pixels=source.pixels,
                 batch=self.batch,
-                prologue=self._prologue(prologue),
+                prologue=self.emit.prologue(prologue),
             )
         )
 
@@ -636,125 +554,42 @@ class _Fusion:
         self.values[last] = target
         self.flat |= {node.output, last}
         window = Window((1, 1), (1, 1), (0, 0), (0, 0))
-        self._conv_step(node, window, source, target, weight, bias, prologue, activation)
-
-    def _refuse(self, node: Node) -> None:
-        raise UnsupportedModule(f"{node.name} is a {type(node).__name__} on its own")
+        self.emit.convolve(node, window, source, target, weight, bias, prologue, activation)
 
     # Parts of those.
 
-    def _source(self, value: int, groups: int) -> tuple[_Map, _Pending | None]:
+    def _source(self, value: int, groups: int) -> tuple[Map, Pending | None]:
         """What a node reads, and what it has to calculate of it."""
         found = self.values[value]
-        if isinstance(found, _Map):
+        if isinstance(found, Map):
             return found, None
         if groups > 1 or found.activation not in (None, *EPILOGUES):
             return self._stored(value), None
         return found.source, found
 
-    def _sized(self, source: _Map, window: Window, node: Node) -> tuple[int, int]:
+    def _sized(self, source: Map, window: Window, node: Node) -> tuple[int, int]:
         size = window.size(*source.size)
         if min(size) < 1:
             shown = f"{source.height}x{source.width}"
             raise UnsupportedModule(f"{node.name} makes nothing of a map of {shown}")
         return size
 
-    def _write(self, value: int | None, name: str, channels: int, size: tuple[int, int]) -> _Map:
+    def _write(self, value: int | None, name: str, channels: int, size: tuple[int, int]) -> Map:
         """Gives a value its place: a slot of a block's buffer, or a buffer of its own."""
         height, width = size
         slot = None if value is None else self.slots.get(value)
         if slot is None:
-            self.buffers.append(Buffer(height, width, channels, name))
-            return _Map((Segment(len(self.buffers) - 1, 0, channels),), height, width)
+            return self.emit.map(name, channels, size)
         block = self.blocks[slot.block]
         buffer = self.block_buffers.get(slot.block)
         if buffer is None:
-            self.buffers.append(Buffer(height, width, block.channels, block.name))
-            buffer = self.block_buffers[slot.block] = len(self.buffers) - 1
-        there = self.buffers[buffer]
+            self.emit.buffers.append(Buffer(height, width, block.channels, block.name))
+            buffer = self.block_buffers[slot.block] = len(self.emit.buffers) - 1
+        there = self.emit.buffers[buffer]
         if (there.height, there.width) != size:
             sizes = sorted({(there.height, there.width), size})
             raise UnsupportedModule(f"{block.name} concatenates maps of sizes {sizes}")
-        return _Map((Segment(buffer, slot.channel, channels),), height, width)
-
-    def _conv_step(
-        self,
-        node: Conv | Linear,
-        window: Window,
-        source: _Map,
-        target: _Map,
-        weight: Tensor,
-        bias: Tensor | None,
-        prologue: _Pending | None,
-        activation: Activate | None,
-        *,
-        groups: int = 1,
-        name: str | None = None,
-        module_pixels: int | None = None,
-    ) -> None:
-        name = name or (node.unit if isinstance(node, Conv) else node.name)
-        fused = activation is not None and activation.kind in EPILOGUES
-        self.steps.append(
-            FusedConv(
-                name=name,
-                inputs=source.segments,
-                output=target.segments[0],
-                weight=single(weight),
-                bias=None if bias is None else single(bias),
-                prologue=self._prologue(prologue),
-                stride=window.stride,
-                padding=window.padding,
-                activation=activation.kind if activation is not None and fused else None,
-                input_pixels=source.pixels,
-                output_pixels=target.pixels,
-                valid_taps=window.valid_taps(source.size, target.size),
-                batch=self.batch,
-                groups=groups,
-                module_pixels=module_pixels,
-                dilation=window.dilation,
-            )
-        )
-        if activation is not None and not fused:
-            (there,) = target.segments
-            self._pointwise(
-                activation.name,
-                (there,),
-                there,
-                target.pixels,
-                activation=activation.kind,
-                slope=activation.slope,
-            )
-
-    def _pointwise(
-        self,
-        name: str,
-        inputs: tuple[Segment, ...],
-        output: Segment,
-        pixels: int,
-        *,
-        affine: Affine | None = None,
-        activation: str | None = None,
-        slope: float = 0.0,
-    ) -> None:
-        self.steps.append(
-            Pointwise(
-                name=name,
-                inputs=inputs,
-                output=output,
-                scale=None if affine is None else single(affine.scale),
-                shift=None if affine is None else single(affine.shift),
-                activation=activation,
-                pixels=pixels,
-                batch=self.batch,
-                slope=slope,
-            )
-        )
-
-    def _prologue(self, pending: _Pending | None) -> Prologue | None:
-        if pending is None:
-            return None
-        affine = pending.affine or Affine.identity(pending.source.channels, self.device)
-        return Prologue(single(affine.scale), single(affine.shift), pending.activation)
+        return Map((Segment(buffer, slot.channel, channels),), height, width)
 
     def _double(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, torch.float64)
@@ -822,42 +657,8 @@ def _check_activation(node: Activate) -> None:
         )
 
 
-def _bounds(*maps: _Map) -> list[int]:
-    """The channels at which a segment of some map begins or ends."""
-    bounds = {0}
-    for found in maps:
-        end = 0
-        for segment in found.segments:
-            end += segment.channels
-            bounds.add(end)
-    return sorted(bounds)
-
-
 def _even(channels: int, parts: int) -> list[int]:
     return [channels // parts * part for part in range(parts + 1)]
-
-
-def _spans(bounds: Sequence[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(bounds))
-
-
-def _pairs(*maps: _Map) -> Iterator[tuple[Segment, ...]]:
-    """The segments of maps of as many channels, each cut where a segment of any of them ends."""
-    for begin, end in _spans(_bounds(*maps)):
-        yield tuple(found.part(begin, end).segments[0] for found in maps)
-
-
-def _joined(segments: list[Segment], growing: set[int]) -> tuple[Segment, ...]:
-    """Segments, with those that lie side by side in the buffer of a growing block made one."""
-    result = segments[:1]
-    for segment in segments[1:]:
-        last = result[-1]
-        adjacent = (segment.buffer, segment.channel) == (last.buffer, last.channel + last.channels)
-        if adjacent and segment.buffer in growing:
-            result[-1] = Segment(last.buffer, last.channel, last.channels + segment.channels)
-        else:
-            result.append(segment)
-    return tuple(result)
 
 
 def _resize_scale(
