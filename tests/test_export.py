@@ -460,6 +460,14 @@ def test_a_module_that_writes_to_its_input_goes_on_to():
     assert x.equal(before.relu())
 
 
+def test_other_sizes_than_an_exported_trace_holds_for_are_refused():
+    traced = trace(Apply(EXPORTED["branch"]).eval(), (torch.randn(2, 4, 5, 6),))
+    wide = torch.randn(3, 4, 5, 9)
+    assert traced(wide).equal(wide + 1)
+    with pytest.raises(export.OutsideOfTrace, match="size"):
+        traced(torch.randn(2, 4, 3, 6))
+
+
 class Stem(nn.Module):
     def __init__(self):
         super().__init__()

@@ -367,6 +367,27 @@ class TestFrozenAsModule:
             torch.testing.assert_close(frozen(x), other.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+class _ByHeight(nn.Module):
+    """Computes something else on low maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) if x.shape[2] > 6 else self.second(x)
+
+
+def test_sizes_outside_of_a_trace_run_as_the_module_does(randomised):
+    module = randomised(_ByHeight()).eval()
+    fast = tf.optimize(module, torch.randn(1, 3, 8, 8))
+    assert fast.islands
+    for size in ((2, 3, 8, 8), (1, 3, 7, 11), (1, 3, 6, 9), (3, 3, 12, 5)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), module(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["densenet121", "densenet169"])
 def test_torchvision(name, randomised):
     module = randomised(getattr(torchvision_models(), name)()).eval()

@@ -7,7 +7,7 @@ import inspect
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,11 @@ from .normal import normalise
 from .operators import Unsupported, name_for_people, operation
 from .trace import META, copied, shape_of, symbolic
 
-__all__ = ["annotate", "convert", "interpret", "objection", "trace"]
+__all__ = ["OutsideOfTrace", "annotate", "convert", "interpret", "objection", "trace"]
+
+
+class OutsideOfTrace(Exception):
+    """That a traced module is called with sizes for which its trace does not hold."""
 
 
 def trace(
@@ -32,9 +36,10 @@ def trace(
     """Traces a module, which is run once and not modified, without in-place operations.
 
     The result takes and returns what the module does. It is that of the example: containers among
-    the arguments have as many elements, and arguments that are no tensors are those values. Hooks
-    of the module itself are not part of it; a module inside that has hooks or a ``forward`` of its
-    own is called as it is.
+    the arguments have as many elements, and arguments that are no tensors are those values. Where
+    :mod:`torch.export` knows it to hold for some sizes only, it raises :class:`OutsideOfTrace` for
+    others before it does anything else. Hooks of the module itself are not part of it; a module
+    inside that has hooks or a ``forward`` of its own is called as it is.
 
     Args:
         module: In evaluation mode.
@@ -91,7 +96,7 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                     dynamic_shapes=pytree.tree_map(_dynamic, given) if dynamic else None,
                     strict=False,
                 )
-                return _named(program.run_decompositions({}).module())
+                return _guarded(_named(program.run_decompositions({}).module()))
         except Exception as raised:
             error = raised
     assert error is not None
@@ -103,6 +108,39 @@ def _named(exported: fx.GraphModule) -> fx.GraphModule:
     for node in exported.graph.nodes:
         if node.op in ("call_module", "get_attr", "placeholder"):
             node.meta.pop("nn_module_stack", None)
+    return exported
+
+
+class _Guards(nn.Module):
+    """What :mod:`torch.export` asserts of the inputs of a graph, with an error of its own.
+
+    Args:
+        asserted: A function that raises AssertionError.
+    """
+
+    def __init__(self, asserted: Callable[..., None]) -> None:
+        super().__init__()
+        self._asserted = asserted
+        # Nobody reads what it returns: it is kept for what it raises.
+        self._is_impure = True
+
+    def forward(self, *inputs: Any) -> None:
+        """Checks the inputs.
+
+        Args:
+            *inputs: Those of the graph.
+        """
+        try:
+            self._asserted(*inputs)
+        except AssertionError as error:
+            raise OutsideOfTrace(str(error)) from None
+
+
+def _guarded(exported: fx.GraphModule) -> fx.GraphModule:
+    """Has a graph tell its guards from errors of what it runs."""
+    guards = getattr(exported, "_guards_fn", None)
+    if guards is not None:
+        exported._guards_fn = _Guards(guards.forward)
     return exported
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..engines.base import CompilationFailed, Engine
+from ..graph.export import OutsideOfTrace
 from ..graph.ir import UnsupportedModule
 from ..graph.trace import hooked
 from .host import Arguments, Host, NothingToFuse, summary_of
@@ -51,10 +53,11 @@ class _Forward:
         self._others = _others(example.args, example.kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _others(args, kwargs) != self._others:
-            # Containers, or what is no tensor, are not those of the trace.
-            return type(self._module).forward(self._module, *args, **kwargs)
-        return self._host(*args, **kwargs)
+        # Containers, and what is no tensor, are to be those of the trace.
+        if _others(args, kwargs) == self._others:
+            with contextlib.suppress(OutsideOfTrace):
+                return self._host(*args, **kwargs)
+        return type(self._module).forward(self._module, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         # A copy is divided anew.
