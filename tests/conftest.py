@@ -45,6 +45,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The chains that have run, in order."""
+    # Tests of the installation begin before there is a package to import.
+    from threshnet_fast.autograd import Chain
+
+    seen = []
+    original = Chain.__call__
+
+    def spy(chain, *args, **kwargs):
+        seen.append(chain)
+        return original(chain, *args, **kwargs)
+
+    monkeypatch.setattr(Chain, "__call__", spy)
+    return seen
+
+
 @pytest.fixture(scope="session")
 def randomised() -> Callable[[nn.Module], nn.Module]:
     """Function that makes every BatchNorm of a model non-trivial, in place, and returns the model.

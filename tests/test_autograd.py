@@ -47,20 +47,6 @@ own, in float32, is 1e-5 for the networks below."""
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """The chains that have run, in order."""
-    seen = []
-    original = Chain.__call__
-
-    def spy(chain, *args, **kwargs):
-        seen.append(chain)
-        return original(chain, *args, **kwargs)
-
-    monkeypatch.setattr(Chain, "__call__", spy)
-    return seen
-
-
-@pytest.fixture
 def two_threads(one_thread) -> None:
     """Runs the test on two PyTorch threads, however many cores there are."""
     torch.set_num_threads(2)

@@ -17,7 +17,6 @@ from test_autograd import ROUNDING, assert_close, copied, step
 from torch import nn
 
 import threshnet_fast as tf
-from threshnet_fast.autograd import Chain
 from threshnet_fast.engines import cpu
 
 pytestmark = [
@@ -29,20 +28,6 @@ SMALL = {"growth": 6, "blocks": (2, 3), "first": 10, "num_classes": 7}
 
 LOOSE = 1e-3
 """Largest error where activations near zero are decided by rounding, as in all that is float32."""
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The chains that have run, in order."""
-    seen = []
-    original = Chain.__call__
-
-    def spy(chain, *args, **kwargs):
-        seen.append(chain)
-        return original(chain, *args, **kwargs)
-
-    monkeypatch.setattr(Chain, "__call__", spy)
-    return seen
 
 
 def dense(**options):

@@ -35,7 +35,7 @@ from .ir import (
     Resize,
 )
 from .ir import Slice as SliceNode
-from .settings import DROPOUTS, TENSORS, override
+from .settings import DROPOUTS, SETTINGS, TENSORS, override
 from .trace import META, Shape, hooked, name_of
 
 __all__ = [
@@ -611,19 +611,11 @@ def _max_pool(context: _Context, given: dict[str, Any]) -> Operation:
 
 def _avg_pool(context: _Context, given: dict[str, Any]) -> Operation:
     context.map(given["input"])
-    settings = {name: _plain(given[name], name) for name in _AVG_POOL}
+    settings = {name: _plain(given[name], name) for name in SETTINGS[nn.AvgPool2d]}
     return _pool_of(context, given["input"], nn.AvgPool2d(**_own_stride(settings)))
 
 
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-_AVG_POOL = (
-    "kernel_size",
-    "stride",
-    "padding",
-    "ceil_mode",
-    "count_include_pad",
-    "divisor_override",
-)
 
 
 def _own_stride(settings: dict[str, Any]) -> dict[str, Any]:
