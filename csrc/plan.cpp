@@ -201,21 +201,38 @@ class Reader {
     window.dilation_width = dimension();
     const Buffer& from = buffer(step.inputs[0].buffer);
     const Buffer& to = buffer(step.output.buffer);
-    check_windows(from.height, to.height, window.height(), window.stride_height,
-                  window.padding_top);
-    check_windows(from.width, to.width, window.width(), window.stride_width, window.padding_left);
+    const OutputLattice& lattice = step.lattice;
+    check_windows(from.height, lattice.height(to), window.height(), window.stride_height,
+                  window.padding_top, lattice.is_whole());
+    check_windows(from.width, lattice.width(to), window.width(), window.stride_width,
+                  window.padding_left, lattice.is_whole());
   }
 
-  // In one direction: `output` windows, of which one reaches over `extent` pixels, are no fewer
-  // than those that fit without any padding behind the map, and no more than fit with the most.
+  // In one direction: `output` windows, of which one reaches over `extent` pixels, are no more than
+  // fit with the most padding behind the map, and, where they are `all`, no fewer than those that
+  // fit without any.
   static void check_windows(int64_t input, int64_t output, int64_t extent, int64_t stride,
-                            int64_t padding) {
+                            int64_t padding, bool all) {
     require_plan(extent <= std::numeric_limits<int32_t>::max(),
                  "a window reaches over more than 2^31 - 1 pixels");
     const int64_t room = input + padding - extent;
     const int64_t last = (output - 1) * stride;
-    require_plan(last < room + kMostPadding && (room < 0 || output >= room / stride + 1),
+    require_plan(last < room + kMostPadding && (!all || room < 0 || output >= room / stride + 1),
                  "an output map has the wrong size");
+  }
+
+  void read_lattice(PlanStep& step) {
+    OutputLattice& lattice = step.lattice;
+    lattice.stride_height = dimension();
+    lattice.stride_width = dimension();
+    lattice.first_row = next();
+    lattice.first_column = next();
+    const Buffer& to = buffer(step.output.buffer);
+    require_plan(lattice.first_row >= 0 && lattice.first_row < to.height &&
+                     lattice.first_column >= 0 && lattice.first_column < to.width,
+                 "a convolution writes pixels beside its output");
+    require_plan(!lattice.is_whole() || (lattice.first_row == 0 && lattice.first_column == 0),
+                 "a convolution leaves out the first pixels of its output");
   }
 
   // Of a pool: no window lies beside the map.
@@ -240,6 +257,7 @@ class Reader {
                  "unknown kind of step");
     step.kind = static_cast<PlanStepKind>(kind);
     step.window = {1, 1, 1, 1, 0, 0, 1, 1};
+    step.lattice = {1, 1, 0, 0};
     step.weight_index = step.bias_index = step.scale_index = step.shift_index = -1;
     switch (step.kind) {
       case PlanStepKind::kConvolution:
@@ -281,6 +299,7 @@ class Reader {
     const int64_t count = dimension();
     for (int64_t i = 0; i < count; ++i) read_input(step);
     read_output(step);
+    read_lattice(step);
     read_window(step);
     read_epilogue(step);
     read_affine(step);
@@ -294,6 +313,8 @@ class Reader {
       require_plan(step.inputs.size() == 1 && segment.channel == 0 && step.scale_index < 0 &&
                        segment.channels == plan_.input_channels,
                    "the network's input is read as part of a concatenation or through a prologue");
+      require_plan(step.lattice.is_whole(),
+                   "what reads the network's input writes some of the pixels");
     }
   }
 

@@ -14,7 +14,7 @@
 namespace threshnet_fast {
 
 constexpr int64_t kDescriptionMagic = 0x4e4c5046544e54;  // "TNTFPLN"
-constexpr int64_t kDescriptionVersion = 2;
+constexpr int64_t kDescriptionVersion = 3;
 
 // Where a buffer lives: at a non-negative offset (in elements) of the arena, or outside of it.
 constexpr int64_t kNetworkInput = -1;   // any strides; only convolutions without prologue read it
@@ -54,6 +54,17 @@ struct PlanWindow {
   int64_t width() const { return (kernel_width - 1) * dilation_width + 1; }
 };
 
+// The pixels of a map that a convolution writes: those so far apart, from the first on. All, but
+// of a transposed convolution.
+struct OutputLattice {
+  int64_t stride_height, stride_width;
+  int64_t first_row, first_column;
+
+  bool is_whole() const { return stride_height == 1 && stride_width == 1; }
+  int64_t height(const Buffer& to) const { return (to.height - 1 - first_row) / stride_height + 1; }
+  int64_t width(const Buffer& to) const { return (to.width - 1 - first_column) / stride_width + 1; }
+};
+
 // Pixels of the input to one of the output, down and to the right.
 struct Resizing {
   ResizeMode mode;
@@ -71,6 +82,7 @@ struct PlanStep {
   BufferSegment output;
   int64_t input_channels;
   PlanWindow window;      // 1x1 of pointwise steps and of those that resize
+  OutputLattice lattice;  // all pixels but of convolutions
   Activation activation;  // of convolutions and pointwise steps
   Activation prologue_activation;
   bool average;       // pool only

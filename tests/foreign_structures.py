@@ -921,7 +921,7 @@ STRUCTURES: dict[str, Structure] = {
     "aspp": Structure(ASPP),
     "shuffle": Structure(Shuffled, foreign=8),
     "partial": Structure(Partial),
-    "transposed": Structure(Transposed, foreign=3),
+    "transposed": Structure(Transposed),
     "shared": Structure(Shared),
     "unusual": Structure(Unusual, sizes=((61, 47), (33, 70))),
 }

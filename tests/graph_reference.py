@@ -47,6 +47,10 @@ def _run(node: ir.Node, read: list[Tensor]) -> Tensor:
         padding = conv.padding
         settings = conv.stride, padding, conv.dilation, conv.groups
         return F.conv2d(x, _double(conv.weight), _double(conv.bias), *settings)
+    if isinstance(node, ir.ConvTranspose):
+        conv = node.module
+        settings = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+        return F.conv_transpose2d(x, _double(conv.weight), _double(conv.bias), *settings)
     if isinstance(node, ir.Norm):
         norm = node.module
         assert not norm.training

@@ -249,6 +249,17 @@ OPERATIONS = {
         ),
         ["Activate"],
     ),
+    "transposed": (
+        of(lambda self, x: self.up(x), up=nn.ConvTranspose2d(6, 4, 3, 2, 1, 1, 2, dilation=2)),
+        ["ConvTranspose"],
+    ),
+    "transposed function": (
+        of(
+            lambda self, x: F.conv_transpose2d(x, self.w, None, (2, 1), output_padding=(1, 0)),
+            w=nn.Parameter(torch.randn(6, 3, 2, 3)),
+        ),
+        ["ConvTranspose"],
+    ),
     "upsample": (nn.Upsample(scale_factor=2, mode="nearest"), ["Resize"]),
     "upsample bilinear": (nn.UpsamplingBilinear2d(scale_factor=1.5), ["Resize"]),
     "upsample size": (nn.Upsample((9, 14), mode="bilinear"), ["Resize"]),
@@ -642,10 +653,6 @@ def test_parameters_of_a_module_that_is_called_as_well():
 
 
 OBJECTIONS = {
-    "ConvTranspose2d": (
-        nn.ConvTranspose2d(4, 4, 2),
-        "is a ConvTranspose2d, which no plan can express",
-    ),
     "function": (of(lambda x: x.tanh()), "is a tanh, which no plan can express"),
     "GELU": (nn.GELU(), "is a GELU, which no plan can express"),
     "PReLU": (nn.PReLU(), "is a PReLU, which no plan can express"),

@@ -235,13 +235,14 @@ class TestDropIn:
             assert str(tf.explain(module, x)).splitlines()[1:] == str(found).splitlines()[1:]
 
     def test_foreign_operations_are_measured(self):
-        module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 5, 2, 2)).eval()
-        with pytest.warns(UserWarning, match="1 is a ConvTranspose2d") as warned:
+        reflecting = nn.Conv2d(4, 5, 3, padding=1, padding_mode="reflect")
+        module = nn.Sequential(nn.Conv2d(3, 4, 1), reflecting).eval()
+        with pytest.warns(UserWarning, match="1 has padding_mode 'reflect'") as warned:
             fast = tf.optimize(module, torch.randn(1, 3, 6, 6))
         assert len(warned) == 1
         (operation,) = tf.explain(fast, torch.randn(2, 3, 6, 6)).foreign
-        assert operation.macs == 2 * 36 * 4 * 5 * 4
-        assert operation.bytes == 4 * 2 * (36 * 4 + 144 * 5)
+        assert operation.macs == 2 * 36 * 9 * 4 * 5
+        assert operation.bytes == 4 * 2 * (36 * 4 + 36 * 5)
 
 
 class Loud(nn.Module):

@@ -13,7 +13,7 @@ from tolerance import accumulated_bound, assert_within
 from torch.nn import functional as F
 
 from threshnet_fast.engines import cpu, cuda_plan
-from threshnet_fast.graph.ir import UnsupportedModule
+from threshnet_fast.graph.ir import Activate, ConvTranspose, Graph, UnsupportedModule
 from threshnet_fast.plan import (
     Buffer,
     FusedConv,
@@ -26,6 +26,7 @@ from threshnet_fast.plan import (
     serialize,
 )
 from threshnet_fast.plan.codes import ACTIVATIONS
+from threshnet_fast.plan.fuse import fuse
 from threshnet_fast.plan.ir import Pointwise, Resize
 from threshnet_fast.plan.limits import check_gpu
 from threshnet_fast.plan.reference import reference_outputs, reference_step
@@ -147,6 +148,12 @@ def check_step(step, sizes, out, batch=2, images=None, threads=2, scale=1.0):
     """A step in every instruction set; `images` may be more than the program's batch."""
     plan = plan_of_step(step, sizes, out, batch)
     images = batch if images is None else images
+    rows, columns = slice(None), slice(None)
+    if isinstance(step, FusedConv):
+        rows, columns = (
+            slice(start, None, stride)
+            for start, stride in zip(step.output_start, step.output_stride, strict=True)
+        )
     for isa in isas():
         dtype = torch.bfloat16 if isa in cpu.isa_codes(torch.bfloat16) else torch.float32
         xs = [
@@ -165,8 +172,10 @@ def check_step(step, sizes, out, batch=2, images=None, threads=2, scale=1.0):
         assert part.data_ptr() == whole[:, BEFORE:].data_ptr()
         doubles = [x.double() for x in xs]
         (step,) = plan.steps
-        expected = reference_step(step, doubles, out[1:])
-        assert_within(part, expected, bound_of(step, doubles, expected, dtype))
+        written = part[:, :, rows, columns]
+        assert part.isnan().sum() == part.numel() - written.numel()
+        expected = reference_step(step, doubles, written.shape[2:])
+        assert_within(written, expected, bound_of(step, doubles, expected, dtype))
 
 
 def conv(
@@ -242,6 +251,97 @@ def test_convolution(window, channels, out):
     step = conv(weight, stride=stride, padding=padding[:2], dilation=dilation, activation="relu6")
     result = windows_of(size, kernel, stride, padding, dilation)
     check_step(step, [(c, *size) for c in channels], (out, *result), threads=1 + out % 2)
+
+
+# Size, kernel, padding, dilation; distances and first of the pixels that are written; output.
+LATTICES = [
+    ((1, 1), (1, 1), (0, 0), (1, 1), (2, 2), (1, 1), (2, 2)),
+    ((7, 5), (1, 1), (0, 0), (1, 1), (2, 2), (0, 1), (14, 10)),
+    ((7, 5), (2, 2), (1, 1), (1, 1), (2, 2), (1, 0), (14, 10)),
+    ((7, 5), (3, 2), (2, 0), (1, 2), (3, 1), (2, 0), (19, 4)),
+    ((7, 5), (3, 3), (1, 1), (1, 1), (1, 2), (0, 1), (7, 11)),
+    ((20, 19), (2, 1), (1, 0), (1, 1), (2, 2), (0, 1), (39, 37)),
+]
+
+
+@pytest.mark.parametrize("lattice", LATTICES, ids=str)
+@pytest.mark.parametrize(("channels", "out"), [((3,), 21), ((33,), 48), ((48, 1, 21), 33)])
+@pytest.mark.parametrize("prologue", [False, True])
+def test_convolution_to_some_of_the_pixels(lattice, channels, out, prologue):
+    size, kernel, padding, dilation, stride, start, result = lattice
+    total = sum(channels)
+    first = Prologue(torch.randn(total), 2 + torch.randn(total)) if prologue else None
+    step = dataclasses.replace(
+        conv(torch.randn(out, total, *kernel), padding=padding, dilation=dilation, prologue=first),
+        activation="relu",
+        output_stride=stride,
+        output_start=start,
+    )
+    check_step(step, [(c, *size) for c in channels], (out, *result), threads=1 + out % 2)
+
+
+# Kernel, stride, padding, output_padding, dilation, groups.
+TRANSPOSED = [
+    ((2, 2), (2, 2), (0, 0), (0, 0), (1, 1), 1),
+    ((3, 3), (2, 2), (1, 1), (1, 1), (1, 1), 1),
+    ((4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1),
+    ((3, 3), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    ((1, 1), (2, 3), (0, 0), (1, 2), (1, 1), 1),
+    ((2, 3), (3, 4), (0, 0), (2, 0), (1, 1), 2),
+    ((5, 4), (3, 2), (2, 0), (0, 1), (1, 1), 1),
+    ((3, 2), (2, 2), (0, 1), (0, 1), (2, 3), 1),
+    ((5, 3), (4, 6), (3, 1), (0, 5), (2, 4), 4),
+    ((2, 2), (2, 2), (1, 1), (1, 1), (1, 1), 1),
+    ((1, 4), (3, 1), (2, 2), (2, 0), (1, 2), 2),
+]
+
+
+@pytest.mark.parametrize("settings", TRANSPOSED, ids=str)
+@pytest.mark.parametrize(("channels", "out"), [(4, 8), (48, 20)])
+@pytest.mark.parametrize("size", [(5, 4), (3, 7)], ids=str)
+def test_transposed_convolution(settings, channels, out, size):
+    kernel, stride, padding, more, dilation, groups = settings
+    module = torch.nn.ConvTranspose2d(
+        channels, out, kernel, stride, padding, more, groups, True, dilation
+    )
+    graph = Graph(channels)
+    value = graph.add(ConvTranspose("up", (0,), graph.value(out), module))
+    graph.add(Activate("act", (value,), graph.value(out), "silu"))
+    plan = fuse(graph, ((2, channels, *size, channels + 3),))
+    weight, bias = module.weight.double(), module.bias.double()
+    options = stride, padding, more, groups, dilation
+    for isa in isas():
+        dtype = torch.bfloat16 if isa in cpu.isa_codes(torch.bfloat16) else torch.float32
+        x = nhwc(2, channels, *size, channels + 3, dtype)
+        with poisoned():
+            prepared, packed = compiled(plan, isa, torch.get_num_threads())
+            (y,) = prepared.run([x], packed)
+        total = F.conv_transpose2d(x.double(), weight, bias, *options).detach()
+        magnitude = F.conv_transpose2d(x.double().abs(), weight.abs(), bias.abs(), *options)
+        assert y.shape == total.shape
+        narrow = torch.finfo(torch.bfloat16).eps if dtype is torch.bfloat16 else 0.0
+        length = channels * kernel[0] * kernel[1] + 8
+        # SiLU is steep at most 1.1. In bfloat16 it reads rounded sums, of rounded weights.
+        bound = (length * torch.finfo(torch.float32).eps + 2 * narrow) * 1.1 * magnitude.detach()
+        assert_within(y, F.silu(total), bound + 1e-37)
+        (exact,) = reference_outputs(plan, [x])
+        torch.testing.assert_close(exact, F.silu(total), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 1, "padding": 2}, "cuts off more than its window adds"),
+        ({"stride": 2, "padding": 5}, "makes nothing of a map of 4x4"),
+        ({"stride": 2, "groups": 40}, "has 40 groups, expected 32"),
+    ],
+)
+def test_transposed_convolutions_that_no_plan_has(options, message):
+    graph = Graph(40)
+    module = torch.nn.ConvTranspose2d(40, 40, 2, **options)
+    graph.add(ConvTranspose("up", (0,), graph.value(40), module))
+    with pytest.raises(UnsupportedModule, match=message):
+        fuse(graph, ((1, 40, 4, 4, 40),))
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "relu6"])
@@ -562,11 +662,23 @@ def island(batch=2, pitch=40):
         Buffer(4, 3, 16, "pooled"),
         Buffer(1, 1, 9, "logits"),
         Buffer(8, 6, 32, "up"),
+        Buffer(8, 6, 16, "transposed"),
     )
+    transposed = [
+        dataclasses.replace(
+            conv(torch.randn(16, 16, 1, 1)),
+            inputs=(Segment(4, 0, 16),),
+            output=Segment(7, 0, 16),
+            batch=batch,
+            output_stride=(2, 2),
+            output_start=start,
+        )
+        for start in itertools.product(range(2), repeat=2)
+    ]
     return Plan(
         (batch, 3, 9, 7),
         buffers,
-        (conv_image, conv_map, add, double, pool, head, up, depthwise),
+        (conv_image, conv_map, add, double, pool, head, up, depthwise, *transposed),
         False,
         inputs=(0, 1),
         outputs=(
@@ -575,8 +687,9 @@ def island(batch=2, pitch=40):
             Segment(5, 0, 9),
             Segment(3, 0, 16),
             Segment(6, 0, 32),
+            Segment(7, 0, 16),
         ),
-        flat_outputs=(False, False, True, False, False),
+        flat_outputs=(False, False, True, False, False, False),
     )
 
 
@@ -656,7 +769,7 @@ def test_compile_network_splits_rows_of_several_inputs():
     assert asked[0] == ((1, 3, 9, 7, 0), (1, 17, 9, 7, 40))
     assert asked[1] == rows
     assert prepared.batch == 7
-    assert prepared.algorithms.count("direct") + prepared.algorithms.count("packed") == 9
+    assert prepared.algorithms.count("direct") + prepared.algorithms.count("packed") == 13
 
 
 # What is refused
@@ -668,6 +781,7 @@ def test_compile_network_splits_rows_of_several_inputs():
         (0, {"dilation": (2, 2)}, "a has a window that is dilated"),
         (0, {"stride": (1, 2)}, "a has a window that is dilated, or moves"),
         (0, {"padding": (1, 0)}, "or is padded differently"),
+        (1, {"output_stride": (1, 2)}, "or writes some of the pixels"),
         (1, {"prologue": Prologue(torch.ones(16), torch.ones(16), None)}, "without ReLU"),
         (1, {"prologue": Prologue(torch.ones(16), torch.ones(16), "relu6")}, "without ReLU"),
         (2, {"divisor": 3}, "a divisor of its own"),
@@ -794,6 +908,12 @@ def replaced(plan, index, **changes):
         (0, {"dilation": (2**31 - 1, 1)}, "a window reaches over more than"),
         (0, {"dilation": (5, 1)}, None),
         (0, {"padding": (4, 1)}, "an output map has the wrong size"),
+        (0, {"output_stride": (1, 2)}, "reads the network's input writes some of the pixels"),
+        (1, {"output_start": (1, 0)}, "leaves out the first pixels"),
+        (1, {"output_stride": (2, 0)}, "."),
+        (8, {"output_start": (8, 0)}, "writes pixels beside its output"),
+        (8, {"output_start": (0, -1)}, "writes pixels beside its output"),
+        (8, {"output_stride": (2**31 - 1, 2)}, None),
         (0, {"padding": (2**20, 1)}, "padding"),
         (0, {"stride": (2**30, 1)}, "an output map has the wrong size"),
         (2, {"inputs": (Segment(2, 8, 16), Segment(2, 16, 16))}, "over a part of what it reads"),

@@ -89,6 +89,8 @@ class Compiler {
     require_window(planned, from, to);
     require_plan(planned.kind != PlanStepKind::kPointwise && planned.kind != PlanStepKind::kResize,
                  "a step is a sum or resizes a map, for which no GPU has a kernel");
+    require_plan(planned.lattice.is_whole(),
+                 "a convolution writes some of the pixels, for which no GPU has a kernel");
     require_plan(planned.scale_index < 0 || planned.prologue_activation == kRelu,
                  "an input is normalised without ReLU, for which no GPU has a kernel");
     require_plan(

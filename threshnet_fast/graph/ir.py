@@ -19,6 +19,7 @@ __all__ = [
     "Add",
     "Concat",
     "Conv",
+    "ConvTranspose",
     "Dropout",
     "Flatten",
     "Foreign",
@@ -84,6 +85,17 @@ class Conv(Node):
         """Whether every output channel reads one input channel, its own."""
         conv = self.module
         return 1 < conv.groups == conv.in_channels == conv.out_channels
+
+
+@dataclass(frozen=True, eq=False)
+class ConvTranspose(Node):
+    """``conv_transpose2d(x)``.
+
+    Attributes:
+        module: The convolution, whose weight, bias and settings these are.
+    """
+
+    module: nn.ConvTranspose2d
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,6 +343,17 @@ class Graph:
                     f"{node.name} has a weight of shape {tuple(conv.weight.shape)}"
                 )
             self._expect(node, conv.in_channels, "channels")
+        elif isinstance(node, ConvTranspose):
+            transposed = node.module
+            inputs, outputs, *_ = transposed.weight.shape
+            if (inputs, outputs * transposed.groups) != (
+                transposed.in_channels,
+                transposed.out_channels,
+            ):
+                raise UnsupportedModule(
+                    f"{node.name} has a weight of shape {tuple(transposed.weight.shape)}"
+                )
+            self._expect(node, transposed.in_channels, "channels")
         elif isinstance(node, Norm):
             norm = node.module
             self._expect(node, norm.num_features, "channels")

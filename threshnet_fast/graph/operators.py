@@ -24,6 +24,7 @@ from .ir import (
     Add,
     Concat,
     Conv,
+    ConvTranspose,
     Flatten,
     Graph,
     Linear,
@@ -262,7 +263,7 @@ def _pair(value: Any, what: str) -> tuple[Any, Any]:
 
 def _conv(context: _Context, given: dict[str, Any]) -> Operation:
     if given.get("transposed"):
-        raise Unsupported("is a transposed convolution, which no plan can express")
+        return _conv_transpose(context, given)
     context.map(given["input"])
     weight = context.required(given["weight"], "weight")
     bias = context.tensor(given["bias"], "bias")
@@ -351,6 +352,40 @@ def _conv_module(context: _Context, module: nn.Conv2d, value: Any) -> Operation:
             _convolution(module.weight, module.bias, stride, padding, dilation, module.groups),
         )
     return _conv_of(value, module)
+
+
+def _conv_transpose(context: _Context, given: dict[str, Any]) -> Operation:
+    context.map(given["input"])
+    weight = context.required(given["weight"], "weight")
+    bias = context.tensor(given["bias"], "bias")
+    if weight.dim() != 4:
+        raise Unsupported(f"has a weight of shape {list(weight.shape)}")
+    inputs, outputs, height, width = weight.shape
+    conv = nn.ConvTranspose2d(
+        inputs,
+        outputs * given["groups"],
+        (height, width),
+        _pair(given["stride"], "stride"),
+        _pair(given["padding"], "padding"),
+        _pair(given["output_padding"], "output_padding"),
+        given["groups"],
+        bias is not None,
+        _pair(given["dilation"], "dilation"),
+        device="meta",
+    )
+    return _conv_transpose_of(given["input"], _with_tensors(conv, weight=weight, bias=bias))
+
+
+def _conv_transpose_of(value: fx.Node, conv: nn.ConvTranspose2d) -> Operation:
+    def build(graph: Graph, name: str, values: tuple[int, ...]) -> int:
+        return _add(graph, ConvTranspose(name, values, graph.value(conv.out_channels), conv))
+
+    return Operation((value,), build)
+
+
+def _conv_transpose_module(context: _Context, module: nn.ConvTranspose2d, value: Any) -> Operation:
+    context.map(value)
+    return _conv_transpose_of(value, module)
 
 
 def _pad(context: _Context, given: dict[str, Any]) -> Operation:
@@ -867,6 +902,11 @@ _row(
     [F.conv2d],
 )
 _row(
+    "input weight bias=None stride=1 padding=0 output_padding=0 groups=1 dilation=1",
+    _conv_transpose,
+    [F.conv_transpose2d],
+)
+_row(
     "input running_mean running_var weight=None bias=None training=False momentum=0.1 eps=1e-5",
     _norm,
     [F.batch_norm],
@@ -946,6 +986,7 @@ def _aten(names: str, row: Row) -> None:
 
 
 _aten("conv2d convolution", _conv)
+_aten("conv_transpose2d", _conv_transpose)
 _aten("batch_norm _native_batch_norm_legit_no_training", _norm)
 _aten("relu", _activate("relu"))
 _aten("relu6", _activate("relu6"))
@@ -979,6 +1020,7 @@ _aten("upsample_bilinear2d", _upsample("bilinear"))
 
 _MODULES: dict[type[nn.Module], Callable[[_Context, Any, Any], Operation]] = {
     nn.Conv2d: _conv_module,
+    nn.ConvTranspose2d: _conv_transpose_module,
     nn.BatchNorm1d: _norm_module,
     nn.BatchNorm2d: _norm_module,
     nn.ConstantPad2d: _pad_module,

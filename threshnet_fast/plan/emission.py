@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..graph.ir import Activate, Conv, Linear
+from ..graph.ir import Activate, Conv, ConvTranspose, Linear
 from .affine import Affine, single
 from .codes import FUSED_ACTIVATIONS
 from .ir import Buffer, FusedConv, Pointwise, Pool, Prologue, Segment, Step
 from .maps import Map, Pending, pairs
-from .windows import Window
+from .windows import Phase, Window
 
 __all__ = ["EPILOGUES", "Emission"]
 
@@ -78,7 +81,6 @@ class Emission:
             module_pixels: See :class:`.ir.FusedConv`.
         """
         name = name or (node.unit if isinstance(node, Conv) else node.name)
-        fused = activation is not None and activation.kind in EPILOGUES
         self.steps.append(
             FusedConv(
                 name=name,
@@ -89,7 +91,7 @@ class Emission:
                 prologue=self.prologue(prologue),
                 stride=window.stride,
                 padding=window.padding,
-                activation=activation.kind if activation is not None and fused else None,
+                activation=_applied(activation),
                 input_pixels=source.pixels,
                 output_pixels=target.pixels,
                 valid_taps=window.valid_taps(source.size, target.size),
@@ -99,16 +101,66 @@ class Emission:
                 dilation=window.dilation,
             )
         )
-        if activation is not None and not fused:
-            (there,) = target.segments
-            self.pointwise(
-                activation.name,
-                (there,),
-                there,
-                target.pixels,
-                activation=activation.kind,
-                slope=activation.slope,
+        self._activate(activation, target)
+
+    def convolve_transposed(
+        self,
+        node: ConvTranspose,
+        phases: Sequence[Phase],
+        source: Map,
+        target: Map,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activate | None,
+    ) -> None:
+        """Adds a transposed convolution: a convolution for each phase, and then what follows.
+
+        Args:
+            node: What it comes from.
+            phases: Those that :func:`.windows.of_transposed_convolution` returns.
+            source: What it reads.
+            target: Where it writes.
+            weight: ``[Co, Ci, kh, kw]``, float64.
+            bias: ``[Co]``, float64, or None.
+            activation: What follows it, or None.
+        """
+        for phase in phases:
+            window = phase.window
+            self.steps.append(
+                FusedConv(
+                    name=node.name,
+                    inputs=source.segments,
+                    output=target.segments[0],
+                    weight=single(phase.weight(weight)),
+                    bias=None if bias is None else single(bias),
+                    prologue=None,
+                    stride=window.stride,
+                    padding=window.padding,
+                    activation=_applied(activation),
+                    input_pixels=source.pixels,
+                    output_pixels=math.prod(phase.size),
+                    valid_taps=window.valid_taps(source.size, phase.size),
+                    batch=self.batch,
+                    dilation=window.dilation,
+                    output_stride=phase.stride,
+                    output_start=phase.start,
+                )
             )
+        self._activate(activation, target)
+
+    def _activate(self, activation: Activate | None, target: Map) -> None:
+        """Adds an activation that no convolution applies itself."""
+        if activation is None or activation.kind in EPILOGUES:
+            return
+        (there,) = target.segments
+        self.pointwise(
+            activation.name,
+            (there,),
+            there,
+            target.pixels,
+            activation=activation.kind,
+            slope=activation.slope,
+        )
 
     def pointwise(
         self,
@@ -199,3 +251,8 @@ class Emission:
             return None
         affine = pending.affine or Affine.identity(pending.source.channels, self.device)
         return Prologue(single(affine.scale), single(affine.shift), pending.activation)
+
+
+def _applied(activation: Activate | None) -> str | None:
+    """What a convolution applies to its sums."""
+    return activation.kind if activation is not None and activation.kind in EPILOGUES else None

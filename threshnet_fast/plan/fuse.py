@@ -21,6 +21,7 @@ from ..graph.ir import (
     Add,
     Concat,
     Conv,
+    ConvTranspose,
     Dropout,
     Flatten,
     Graph,
@@ -42,7 +43,7 @@ from .ir import Buffer, Head, Plan, Resize, Segment
 from .limits import GROUP
 from .maps import Map, Pending, bounds_of, joined, pairs, spans
 from .shapes import Shape
-from .windows import Window, of_convolution, of_pool
+from .windows import Window, of_convolution, of_pool, of_transposed_convolution
 
 __all__ = ["fuse", "reads_image"]
 
@@ -350,13 +351,7 @@ class _Fusion:
             return
         if self._reads_image(source):
             raise UnsupportedModule(f"{node.name} reads the images in {groups} groups")
-        if node.depthwise:
-            bounds = bounds_of(source)
-        elif groups <= _MOST_GROUPS:
-            each = source.channels // groups
-            bounds = [each * group for group in range(groups + 1)]
-        else:
-            raise UnsupportedModule(f"{node.name} has {groups} groups, expected {_MOST_GROUPS}")
+        bounds = bounds_of(source) if node.depthwise else _groups(node, source.channels)
         ratio = target.channels // source.channels if node.depthwise else 1
         outputs = bounds if node.depthwise else _even(target.channels, groups)
         for (begin, end), (first, last) in zip(spans(bounds), spans(outputs), strict=True):
@@ -370,6 +365,34 @@ class _Fusion:
                 None,
                 activation,
                 groups=end - begin if node.depthwise else 1,
+            )
+
+    def _conv_transpose(self, node: ConvTranspose) -> None:
+        """As many convolutions as there are pixels of the output to one of the input."""
+        conv = node.module
+        source = self._stored(node.input)
+        if self._reads_image(source):
+            raise UnsupportedModule(f"{node.name} reads the images themselves")
+        size, phases = of_transposed_convolution(conv, node.name, source.size)
+        inputs, outputs = (
+            _groups(node, channels) for channels in (conv.in_channels, conv.out_channels)
+        )
+        weight = torch.cat(
+            [self._double(conv.weight)[begin:end].transpose(0, 1) for begin, end in spans(inputs)]
+        )
+        last, affine, activation = self._epilogue(node.output, None)
+        weight, bias = folded(weight, self._optional(conv.bias), affine)
+        target = self._write(last, node.name, conv.out_channels, size)
+        self.values[last] = target
+        for (begin, end), (first, behind) in zip(spans(inputs), spans(outputs), strict=True):
+            self.emit.convolve_transposed(
+                node,
+                phases,
+                source.part(begin, end),
+                target.part(first, behind),
+                weight[first:behind],
+                None if bias is None else bias[first:behind],
+                activation,
             )
 
     def _window(self, node: Conv) -> Window:
@@ -605,6 +628,7 @@ class _Fusion:
         Add: _add,
         Concat: _concat,
         Conv: _conv,
+        ConvTranspose: _conv_transpose,
         Dropout: _alias,
         Flatten: _flatten,
         Linear: _linear,
@@ -655,6 +679,14 @@ def _check_activation(node: Activate) -> None:
         raise UnsupportedModule(
             f"{node.name} has activation {node.kind!r}, which no engine computes"
         )
+
+
+def _groups(node: Conv | ConvTranspose, channels: int) -> list[int]:
+    """Where the groups of some channels begin, and the last one ends."""
+    groups = node.module.groups
+    if groups > _MOST_GROUPS:
+        raise UnsupportedModule(f"{node.name} has {groups} groups, expected {_MOST_GROUPS}")
+    return _even(channels, groups)
 
 
 def _even(channels: int, parts: int) -> list[int]:

@@ -95,13 +95,16 @@ class FusedConv:
             how many there are below and to the right.
         activation: ``"relu"``, ``"relu6"`` or None.
         input_pixels: Pixels of the input of one image.
-        output_pixels: Pixels of the output of one image.
+        output_pixels: Pixels that it writes of one image.
         valid_taps: Sum over output pixels of the taps that do not fall on padding.
         batch: Images.
         groups: 1, or the number of channels.
         module_pixels: Output pixels of the module's convolution where they are more, because the
             plan pools before it and the module behind it; else None.
         dilation: Distances of the window's taps, down and to the right.
+        output_stride: Distances of the pixels that it writes, down and to the right; of a
+            transposed convolution, which is as many convolutions as there are pixels in between.
+        output_start: Row and column of the first of them.
     """
 
     name: str
@@ -120,6 +123,8 @@ class FusedConv:
     groups: int = 1
     module_pixels: int | None = None
     dilation: tuple[int, int] = (1, 1)
+    output_stride: tuple[int, int] = (1, 1)
+    output_start: tuple[int, int] = (0, 0)
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -185,6 +190,9 @@ class FusedConv:
             parts[-1] += f"/{_pair(self.stride)}"
         if self.dilation != (1, 1):
             parts[-1] += f" dilated {_pair(self.dilation)}"
+        if self.output_stride != (1, 1):
+            row, column = self.output_start
+            parts[-1] += f" to every {_pair(self.output_stride)} from {row},{column}"
         parts += ["bias"] if self.bias is not None else []
         parts += [self.activation] if self.activation is not None else []
         return " ".join(parts)

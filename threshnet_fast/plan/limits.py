@@ -102,16 +102,16 @@ def _check_window(plan: Plan, step: FusedConv | Pool) -> None:
         (size + 2 * padding - kernel) // stride + 1
         for size, kernel in zip((source.height, source.width), step.kernel, strict=True)
     )
-    dilated = isinstance(step, FusedConv) and step.dilation != (1, 1)
+    sparse = isinstance(step, FusedConv) and (step.dilation, step.output_stride) != ((1, 1), (1, 1))
     if (
-        dilated
+        sparse
         or step.stride != (stride, stride)
         or step.padding != (padding, padding)
         or (target.height, target.width) != expected
     ):
         raise UnsupportedModule(
             f"{step.name} has a window that is dilated, or moves or is padded differently in its "
-            "directions, for which no GPU has a kernel"
+            "directions, or writes some of the pixels, for which no GPU has a kernel"
         )
     if isinstance(step, Pool) and step.average and (padding or step.divisor):
         raise UnsupportedModule(

@@ -87,7 +87,7 @@ def _execute(
     for index, x in zip(plan.inputs, xs, strict=True):
         buffers[index] = x.to(dtype)
     for step in plan.steps:
-        output = _view(buffers, step.output)
+        output = _written(_view(buffers, step.output), step)
         _, _, height, width = output.shape
         inputs = [_view(buffers, segment) for segment in step.inputs]
         result = reference_step(step, inputs, (height, width))
@@ -101,13 +101,21 @@ def _view(buffers: Sequence[Tensor], segment: Segment) -> Tensor:
     return buffers[segment.buffer].narrow(1, segment.channel, segment.channels)
 
 
+def _written(output: Tensor, step: Step) -> Tensor:
+    """The pixels of a map that a step writes."""
+    if not isinstance(step, FusedConv):
+        return output
+    (row, column), (down, right) = step.output_start, step.output_stride
+    return output[:, :, row::down, column::right]
+
+
 def reference_step(step: Step, inputs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Executes one step.
 
     Args:
         step: The step.
         inputs: What it reads, ``[N, C, H, W]`` each, in the dtype to calculate in.
-        size: Height and width of its output.
+        size: Height and width of what it writes.
 
     Returns:
         What it writes.

@@ -10,7 +10,8 @@ Layout, every entry one int64:
 - for each step: kind (0 convolution, 1 pool, 2 depthwise convolution, 3 pointwise, 4 resize), how
   many entries the step has, then
   for a convolution: number of segments, (buffer, channel, channels) of each, output buffer,
-  channel, channels, window, activation, indices of weight, bias, scale and shift (-1: none),
+  channel, channels, distances of the pixels that it writes down and to the right, row and column of
+  the first, window, activation, indices of weight, bias, scale and shift (-1: none),
   activation of the prologue;
   for a pool: buffer, channel, channels, output buffer, channel, channels, window, average, divisor
   (-1: pixels on the map, 0: on the padded map), indices of scale and shift (-1: none), activation
@@ -53,7 +54,7 @@ from .memory import Arena
 __all__ = ["serialize"]
 
 _MAGIC = 0x4E4C5046544E54
-_VERSION = 2
+_VERSION = 3
 _INPUT, _OUTPUT, _FIRST_EXTERNAL = -1, -2, -3
 
 
@@ -108,6 +109,7 @@ def serialize(plan: Plan, arena: Arena) -> Tensor:
                 add(DEPTHWISE, *sources, *output, *window, *folded)
                 continue
             affine = _prologue(step.prologue, number)
+            output += [*step.output_stride, *step.output_start]
             add(CONVOLUTION, len(step.inputs), *sources, *output, *window, *folded, *affine)
             continue
         affine = _prologue(step.prologue, number)
@@ -127,7 +129,7 @@ def serialize(plan: Plan, arena: Arena) -> Tensor:
         arena_size += batch * pitch
         add(POOL, *sources, *pooled, *window, *affine)
         folded = [number(True), number(step.bias is not None)]
-        plain = [1, 1, 1, 1, 0, 0, 1, 1, 0]
+        plain = [1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0]
         add(CONVOLUTION, 1, *pooled, *output, *plain, *folded, -1, -1, 0)
 
     out = plan.output

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..graph.ir import UnsupportedModule
 
-__all__ = ["Window", "of_convolution", "of_pool"]
+__all__ = ["Phase", "Window", "of_convolution", "of_pool", "of_transposed_convolution"]
 
 _Pair = tuple[int, int]
 
@@ -101,6 +104,131 @@ def of_convolution(conv: nn.Conv2d, name: str) -> Window:
         return Window(kernel, stride, before, end, dilation)
     before = (0, 0) if padding == "valid" else _pair(padding, "padding", name, 0)
     return Window(kernel, stride, before, before, dilation)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The pixels of a transposed convolution's result that lie its stride apart: a convolution.
+
+    Attributes:
+        window: Its window; padding below and to the right follows from the size.
+        taps: Of each row and each column of the window, which one of the transposed convolution's
+            it is; None for zeros.
+        start: Row and column of the first of the pixels.
+        stride: Their distances.
+        size: How many rows and columns of them there are.
+    """
+
+    window: Window
+    taps: tuple[tuple[int | None, ...], tuple[int | None, ...]]
+    start: _Pair
+    stride: _Pair
+    size: _Pair
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Returns the weight of the convolution.
+
+        Args:
+            weight: ``[Co, Ci, kh, kw]``, that of the transposed convolution.
+        """
+        for axis, taps in zip((2, 3), self.taps, strict=True):
+            zero = torch.zeros_like(weight.narrow(axis, 0, 1))
+            parts = [zero if tap is None else weight.narrow(axis, tap, 1) for tap in taps]
+            weight = torch.cat(parts, axis)
+        return weight
+
+
+def of_transposed_convolution(
+    conv: nn.ConvTranspose2d, name: str, sizes: _Pair
+) -> tuple[_Pair, list[Phase]]:
+    """Divides a transposed convolution into convolutions.
+
+    Input pixel ``i`` adds ``x[i] * w[k]`` to output pixel ``i * stride + k * dilation - padding``,
+    in each direction. So of the output pixels ``start + stride * q`` each reads the input pixels
+    ``q + (start + padding - k * dilation) / stride`` of all taps ``k`` for which that is a whole
+    number: windows of those taps, the last one first.
+
+    Args:
+        conv: The convolution.
+        name: Its name in the network.
+        sizes: Height and width of the map that it reads.
+
+    Returns:
+        Height and width of its result, and the convolutions, each of which writes pixels of its
+        own.
+
+    Raises:
+        UnsupportedModule: It makes nothing of the map, or its settings are none that PyTorch takes.
+    """
+    stride = _pair(conv.stride, "stride", name, 1)
+    dilation = _pair(conv.dilation, "dilation", name, 1)
+    padding = _pair(conv.padding, "padding", name, 0)
+    more = _pair(conv.output_padding, "output_padding", name, 0)
+    kernel = conv.weight.shape[2:]
+    if conv.padding_mode != "zeros":
+        raise UnsupportedModule(f"{name} has padding_mode {conv.padding_mode!r}, expected 'zeros'")
+    for axis in range(2):
+        if more[axis] >= max(stride[axis], dilation[axis]):
+            raise UnsupportedModule(f"{name} has output_padding {more}, expected less than stride")
+    if stride == (1, 1) and any(
+        padding[axis] > dilation[axis] * (kernel[axis] - 1) for axis in range(2)
+    ):
+        raise UnsupportedModule(f"{name} cuts off more than its window adds to the map")
+    out = [
+        (sizes[axis] - 1) * stride[axis]
+        - 2 * padding[axis]
+        + dilation[axis] * (kernel[axis] - 1)
+        + more[axis]
+        + 1
+        for axis in range(2)
+    ]
+    if min(out) < 1:
+        raise UnsupportedModule(f"{name} makes nothing of a map of {sizes[0]}x{sizes[1]}")
+    rows, columns = (
+        [
+            _phase(start, out[axis], kernel[axis], stride[axis], padding[axis], dilation[axis])
+            for start in range(min(stride[axis], out[axis]))
+        ]
+        for axis in range(2)
+    )
+    phases = []
+    for top, row in enumerate(rows):
+        for left, column in enumerate(columns):
+            window = Window(
+                (len(row.taps), len(column.taps)),
+                (1, 1),
+                (row.before, column.before),
+                (0, 0),
+                (row.dilation, column.dilation),
+            )
+            taps, size = (row.taps, column.taps), (row.pixels, column.pixels)
+            phases.append(Phase(window, taps, (top, left), stride, size))
+    return (out[0], out[1]), phases
+
+
+class _Direction(NamedTuple):
+    """A phase in one direction."""
+
+    taps: tuple[int | None, ...]
+    before: int
+    dilation: int
+    pixels: int
+
+
+def _phase(
+    start: int, out: int, kernel: int, stride: int, padding: int, dilation: int
+) -> _Direction:
+    count = -(-(out - start) // stride)
+    found = [tap for tap in range(kernel) if (start + padding - tap * dilation) % stride == 0]
+    if not found:
+        return _Direction((None,), 0, 1, count)
+    # Neighbouring ones are stride / gcd taps apart.
+    distance = dilation // math.gcd(dilation, stride) if len(found) > 1 else 1
+    first = (start + padding - found[-1] * dilation) // stride
+    # Zeros take the place of what would be a negative padding.
+    missing = max(-(-first // distance), 0)
+    taps = (*(None,) * missing, *reversed(found))
+    return _Direction(taps, missing * distance - first, distance, count)
 
 
 def of_pool(pool: nn.MaxPool2d | nn.AvgPool2d, name: str) -> Window:

@@ -1,9 +1,9 @@
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <map>
 #include <sstream>
-#include <tuple>
 
 #include "cpu/costs.h"
 #include "cpu/ukernels/kinds.h"
@@ -112,6 +112,7 @@ class Compiler {
     step.output_channel = planned.output.channel;
     step.output_channels = planned.output.channels;
     step.window = planned.window;
+    step.lattice = planned.lattice;
     step.activation = planned.activation;
     step.prologue_activation = planned.prologue_activation;
     step.average = planned.average;
@@ -301,10 +302,24 @@ class Compiler {
 
   PixelTables pixel_tables(const Step& step, const Buffer& from, const Buffer& to) {
     const PlanWindow& window = step.window;
-    const auto key = std::make_tuple(
-        from.height, from.width, to.height, to.width, window.kernel_height, window.kernel_width,
-        window.stride_height, window.stride_width, window.padding_top, window.padding_left,
-        window.dilation_height, window.dilation_width);
+    const OutputLattice& lattice = step.lattice;
+    const int64_t height = lattice.height(to), width = lattice.width(to);
+    const std::array<int64_t, 16> key = {from.height,
+                                         from.width,
+                                         to.height,
+                                         to.width,
+                                         window.kernel_height,
+                                         window.kernel_width,
+                                         window.stride_height,
+                                         window.stride_width,
+                                         window.padding_top,
+                                         window.padding_left,
+                                         window.dilation_height,
+                                         window.dilation_width,
+                                         lattice.stride_height,
+                                         lattice.stride_width,
+                                         lattice.first_row,
+                                         lattice.first_column};
     if (const auto found = tables_.find(key); found != tables_.end()) return found->second;
 
     check_pixels(step, from, to);
@@ -313,15 +328,17 @@ class Compiler {
       uint64_t taps;
     };
     std::vector<Pixel> pixels;
-    pixels.reserve(header_.batch * to.height * to.width);
+    pixels.reserve(header_.batch * height * width);
     for (int64_t n = 0; n < header_.batch; ++n) {
-      for (int64_t y = 0; y < to.height; ++y) {
-        for (int64_t x = 0; x < to.width; ++x) {
+      for (int64_t y = 0; y < height; ++y) {
+        for (int64_t x = 0; x < width; ++x) {
           const int64_t top = y * window.stride_height - window.padding_top;
           const int64_t left = x * window.stride_width - window.padding_left;
           Pixel pixel{};
           pixel.input = static_cast<int32_t>((n * from.height + top) * from.width + left);
-          pixel.output = static_cast<int32_t>((n * to.height + y) * to.width + x);
+          const int64_t row = n * to.height + lattice.first_row + y * lattice.stride_height;
+          pixel.output = static_cast<int32_t>(row * to.width + lattice.first_column +
+                                              x * lattice.stride_width);
           const TapRange rows =
               valid_taps(top, from.height, window.kernel_height, window.dilation_height);
           const TapRange columns =
@@ -336,7 +353,7 @@ class Compiler {
     }
     // Pixels with the same valid taps side by side make tiles in which a tap is either needed by
     // every pixel or by none.
-    if (to.height * to.width <= kSortPixels) {
+    if (height * width <= kSortPixels) {
       std::stable_sort(pixels.begin(), pixels.end(),
                        [](const Pixel& a, const Pixel& b) { return a.taps > b.taps; });
     }
@@ -358,16 +375,17 @@ class Compiler {
   void check_pixels(const Step& step, const Buffer& from, const Buffer& to) {
     const PlanWindow& window = step.window;
     const int64_t before = window.padding_top * from.width + window.padding_left;
+    const int64_t height = step.lattice.height(to), width = step.lattice.width(to);
     const int64_t row =
-        std::max<int64_t>((to.height - 1) * window.stride_height - window.padding_top, 0);
+        std::max<int64_t>((height - 1) * window.stride_height - window.padding_top, 0);
     const int64_t column =
-        std::max<int64_t>((to.width - 1) * window.stride_width - window.padding_left, 0);
+        std::max<int64_t>((width - 1) * window.stride_width - window.padding_left, 0);
     const int64_t behind = ((header_.batch - 1) * from.height + row) * from.width + column;
     constexpr int64_t kMostBegin = std::numeric_limits<int32_t>::max() - kMaxTilePixels;
     if (std::max(before, behind) > kMostBegin)
       fail_plan(name_of_step() +
                 ": windows begin more than 2^31 pixels before or behind the map's first pixel");
-    table_pixels_ += header_.batch * to.height * to.width;
+    table_pixels_ += header_.batch * height * width;
     if (table_pixels_ > kMostTablePixels)
       fail_plan("step " + std::to_string(number_) + ": windows have over " +
                 std::to_string(kMostTablePixels) + " pixels in their tables");
@@ -378,8 +396,8 @@ class Compiler {
   // share them and few reach over the map's edge.
   void choose_winograd(Step& step, const Buffer& from, const Buffer& to) const {
     const PlanWindow& window = step.window;
-    const bool possible = !step.packs && window.height() == 3 && window.width() == 3 &&
-                          window.taps() == 9 && window.stride_height == 1 &&
+    const bool possible = !step.packs && step.lattice.is_whole() && window.height() == 3 &&
+                          window.width() == 3 && window.taps() == 9 && window.stride_height == 1 &&
                           window.stride_width == 1 && window.padding_top == 1 &&
                           window.padding_left == 1 && from.height == to.height &&
                           from.width == to.width && step.input_channels >= kWinogradChannels;
@@ -619,10 +637,7 @@ class Compiler {
   int64_t element_bytes_;
   ProgramHeader header_{};
   std::vector<Step> steps_;
-  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                      int64_t, int64_t, int64_t, int64_t>,
-           PixelTables>
-      tables_;
+  std::map<std::array<int64_t, 16>, PixelTables> tables_;
 };
 
 }  // namespace

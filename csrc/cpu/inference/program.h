@@ -18,7 +18,7 @@
 namespace threshnet_fast::cpu {
 
 constexpr int64_t kProgramMagic = 0x4752504654544e;  // "NTTFPRG"
-constexpr int64_t kVersion = 4;
+constexpr int64_t kVersion = 5;
 
 enum StepKind : int64_t {
   kConvolution = 0,
@@ -59,6 +59,7 @@ struct Step {
   int64_t input_channels;
   int64_t padded_channels;  // input channels rounded up to whole words
   PlanWindow window;
+  OutputLattice lattice;
   Activation activation;  // of convolutions and pointwise steps
   Activation prologue_activation;
   int64_t average;    // pool only
