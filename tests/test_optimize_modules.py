@@ -382,10 +382,20 @@ def test_sizes_outside_of_a_trace_run_as_the_module_does(randomised):
     module = randomised(_ByHeight()).eval()
     fast = tf.optimize(module, torch.randn(1, 3, 8, 8))
     assert fast.islands
-    for size in ((2, 3, 8, 8), (1, 3, 7, 11), (1, 3, 6, 9), (3, 3, 12, 5)):
+    for size in ((2, 3, 8, 8), (1, 3, 7, 11), (3, 3, 12, 5)):
         x = torch.randn(size)
         with torch.no_grad():
             torch.testing.assert_close(fast(x), module(x), rtol=1e-4, atol=1e-5)
+    low = torch.randn(1, 3, 6, 9)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        outputs = [fast(low), fast(low)]
+        assert outputs[0].equal(module(low))
+    (warning,) = warned
+    assert str(warning.message).startswith("_ByHeight runs as plain PyTorch: Guard failed: ")
+    found = tf.explain(fast, low)
+    assert found.islands == ()
+    assert found.foreign[0].reason.startswith("_ByHeight runs its own code: Guard failed: ")
 
 
 @pytest.mark.parametrize("name", ["densenet121", "densenet169"])

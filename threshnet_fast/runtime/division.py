@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,20 +25,6 @@ _TOLERANCE = {torch.float32: 1e-3}
 _COARSE = 5e-2
 
 
-class Part(NamedTuple):
-    """A module that runs in islands.
-
-    Attributes:
-        path: Its path in the whole, empty for the whole.
-        module: It.
-        host: What runs it.
-    """
-
-    path: str
-    module: nn.Module
-    host: Host
-
-
 class _Forward:
     """The forward of a part: its host, where it is called as on the example.
 
@@ -49,19 +35,51 @@ class _Forward:
     """
 
     def __init__(self, host: Host, module: nn.Module, example: Arguments) -> None:
-        self._host, self._module = host, module
+        self.host, self._module = host, module
         self._others = _others(example.args, example.kwargs)
+        self._warned = False
+
+    def objection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why a call is none that was traced: containers, or what is no tensor, are others."""
+        if _others(args, kwargs) == self._others:
+            return None
+        return "its arguments are not as in the example"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Containers, and what is no tensor, are to be those of the trace.
-        if _others(args, kwargs) == self._others:
-            with contextlib.suppress(OutsideOfTrace):
-                return self._host(*args, **kwargs)
+        reason = self.objection(args, kwargs)
+        if reason is None:
+            try:
+                return self.host(*args, **kwargs)
+            except OutsideOfTrace as error:
+                reason = str(error)
+        if not self._warned:
+            self._warned = True
+            name = type(self._module).__name__
+            warnings.warn(f"{name} runs as plain PyTorch: {reason}", UserWarning, stacklevel=2)
         return type(self._module).forward(self._module, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         # A copy is divided anew.
         return _removed, ()
+
+
+class Part(NamedTuple):
+    """A module that runs in islands.
+
+    Attributes:
+        path: Its path in the whole, empty for the whole.
+        module: It.
+        forward: What runs it.
+    """
+
+    path: str
+    module: nn.Module
+    forward: _Forward
+
+    @property
+    def host(self) -> Host:
+        """The module with its islands."""
+        return self.forward.host
 
 
 _REMOVED = object()
@@ -78,7 +96,6 @@ class Division:
         module: The module, in evaluation mode; it must not change from now on.
         parts: Modules in it that are not within each other, or within hooked ones; of those that
             are not the whole, the forward has been replaced.
-        example: What the module is called with.
         plain: Why what is in no part runs as plain PyTorch, one line for each operation.
 
     Attributes:
@@ -92,7 +109,6 @@ class Division:
         self,
         module: nn.Module,
         parts: tuple[Part, ...],
-        example: Arguments,
         plain: tuple[str, ...],
     ) -> None:
         self.parts = parts
@@ -101,7 +117,7 @@ class Division:
         self._run: Any = module
         for part in parts:
             if part.module is module:
-                self._run = _Forward(part.host, module, example)
+                self._run = part.forward
         self.islands: tuple[FusedIsland, ...] = tuple(
             island for part in parts for island in part.host.islands
         )
@@ -208,9 +224,10 @@ def divide(
         except (CompilationFailed, UnsupportedModule) as error:
             reason = str(error)
         else:
-            parts.append(Part(path, part, host))
+            forward = _Forward(host, part, called)
+            parts.append(Part(path, part, forward))
             if part is not module:
-                part.__dict__["forward"] = _Forward(host, part, called)
+                part.__dict__["forward"] = forward
             return None
         children = _outermost(part, lambda child: child not in inside.values())
         examples = _calls(part, called, children.values())
@@ -223,7 +240,7 @@ def divide(
         raise UnsupportedModule(reason or summary_of(tuple(plain)) or "the module computes nothing")
     if reason is not None:
         plain.insert(0, f"the module's own code runs: {reason}")
-    return Division(module, tuple(parts), example, tuple(plain))
+    return Division(module, tuple(parts), tuple(plain))
 
 
 def restore(module: nn.Module) -> nn.Module:

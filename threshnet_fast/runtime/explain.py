@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ..engines.base import CompilationFailed
-from ..graph.export import interpret
+from ..graph.export import OutsideOfTrace, interpret
 from ..plan.ir import Plan, table
 from ..plan.lower import UnsupportedModule, lower
 from .frozen import FrozenNetwork, optimize
@@ -202,7 +202,16 @@ def _of_any(module: nn.Module, x: Any) -> Explanation:
     foreign: list[ForeignOperation] = []
     for part, args in division.calls(x if isinstance(x, tuple) else (x,)):
         run = _Run(part.host)
-        interpret(run, args.args, args.kwargs)
+        reason = part.forward.objection(args.args, args.kwargs)
+        if reason is None:
+            try:
+                interpret(run, args.args, args.kwargs)
+            except OutsideOfTrace as error:
+                reason = str(error)
+        if reason is not None:
+            name = part.path or type(part.module).__name__
+            foreign.append(ForeignOperation(f"{name} runs its own code: {reason}", 0, 0))
+            continue
         islands += run.islands
         foreign += run.foreign
     foreign = [*(ForeignOperation(line, 0, 0) for line in division.plain), *foreign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable
 from typing import Any, cast
 
@@ -49,6 +50,8 @@ class IslandSource:
 
 class FusedIsland(nn.Module):
     """Takes maps and returns maps, a tuple; what it cannot run fused, it runs as plain PyTorch.
+
+    The first sizes for which there is no plan are worth a warning.
 
     Args:
         island: The island.
@@ -121,6 +124,14 @@ class FusedIsland(nn.Module):
         try:
             plan, packed = self._plans.get(cast(Any, rows), True, self._setting())
         except (CompilationFailed, UnsupportedModule) as error:
+            if not self.refused:
+                sizes = ", ".join("x".join(map(str, x.shape)) for x in xs)
+                warnings.warn(
+                    f"{self.name}, {self.nodes} operations that run fused for other sizes, runs as "
+                    f"plain PyTorch for inputs of {sizes}: {error}",
+                    UserWarning,
+                    stacklevel=2,
+                )
             self.refused[rows] = str(error)
             return self._plainly(xs)
         if not self._engine.islands:
