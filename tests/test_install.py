@@ -165,7 +165,8 @@ class TestMetadata:
         requires = importlib.metadata.requires("threshnet_fast")
         base = {text for text in requires if "extra ==" not in text}
         assert base == {"torch>=2.10", "numpy", "matplotlib", "pillow", "safetensors", "tqdm"}
-        assert set(self.metadata.get_all("Provides-Extra")) == {"bench", "data", "test", "triton"}
+        extras = {"bench", "data", "interop", "onnx", "test", "triton"}
+        assert set(self.metadata.get_all("Provides-Extra")) == extras
 
     def test_every_import_is_declared(self):
         """What the package imports, anywhere in it, is a dependency or in an extra."""

@@ -14,11 +14,14 @@ import torch
 from torch import fx
 
 from .export import convert, objection
-from .ir import Conv, Graph, UnsupportedModule
+from .ir import Conv, ConvTranspose, Graph, UnsupportedModule
 from .operators import name_for_people
 from .trace import META
 
-__all__ = ["Island", "Islands", "find_islands", "insert"]
+__all__ = ["ORIGIN", "Island", "Islands", "extract", "find_islands", "insert"]
+
+ORIGIN = "threshnet_fast_origin"
+"""Where a node that was extracted has the one that it was copied from, in ``node.meta``."""
 
 _ALONE = "is beside no convolution that runs fused"
 
@@ -105,6 +108,31 @@ def find_islands(traced: fx.GraphModule, check: Callable[[Island], None]) -> Isl
     return Islands(tuple(islands), foreign)
 
 
+def extract(
+    traced: fx.GraphModule, nodes: Iterable[fx.Node], name: str
+) -> tuple[fx.GraphModule, tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """Copies operations into a module of their own.
+
+    Args:
+        traced: What has them.
+        nodes: They, and the constants that they read.
+        name: That of the module.
+
+    Returns:
+        The module, which returns a tuple; the nodes in an order in which they can run; those that
+        make its inputs; and those that make its outputs.
+    """
+    # What import torch does not load is loaded where it is needed.
+    from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule, topo_sort
+
+    nodes = list(nodes)
+    for node in nodes:
+        node.meta[ORIGIN] = node
+    ordered = topo_sort(nodes)
+    module, reads, makes = fuse_as_graphmodule(traced, ordered, name, always_return_tuple=True)
+    return module, tuple(ordered), tuple(reads), tuple(makes)
+
+
 def insert(traced: fx.GraphModule, islands: Iterable[Island]) -> None:
     """Puts islands in the place of their operations, as submodules that return tuples.
 
@@ -112,7 +140,6 @@ def insert(traced: fx.GraphModule, islands: Iterable[Island]) -> None:
         traced: The module that was divided.
         islands: What :func:`find_islands` found in it.
     """
-    # What import torch does not load is loaded where it is needed.
     from torch.fx.passes.tools_common import stable_topological_sort
     from torch.fx.passes.utils.fuser_utils import erase_nodes, insert_subgm
 
@@ -141,16 +168,11 @@ def _examine(
     islands: list[Island],
 ) -> Mapping[fx.Node, str]:
     """Adds an island that passes the check; else returns what is to be left out, and why."""
-    from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule, topo_sort
-
-    for node in nodes:
-        node.meta["threshnet_fast_origin"] = node
-    ordered = topo_sort(nodes)
-    module, reads, makes = fuse_as_graphmodule(traced, ordered, name, always_return_tuple=True)
+    module, ordered, reads, makes = extract(traced, nodes, name)
     graph: Graph | None = None
     try:
         graph = convert(module)
-        if not any(isinstance(node, Conv) for node in graph.nodes):
+        if not any(isinstance(node, Conv | ConvTranspose) for node in graph.nodes):
             return {}
         shapes = []
         for node in reads:
@@ -166,7 +188,7 @@ def _examine(
         if len(devices) != 1:
             raise UnsupportedModule("maps are on several devices")
         (device,) = devices
-        island = Island(name, tuple(ordered), module, graph, tuple(shapes), device, reads, makes)
+        island = Island(name, ordered, module, graph, tuple(shapes), device, reads, makes)
         check(island)
     except UnsupportedModule as error:
         culprit = None
@@ -174,7 +196,7 @@ def _examine(
             culprit = graph.origins.get(error.value)
         if culprit is None:
             return {node: f"{name_for_people(node)}: {error}" for node in nodes}
-        return {culprit.meta["threshnet_fast_origin"]: str(error)}
+        return {culprit.meta[ORIGIN]: str(error)}
     islands.append(island)
     return {}
 

@@ -8,13 +8,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule, topo_sort
 
 from ..autograd.chain import Chain
 from ..graph import ir
 from ..graph.export import convert
 from ..graph.ir import Graph, UnsupportedModule
-from ..graph.islands import Island
+from ..graph.islands import ORIGIN, Island, extract
 from ..graph.operators import Unsupported, name_for_people, operation
 from ..graph.trace import META
 from ..plan.raw import FUSED_ACTIVATIONS, raw
@@ -226,11 +225,7 @@ class _Division:
         """The chain of some operations; where there is none, notes which of them is to blame."""
         reads = dict.fromkeys(read for node in nodes for read in node.all_input_nodes)
         constants = [read for read in reads if read.op == "get_attr"]
-        for node in nodes:
-            node.meta[_ORIGIN] = node
-        module, inputs, makes = fuse_as_graphmodule(
-            self._traced, topo_sort([*constants, *nodes]), name, always_return_tuple=True
-        )
+        module, _, inputs, makes = extract(self._traced, [*constants, *nodes], name)
         graph: Graph | None = None
         try:
             graph = convert(module, training=True)
@@ -241,7 +236,7 @@ class _Division:
         except UnsupportedModule as error:
             culprit = nodes[-1]
             if graph is not None and error.value is not None:
-                culprit = graph.origins[error.value].meta[_ORIGIN]
+                culprit = graph.origins[error.value].meta[ORIGIN]
             if culprit in self._first or _reads(culprit) == [value]:
                 self._reasons[culprit] = str(error)
             else:
@@ -259,9 +254,6 @@ class _Division:
             makes,
         )
         return island, chain
-
-
-_ORIGIN = "threshnet_fast_origin"
 
 
 def _called(node: fx.Node) -> bool:
