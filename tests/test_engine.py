@@ -442,14 +442,14 @@ def test_compile_survives_any_single_wrong_entry(randomised):
 def convolution(channels, out, kernel, size, *, segments=1, padding=0):
     """A description of one convolution that reads external inputs."""
     window = (size + 2 * padding - kernel) + 1
-    header = [0x4E4C5046544E54, 2, 1, channels, size, size, out, window, window]
+    header = [0x4E4C5046544E54, 3, 1, channels, size, size, out, window, window]
     header += [segments, 0, 1, 0, segments + 1, 1]
     maps = range(segments)
     buffers = [number for i in maps for number in (size, size, channels, channels, -3 - i)]
     buffers += [window, window, out, out, -2]
     inputs = [number for i in range(segments) for number in (i, 0, channels)]
-    step = [segments, *inputs, segments, 0, out, kernel, kernel, 1, 1, padding, padding, 1, 1]
-    step += [0, 0, -1, -1, -1, 0]
+    step = [segments, *inputs, segments, 0, out, 1, 1, 0, 0, kernel, kernel, 1, 1]
+    step += [padding, padding, 1, 1, 0, 0, -1, -1, -1, 0]
     return torch.tensor([*header, *buffers, 0, len(step) + 2, *step])
 
 

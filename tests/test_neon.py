@@ -105,7 +105,7 @@ class Convolution:
     def description(self, pitches):
         size = self.output_size()
         count = len(self.channels)
-        header = [0x4E4C5046544E54, 2, self.batch, sum(self.channels), *self.size, self.out, *size]
+        header = [0x4E4C5046544E54, 3, self.batch, sum(self.channels), *self.size, self.out, *size]
         header += [count, 0, 4 if self.prologue else 2, 0, count + 1, 1]
         buffers = []
         for i, (channels, pitch) in enumerate(zip(self.channels, pitches, strict=True)):
@@ -114,7 +114,7 @@ class Convolution:
         step = [count]
         for i, channels in enumerate(self.channels):
             step += [i, 0, channels]
-        step += [count, 0, self.out, *self.kernel, self.stride, self.stride]
+        step += [count, 0, self.out, 1, 1, 0, 0, *self.kernel, self.stride, self.stride]
         step += [self.padding, self.padding, 1, 1, self.relu, 0, 1]
         step += [2, 3, 1] if self.prologue else [-1, -1, 0]
         entries = [*header, *buffers, 0, len(step) + 2, *step]
@@ -218,7 +218,7 @@ def test_pools(engine, channels):
         x[1, 4, 3, channels // 2] = torch.nan
         padding = 0 if average else 1
         output = [(extent + 2 * padding - kernel) // 2 + 1 for extent in size]
-        header = [0x4E4C5046544E54, 2, 2, channels, *size, channels, *output, 1, 0, 0, 0, 2, 1]
+        header = [0x4E4C5046544E54, 3, 2, channels, *size, channels, *output, 1, 0, 0, 0, 2, 1]
         buffers = [*size, channels, channels, -3, *output, channels, channels, -2]
         step = [1, 21, 0, 0, channels, 1, 0, channels, kernel, kernel, 2, 2, padding, padding, 1, 1]
         step += [average, -1, -1, -1, 0]

@@ -216,9 +216,10 @@ def plan_file(description: list[int], sizes: list[int]) -> bytes:
 def one_convolution(channels: int, out: int, kernel: int, size: int) -> list[int]:
     """A description of one convolution of the network's input, without padding."""
     after = size - kernel + 1
-    header = [0x4E4C5046544E54, 2, 1, channels, size, size, out, after, after, 0, 0, 1, 0, 2, 1]
+    header = [0x4E4C5046544E54, 3, 1, channels, size, size, out, after, after, 0, 0, 1, 0, 2, 1]
     buffers = [size, size, channels, channels, -1, after, after, out, out, -2]
-    step = [1, 0, 0, channels, 1, 0, out, kernel, kernel, 1, 1, 0, 0, 1, 1, 0, 0, -1, -1, -1, 0]
+    step = [1, 0, 0, channels, 1, 0, out, 1, 1, 0, 0, kernel, kernel, 1, 1, 0, 0, 1, 1]
+    step += [0, 0, -1, -1, -1, 0]
     return [*header, *buffers, 0, len(step) + 2, *step]
 
 

@@ -382,13 +382,15 @@ Tensor run_convolution(const std::vector<Tensor>& xs, const Tensor& weight,
   description.insert(description.end(), {output_height, output_width, output_channels,
                                          output_channels, kNetworkOutput});
   description.insert(description.end(),
-                     {static_cast<int64_t>(PlanStepKind::kConvolution), 3 * count + 20, count});
+                     {static_cast<int64_t>(PlanStepKind::kConvolution), 3 * count + 24, count});
   for (int64_t i = 0; i < count; ++i)
     description.insert(description.end(), {i, 0, segments[i].size(1)});
+  description.insert(description.end(), {count, 0, output_channels, 1, 1, 0, 0});
   description.insert(description.end(),
-                     {count, 0, output_channels, kernel_height, kernel_width, stride, stride,
-                      padding, padding, 1, 1, relu, 0, has_prologue ? -1 : 1, has_prologue ? 1 : -1,
-                      has_prologue ? 2 : -1, has_prologue ? kRelu : kIdentity});
+                     {kernel_height, kernel_width, stride, stride, padding, padding, 1, 1, relu});
+  description.insert(description.end(), {0, has_prologue ? -1 : 1});
+  description.insert(description.end(), {has_prologue ? 1 : -1, has_prologue ? 2 : -1,
+                                         has_prologue ? kRelu : kIdentity});
 
   const int64_t threads = torch::stable::get_num_threads();
   const std::vector<std::byte> bytes =
