@@ -255,6 +255,27 @@ def test_any_head_within_any_wrapper(other, change, wrap):
         assert twin(x).equal(frozen(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("place", [nn.utils, nn.utils.parametrizations], ids=["hooks", "new"])
+def test_parametrised_weights(other, kind, place):
+    getattr(place, kind)(other.features.conv0)
+    getattr(place, kind)(other.classifier)
+    other.eval()
+    x = torch.randn(2, 3, 40, 40)
+    expected = other(x).detach()
+    names = list(other.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        frozen = tf.optimize(other, x)
+    assert len(frozen.islands) == 1
+    assert list(other.state_dict()) == names
+    assert other(x).equal(expected)
+    for twin in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-5)
+        twin.load_state_dict(frozen.state_dict())
+
+
 def test_nested_wrappers(other):
     x = torch.randn(1, 3, 40, 40)
     frozen = tf.optimize(nn.DataParallel(torch.compile(nn.DataParallel(other))), x)

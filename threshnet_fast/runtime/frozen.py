@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import environment
 from ..engines import select
@@ -259,7 +261,7 @@ def optimize(
         if tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda"):
             check_memory(name, tensor)
     winograd = 0 if exact else environment.winograd_by_default()
-    module = restore(_baked(copy.deepcopy(module))).eval()
+    module = restore(_baked(_copied(module))).eval()
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     example = Arguments(args)
     if isinstance(module, Network):
@@ -416,9 +418,30 @@ def _compiled_kind() -> tuple[type[nn.Module], ...]:
     return () if frame is None else (frame.OptimizedModule,)
 
 
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy, also of weights that hooks calculate of others, whose history has none."""
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(module, memo)
+
+
+# How weights were parametrised before there were parametrisations.
+_REMOVALS: dict[type, Callable[[nn.Module, str], nn.Module]] = {
+    WeightNorm: nn.utils.remove_weight_norm,
+    SpectralNorm: nn.utils.remove_spectral_norm,
+}
+
+
 def _baked(module: nn.Module) -> nn.Module:
     """Makes parametrised weights of a copy plain ones, of the values that they have."""
     for part in list(module.modules()):
+        for hook in list(part._forward_pre_hooks.values()):
+            if type(hook) in _REMOVALS:
+                _REMOVALS[type(hook)](part, cast(Any, hook).name)
         if parametrize.is_parametrized(part):
             names = list(cast(nn.ModuleDict, part.parametrizations))
             values = {name: getattr(part, name).detach().clone() for name in names}
@@ -427,6 +450,10 @@ def _baked(module: nn.Module) -> nn.Module:
             del part._modules["parametrizations"]
             for name, value in values.items():
                 part.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        # They would look for the parametrisation in state dicts.
+        for key, read in list(part._load_state_dict_pre_hooks.items()):
+            if getattr(read, "hook", read).__module__.startswith("torch.nn.utils."):
+                del part._load_state_dict_pre_hooks[key]
     return module
 
 
