@@ -35,9 +35,15 @@ inline void check(bool condition, const std::string& message) {
   STD_TORCH_CHECK(condition, "threshnet_fast: " + message);
 }
 
+// What a function of torch's C interface returned. Torch's own macro for it has another name before
+// version 2.13.
+inline void check_code(AOTITorchError code, const char* function) {
+  check(code == 0, std::string(function) + " of torch failed");
+}
+
 inline int64_t storage_bytes(const Tensor& tensor) {
   int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  check_code(aoti_torch_get_storage_size(tensor.get(), &bytes), "aoti_torch_get_storage_size");
   return bytes;
 }
 

@@ -27,14 +27,18 @@ class Context {
 #else
 
 // torch's current stream on a device. Looked up when it is needed, so that this library also loads
-// beside a torch that knows no CUDA.
+// beside a torch that knows no CUDA; and in the library that has it, as Python loads torch's
+// libraries for themselves alone.
 Stream current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
-  static const auto function =
-      reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const auto function = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(
+        dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  }();
   check(function != nullptr, "this torch is built without CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  check_code(function(device, &stream), "aoti_torch_get_current_cuda_stream");
   return stream;
 }
 

@@ -170,9 +170,10 @@ Tensor gradient_of(const Tensor& parameter) {
     strides.push_back(parameter.stride(i));
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(parameter.dim(), sizes.data(),
-                                                         strides.data(), aoti_torch_dtype_float32(),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  check_code(aoti_torch_empty_strided(parameter.dim(), sizes.data(), strides.data(),
+                                      aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
+                                      &handle),
+             "aoti_torch_empty_strided");
   return Tensor(handle);
 }
 
