@@ -276,6 +276,31 @@ def test_parametrised_weights(other, kind, place):
         twin.load_state_dict(frozen.state_dict())
 
 
+class _Outputs(torch.utils.data.Dataset):
+    """What a network makes of each of some images."""
+
+    def __init__(self, network: nn.Module, images: Tensor) -> None:
+        self.network, self.images = network, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.network(self.images[index : index + 1])[0]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_in_workers_of_a_data_loader(other, method):
+    images = torch.randn(3, 3, 40, 40)
+    frozen = tf.optimize(other, images)
+    loader = torch.utils.data.DataLoader(
+        _Outputs(frozen, images), batch_size=3, num_workers=1, multiprocessing_context=method
+    )
+    (outputs,) = loader
+    with torch.no_grad():
+        torch.testing.assert_close(outputs, other.eval()(images), rtol=1e-4, atol=1e-5)
+
+
 def test_nested_wrappers(other):
     x = torch.randn(1, 3, 40, 40)
     frozen = tf.optimize(nn.DataParallel(torch.compile(nn.DataParallel(other))), x)
