@@ -377,9 +377,8 @@ class _Fusion:
         inputs, outputs = (
             _groups(node, channels) for channels in (conv.in_channels, conv.out_channels)
         )
-        weight = torch.cat(
-            [self._double(conv.weight)[begin:end].transpose(0, 1) for begin, end in spans(inputs)]
-        )
+        weight = self._double(conv.weight)
+        weight = torch.cat([weight[begin:end].transpose(0, 1) for begin, end in spans(inputs)])
         last, affine, activation = self._epilogue(node.output, None)
         weight, bias = folded(weight, self._optional(conv.bias), affine)
         target = self._write(last, node.name, conv.out_channels, size)
